@@ -1,0 +1,39 @@
+# The two commands: make train, make test. Both set up .venv by themselves; they need Python 3.10+ and make.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+PIP_ENV := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1
+
+.PHONY: train test test-slow lint format type pytest clean
+
+train: $(READY)
+	$(BIN)/python examples/train_pendulum.py
+
+test: lint type pytest
+
+pytest: $(READY)
+	$(BIN)/python -m pytest
+
+test-slow: $(READY)
+	$(BIN)/python -m pytest -m slow -s
+
+lint: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+format: $(READY)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+type: $(READY)
+	$(BIN)/mypy
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP_ENV) $(BIN)/python -m pip install --quiet --editable ".[tests]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache dist

@@ -1,0 +1,40 @@
+"""Train on Hopper-v5 with the paper's settings, save, reload and evaluate. Needs ``pip install "sb3-qvpo[mujoco]"``."""
+
+import argparse
+
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.evaluation import evaluate_policy
+
+from sb3_qvpo import QVPO
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--env", default="Hopper-v5")
+    parser.add_argument("--timesteps", type=float, default=2_000, help="environment steps; the paper trains for 1e6")
+    parser.add_argument("--learning-starts", type=int, default=1_000, help="random steps first; the authors' code: 10 000")
+    parser.add_argument("--episodes", type=int, default=5, help="evaluation episodes for each number of candidates")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+
+    model = QVPO(
+        "MlpPolicy",
+        arguments.env,
+        learning_starts=arguments.learning_starts,
+        n_target_candidates=1,  # K_t of Hopper, Table 3; all other defaults are the paper's
+        seed=arguments.seed,
+    )
+    model.learn(arguments.timesteps, progress_bar=True)
+    model.save("logs/qvpo_mujoco")
+
+    # The zip holds everything for prediction and for further training (with a replay buffer, see save_replay_buffer)
+    model = QVPO.load("logs/qvpo_mujoco")
+    env = make_vec_env(arguments.env, seed=1_000)
+    for n_eval_candidates in (1, 32):
+        model.n_eval_candidates = n_eval_candidates
+        mean, std = evaluate_policy(model, env, n_eval_episodes=arguments.episodes)
+        print(f"Return, best of {n_eval_candidates} candidates: {mean:.0f} +- {std:.0f}")
+
+
+if __name__ == "__main__":
+    main()

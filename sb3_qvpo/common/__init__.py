@@ -1,0 +1,1 @@
+"""Building blocks that name no algorithm: schedules, the diffusion process, networks, candidates and policies."""

@@ -1,0 +1,98 @@
+"""Checks of arguments with messages that name the argument, and schedules written as strings."""
+
+import math
+from numbers import Integral, Real
+from typing import Any
+
+import numpy as np
+from gymnasium import spaces
+from stable_baselines3.common.type_aliases import Schedule
+from stable_baselines3.common.utils import FloatSchedule, LinearSchedule
+
+
+def check_action_space(action_space: spaces.Space[Any]) -> None:
+    """
+    Refuse action spaces that a diffusion over [-1, 1] cannot cover.
+
+    :param action_space: The environment's action space.
+    :raises ValueError: If it is not a ``Box`` with finite bounds, each low below its high.
+    """
+    if not isinstance(action_space, spaces.Box):
+        raise ValueError(f"action_space must be a Box (continuous actions), got {action_space}")
+    if not np.isfinite([action_space.low, action_space.high]).all():
+        raise ValueError(f"action_space must be a Box with finite bounds, got {action_space}: use RescaleAction or ClipAction")
+    if not (action_space.low < action_space.high).all():
+        raise ValueError(f"action_space must be a Box with each low below its high, got {action_space}")
+
+
+def check_count(name: str, value: Any, minimum: int = 1) -> int:
+    """
+    A whole number of at least ``minimum``.
+
+    :param name: Name of the argument, for the message.
+    :param value: Its value.
+    :param minimum: Smallest value allowed.
+    :return: The value as an ``int``.
+    :raises ValueError: If it is anything else.
+    """
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < minimum:
+        raise ValueError(f"{name} must be a whole number of at least {minimum}, got {value!r}")
+    return int(value)
+
+
+def check_interval(name: str, value: Any, low: float, high: float, low_allowed: bool = True) -> float:
+    """
+    A finite number in an interval.
+
+    :param name: Name of the argument, for the message.
+    :param value: Its value.
+    :param low: Lower bound.
+    :param high: Upper bound, allowed itself unless infinite.
+    :param low_allowed: Whether the lower bound itself is allowed.
+    :return: The value as a ``float``.
+    :raises ValueError: If it is anything else.
+    """
+    number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+    if not (math.isfinite(number) and low <= number <= high and (low_allowed or number > low)):
+        interval = f"{'[' if low_allowed else '('}{low}, {high}{']' if math.isfinite(high) else ')'}"
+        raise ValueError(f"{name} must be a number in {interval}, got {value!r}")
+    return number
+
+
+def parse_schedule(name: str, value: float | str | Schedule) -> FloatSchedule:
+    """
+    Turn a number, a string or a function into a schedule.
+
+    Strings follow rl_zoo3: ``lin_0.02`` falls linearly from 0.02 to 0 over the whole training; ``lin_0.02_0.002`` ends at
+    0.002; ``lin_0.02_0.002_0.9`` is there after a fraction 0.9 of training and stays. Numbers may be given as strings too.
+
+    :param name: Name of the argument, for the messages.
+    :param value: The number, string or function of the remaining progress (1 at the start of training, 0 at its end).
+    :return: A schedule.
+    :raises ValueError: If a string is malformed or a value negative or not finite.
+    """
+    if isinstance(value, str):
+        value = _parse_schedule_string(name, value)
+    if isinstance(value, Real) and not isinstance(value, bool):
+        value = check_interval(name, value, 0, math.inf)
+    elif not callable(value):
+        raise ValueError(f"{name} must be a number, a schedule or a string such as 'lin_0.02_0.002_0.9', got {value!r}")
+    schedule = FloatSchedule(value)
+    for progress_remaining in (1.0, 0.5, 0.0):
+        check_interval(f"{name} at progress_remaining={progress_remaining}", schedule(progress_remaining), 0, math.inf)
+    return schedule
+
+
+def _parse_schedule_string(name: str, value: str) -> float | LinearSchedule:
+    try:
+        if not value.startswith("lin_"):
+            return float(value)
+        start, end, fraction = ([float(number) for number in value.split("_")[1:]] + [0.0, 1.0][value.count("_") - 1 :])[:3]
+        if value.count("_") > 3 or not 0 < fraction <= 1:
+            raise ValueError
+    except ValueError:
+        raise ValueError(
+            f"{name} must be a number or 'lin_START', 'lin_START_END' or 'lin_START_END_FRACTION' "
+            f"with FRACTION in (0, 1], got {value!r}"
+        ) from None
+    return LinearSchedule(start, end, fraction)

@@ -1,0 +1,173 @@
+"""
+Gaussian diffusion over bounded vectors: the forward noising, the reverse chain and the per-sample denoising loss.
+
+Nothing here owns a network, knows what a state or a reward is, or switches gradients off: callers that only sample write
+``with th.no_grad()`` themselves, because some algorithms back-propagate through the chain.
+
+A *network* is any callable ``network(x_t, t, cond) -> predicted noise`` of the shape of ``x_t``; ``cond`` is handed through
+untouched. Every random draw can be supplied by the caller.
+
+======================  =====================================  ==========
+variable                symbol in the paper                    shape
+======================  =====================================  ==========
+``x0``                  a, the clean action                    (..., A)
+``x_t``                 a_t, the noisy action                  (..., A)
+``t``                   t in 0 ... T-1                         int or (...)
+``noise``               epsilon                                (..., A)
+``betas``               beta_t (Eq. 1)                         (T,)
+``alpha_bars``          bar alpha_t (Eq. 2)                    (T,)
+``posterior_std``       sqrt(tilde beta_t), 0 at t = 0         (T,)
+======================  =====================================  ==========
+"""
+
+from typing import Any, Protocol
+
+import torch as th
+from torch import nn
+
+
+class NoiseNetwork(Protocol):
+    """What the chain needs of a network: predict the noise in ``x_t``."""
+
+    def __call__(self, x_t: th.Tensor, t: Any, cond: Any) -> th.Tensor:
+        """
+        Predict the noise.
+
+        :param x_t: Noisy samples of shape (..., A).
+        :param t: Step in 0 ... T-1, an int for all samples or a tensor of shape (...).
+        :param cond: Whatever the network is conditioned on.
+        :return: Predicted noise of shape (..., A).
+        """
+
+
+class GaussianDiffusion(nn.Module):
+    """
+    Denoising diffusion (Ho et al. 2020) with noise prediction, in posterior form, for samples in [-1, 1].
+
+    :param betas: Variances beta_t of the forward steps (Eq. 1), shape (T,), each in (0, 1).
+    :param clip_denoised: Clamp the estimate of the clean sample to [-1, 1] at every reverse step, and the result.
+        Only useful to switch off for unbounded data.
+    """
+
+    betas: th.Tensor
+    sqrt_alpha_bars: th.Tensor
+    sqrt_one_minus_alpha_bars: th.Tensor
+    x0_coef: th.Tensor
+    x_t_coef: th.Tensor
+    posterior_std: th.Tensor
+
+    def __init__(self, betas: th.Tensor, clip_denoised: bool = True):
+        super().__init__()
+        self.n_steps = len(betas)
+        self.clip_denoised = clip_denoised
+        betas = betas.double()
+        alphas = 1 - betas
+        alpha_bars = th.cumprod(alphas, dim=0)
+        previous_alpha_bars = th.cat([th.ones(1, dtype=th.float64), alpha_bars[:-1]])
+        # q(x_{t-1} | x_t, x_0) = N(c1 x_0 + c2 x_t, tilde beta I): Ho et al. (2020), Eqs. 6 and 7
+        coefficients = {
+            "betas": betas,
+            "sqrt_alpha_bars": alpha_bars.sqrt(),
+            "sqrt_one_minus_alpha_bars": (1 - alpha_bars).sqrt(),
+            "x0_coef": betas * previous_alpha_bars.sqrt() / (1 - alpha_bars),
+            "x_t_coef": (1 - previous_alpha_bars) * alphas.sqrt() / (1 - alpha_bars),
+            "posterior_std": (betas * (1 - previous_alpha_bars) / (1 - alpha_bars)).sqrt(),
+        }
+        for name, value in coefficients.items():
+            # Fixed by the schedule, so they stay out of the saved weights
+            self.register_buffer(name, value.float(), persistent=False)
+
+    def add_noise(self, x0: th.Tensor, t: th.Tensor, noise: th.Tensor) -> th.Tensor:
+        """
+        Forward noising in one jump, Eq. 2: ``x_t = sqrt(bar alpha_t) x_0 + sqrt(1 - bar alpha_t) noise``.
+
+        :param x0: Clean samples of shape (..., A).
+        :param t: Steps in 0 ... T-1, shape (...).
+        :param noise: Standard normal noise of shape (..., A).
+        :return: Noisy samples of shape (..., A).
+        """
+        return self.sqrt_alpha_bars[t].unsqueeze(-1) * x0 + self.sqrt_one_minus_alpha_bars[t].unsqueeze(-1) * noise
+
+    def predict_x0(self, x_t: th.Tensor, t: int, noise: th.Tensor) -> th.Tensor:
+        """
+        Estimate of the clean sample: Eq. 2 solved for x_0, clamped to [-1, 1] if ``clip_denoised``.
+
+        :param x_t: Noisy samples of shape (..., A).
+        :param t: Step in 0 ... T-1.
+        :param noise: Predicted noise of shape (..., A).
+        :return: Estimated clean samples of shape (..., A).
+        """
+        x0 = (x_t - self.sqrt_one_minus_alpha_bars[t] * noise) / self.sqrt_alpha_bars[t]
+        return x0.clamp(-1, 1) if self.clip_denoised else x0
+
+    def posterior_step(self, x0: th.Tensor, x_t: th.Tensor, t: int, noise: th.Tensor | None) -> th.Tensor:
+        """
+        One reverse step, a draw from q(x_{t-1} | x_t, x_0): ``x_{t-1} = c1_t x_0 + c2_t x_t + sqrt(tilde beta_t) noise``.
+
+        :param x0: Estimated clean samples of shape (..., A).
+        :param x_t: Noisy samples of shape (..., A).
+        :param t: Step in 0 ... T-1.
+        :param noise: Standard normal noise of shape (..., A), or None for the mean (the last step, t = 0).
+        :return: Samples one step less noisy, shape (..., A).
+        """
+        mean = self.x0_coef[t] * x0 + self.x_t_coef[t] * x_t
+        return mean if noise is None else mean + self.posterior_std[t] * noise
+
+    def sample(
+        self,
+        network: NoiseNetwork,
+        cond: Any,
+        noise: th.Tensor | None = None,
+        shape: tuple[int, ...] | None = None,
+    ) -> th.Tensor:
+        """
+        The reverse chain: x_T from N(0, I), then T posterior steps, the last one without noise, and a final clamp.
+
+        :param network: Noise predictor, see the module's docstring.
+        :param cond: Passed to the network at every step.
+        :param noise: Standard normal noise of shape (T, ..., A): ``noise[0]`` is x_T, ``noise[i]`` enters the i-th reverse
+            step. Drawn if None.
+        :param shape: Shape (..., A) of the samples, needed if ``noise`` is None.
+        :return: Clean samples of shape (..., A), in [-1, 1] if ``clip_denoised``.
+        :raises ValueError: If neither or both of ``noise`` and ``shape`` are given, or ``noise`` has not T entries.
+        """
+        if (noise is None) == (shape is None):
+            raise ValueError("sample() needs either noise of shape (T, ..., A) or the shape (..., A) of the samples")
+        if noise is None:
+            assert shape is not None
+            noise = th.randn((self.n_steps, *shape), dtype=self.betas.dtype, device=self.betas.device)
+        if len(noise) != self.n_steps:
+            raise ValueError(f"noise must have {self.n_steps} entries, one for each diffusion step, got {len(noise)}")
+        x_t = noise[0]
+        for i, t in enumerate(reversed(range(self.n_steps)), start=1):
+            x0 = self.predict_x0(x_t, t, network(x_t, t, cond))
+            x_t = self.posterior_step(x0, x_t, t, noise[i] if t > 0 else None)
+        return x_t.clamp(-1, 1) if self.clip_denoised else x_t
+
+    def loss(
+        self,
+        network: NoiseNetwork,
+        x0: th.Tensor,
+        cond: Any,
+        t: th.Tensor | None = None,
+        noise: th.Tensor | None = None,
+    ) -> th.Tensor:
+        """
+        Denoising loss of each sample: ``mean over dimensions of (noise - network(x_t, t, cond))^2``, the norm in Eq. 6.
+
+        The paper writes the squared norm, a sum over the action's dimensions; the mean differs by the constant factor A,
+        which Adam ignores and gradient clipping does not. Not reduced over samples: the caller weights and averages.
+
+        :param network: Noise predictor, see the module's docstring.
+        :param x0: Clean samples of shape (..., A).
+        :param cond: Passed to the network.
+        :param t: Steps in 0 ... T-1, shape (...). Drawn uniformly if None.
+        :param noise: Standard normal noise of shape (..., A). Drawn if None.
+        :return: Losses of shape (...).
+        """
+        if t is None:
+            t = th.randint(self.n_steps, x0.shape[:-1], device=x0.device)
+        if noise is None:
+            noise = th.randn_like(x0)
+        x_t = self.add_noise(x0, t, noise)
+        return ((noise - network(x_t, t, cond)) ** 2).mean(dim=-1)

@@ -1,0 +1,131 @@
+"""
+The noise-prediction network and the initialisation of the authors' code.
+
+Shapes: B batch, K candidates for each state, A action dimensions, S state features, E time-embedding size, T steps,
+H width of the first hidden layer.
+"""
+
+import math
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch as th
+from torch import nn
+from torch.nn import functional as F
+
+
+def init_linear_layers(module: nn.Module) -> None:
+    """
+    Initialise all linear layers in a module: weights from N(0, (1 / (2 sqrt(fan_in)))^2), biases 0.
+
+    This is what the QVPO authors' code does for actor and critics; the paper does not state an initialisation.
+
+    :param module: The module, changed in place.
+    """
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.normal_(layer.weight, std=1 / (2 * math.sqrt(layer.in_features)))
+            nn.init.zeros_(layer.bias)
+
+
+def sinusoidal_embedding(positions: th.Tensor, dim: int) -> th.Tensor:
+    """
+    Sinusoidal position features ``[sin(p w_i), cos(p w_i)]``, ``w_i = 10000^(-i / (dim/2 - 1))``, i = 0 ... dim/2 - 1.
+
+    Source: Vaswani et al. (2017), *Attention Is All You Need*, Sec. 3.5, in the layout of Ho et al. (2020).
+
+    :param positions: Positions of shape (N,).
+    :param dim: Number of features E, even and at least 4.
+    :return: Features of shape (N, E).
+    :raises ValueError: If ``dim`` is odd or below 4.
+    """
+    if dim < 4 or dim % 2:
+        raise ValueError(f"time_embedding_dim must be an even number of at least 4, got {dim}")
+    half = dim // 2
+    frequencies = th.exp(-math.log(10_000) * th.arange(half, device=positions.device) / (half - 1))
+    angles = positions.unsqueeze(-1) * frequencies
+    return th.cat([angles.sin(), angles.cos()], dim=-1)
+
+
+class Condition(NamedTuple):
+    """
+    What the first layer of the noise predictor adds to the action part: fixed while a chain runs.
+
+    :param state_part: State part of the first layer, with its bias, shape (B, 1, H).
+    :param time_parts: Time part of the first layer for every step, shape (T, H).
+    """
+
+    state_part: th.Tensor
+    time_parts: th.Tensor
+
+
+class NoisePredictor(nn.Module):
+    """
+    The noise-prediction network epsilon_theta(a_t, s, t): an MLP over [a_t, emb(t), s].
+
+    The time embedding is sinusoidal features -> Linear -> activation -> Linear. The first layer is linear in its three
+    inputs, so it splits into an action part, a time part and a state part. The state part is the same for all candidates of
+    a state and for all steps, the time part the same for all rows: :meth:`condition` computes both once, and a step only
+    computes the action part. This is exact, not an approximation.
+
+    :param action_dim: Number of action dimensions A.
+    :param features_dim: Number of state features S.
+    :param n_steps: Number of diffusion steps T.
+    :param net_arch: Widths of the hidden layers; an empty list gives a linear network.
+    :param activation_fn: Activation of the hidden layers and of the time embedding.
+    :param time_embedding_dim: Size E of the time embedding, even and at least 4. Its hidden layer is 8 E wide
+        (256 at the authors' E = 32).
+    """
+
+    time_features: th.Tensor
+
+    def __init__(
+        self,
+        action_dim: int,
+        features_dim: int,
+        n_steps: int,
+        net_arch: list[int],
+        activation_fn: type[nn.Module] = nn.Mish,
+        time_embedding_dim: int = 32,
+    ):
+        super().__init__()
+        self.split_sizes = [action_dim, time_embedding_dim, features_dim]
+        self.register_buffer("time_features", sinusoidal_embedding(th.arange(n_steps), time_embedding_dim), persistent=False)
+        self.time_mlp = nn.Sequential(
+            nn.Linear(time_embedding_dim, 8 * time_embedding_dim),
+            activation_fn(),
+            nn.Linear(8 * time_embedding_dim, time_embedding_dim),
+        )
+        widths = [*net_arch, action_dim]
+        self.first_layer = nn.Linear(sum(self.split_sizes), widths[0])
+        later_layers: list[nn.Module] = []
+        for width_in, width_out in pairwise(widths):
+            later_layers += [activation_fn(), nn.Linear(width_in, width_out)]
+        self.later_layers = nn.Sequential(*later_layers)
+        init_linear_layers(self)
+
+    def condition(self, features: th.Tensor) -> Condition:
+        """
+        The state and time parts of the first layer, to be computed once for a set of states.
+
+        :param features: State features of shape (B, S).
+        :return: Both parts.
+        """
+        _, time_weight, state_weight = th.split(self.first_layer.weight, self.split_sizes, dim=1)
+        state_part = F.linear(features, state_weight, self.first_layer.bias).unsqueeze(1)
+        time_parts = F.linear(self.time_mlp(self.time_features), time_weight)
+        return Condition(state_part, time_parts)
+
+    def forward(self, x_t: th.Tensor, t: int | th.Tensor, cond: Condition) -> th.Tensor:
+        """
+        Predict the noise in noisy actions.
+
+        :param x_t: Noisy actions of shape (B, K, A).
+        :param t: Step in 0 ... T-1: an int for all actions or a tensor of shape (B, K).
+        :param cond: Result of :meth:`condition` for the B states.
+        :return: Predicted noise of shape (B, K, A).
+        """
+        action_weight = self.first_layer.weight[:, : self.split_sizes[0]]
+        hidden = F.linear(x_t, action_weight) + (cond.time_parts[t] + cond.state_part)
+        output: th.Tensor = self.later_layers(hidden)
+        return output

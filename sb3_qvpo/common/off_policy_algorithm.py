@@ -1,0 +1,282 @@
+"""
+What every algorithm that trains a :class:`DiffusionPolicy` off-policy shares on top of SB3's ``OffPolicyAlgorithm``:
+checked arguments, learning rates, guarded optimiser steps, metrics that do not stall an accelerator, saving.
+
+A subclass sets its own arguments, calls ``_setup_model()``, and writes ``train()``.
+"""
+
+import math
+from typing import Any, ClassVar, TypeVar, cast
+
+import numpy as np
+import torch as th
+from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
+from stable_baselines3.common.utils import FloatSchedule, update_learning_rate
+from stable_baselines3.common.vec_env import VecEnv
+
+from sb3_qvpo.common.arguments import check_action_space, check_count, check_interval, parse_schedule
+from sb3_qvpo.common.finite_checks import FiniteGuard, check_finite_array
+from sb3_qvpo.common.policies import CandidateCritic, DiffusionActor, DiffusionPolicy
+
+SelfDiffusionAlgorithm = TypeVar("SelfDiffusionAlgorithm", bound="DiffusionOffPolicyAlgorithm")
+
+Metrics = dict[str, th.Tensor]
+"""Named scalars of a loss, still on the device."""
+
+
+class DiffusionOffPolicyAlgorithm(OffPolicyAlgorithm):
+    """
+    Base of off-policy algorithms with a diffusion policy. All arguments are keywords here; see the subclasses.
+
+    :param policy: Name of a policy or a subclass of :class:`DiffusionPolicy`.
+    :param env: The environment to learn from.
+    :param learning_rate: Learning rate of the actor: a number, a schedule or a string such as ``"lin_3e-4"``.
+    :param qf_learning_rate: Learning rate of the critics, ``learning_rate`` if None.
+    :param n_diffusion_steps: T, steps of the diffusion.
+    :param n_behavior_candidates: K_b, best of this many candidates in ``predict(deterministic=False)``.
+    :param n_eval_candidates: K, best of this many candidates in ``predict(deterministic=True)``.
+    :param policy_delay: Update actor and targets every this many critic updates.
+    :param max_grad_norm: Largest Euclidean norm of the gradients of actor and of critics; None for no clipping.
+    :param kwargs: Further arguments of SB3's ``OffPolicyAlgorithm``.
+    :raises ValueError: If the action space is not a finite ``Box`` or a candidate count is below 1.
+    """
+
+    policy: DiffusionPolicy
+    actor: DiffusionActor
+    actor_target: DiffusionActor
+    critic: CandidateCritic
+    critic_target: CandidateCritic
+
+    _count_arguments: ClassVar[tuple[str, ...]] = (
+        *("batch_size", "buffer_size", "n_steps", "policy_delay"),
+        *("n_diffusion_steps", "n_behavior_candidates", "n_eval_candidates"),
+    )
+    _policy_arguments: ClassVar[tuple[str, ...]] = ("n_diffusion_steps", "n_behavior_candidates", "n_eval_candidates")
+
+    def __init__(
+        self,
+        policy: str | type[DiffusionPolicy],
+        env: GymEnv | str,
+        *,
+        learning_rate: float | str | Schedule,
+        qf_learning_rate: float | str | Schedule | None,
+        n_diffusion_steps: int,
+        n_behavior_candidates: int,
+        n_eval_candidates: int,
+        policy_delay: int,
+        max_grad_norm: float | None,
+        **kwargs: Any,
+    ):
+        # Strings are parsed in _setup_lr_schedule()
+        super().__init__(policy, env, cast(Any, learning_rate), sde_support=False, support_multi_env=True, **kwargs)
+        self.qf_learning_rate = qf_learning_rate
+        self.n_diffusion_steps = n_diffusion_steps
+        self.n_behavior_candidates = n_behavior_candidates
+        self.n_eval_candidates = n_eval_candidates
+        self.policy_delay = policy_delay
+        self.max_grad_norm = max_grad_norm
+
+    # The two counts that predict() uses live in the instance's dictionary, where SB3 saves and loads them, and are handed
+    # on to the policy whenever they change, also on a loaded model.
+
+    @property
+    def n_behavior_candidates(self) -> int:
+        """K_b, best of this many candidates in ``predict(deterministic=False)``; can be changed at any time."""
+        return cast(int, self.__dict__["n_behavior_candidates"])
+
+    @n_behavior_candidates.setter
+    def n_behavior_candidates(self, value: int) -> None:
+        self._set_candidate_count("n_behavior_candidates", value)
+
+    @property
+    def n_eval_candidates(self) -> int:
+        """K, best of this many candidates in ``predict(deterministic=True)``; can be changed at any time."""
+        return cast(int, self.__dict__["n_eval_candidates"])
+
+    @n_eval_candidates.setter
+    def n_eval_candidates(self, value: int) -> None:
+        self._set_candidate_count("n_eval_candidates", value)
+
+    def _set_candidate_count(self, name: str, value: int) -> None:
+        self.__dict__[name] = check_count(name, value)
+        if "policy" in self.__dict__:
+            setattr(self.policy, name, value)
+
+    # Building and saving
+
+    def _setup_model(self) -> None:
+        self._check_arguments()
+        self._metric_sums: dict[str, tuple[th.Tensor, int]] = {}
+        self._finite_guard = FiniteGuard(deferred=self.device.type != "cpu")
+        own_kwargs = {name: getattr(self, name) for name in self._policy_arguments}
+        policy_kwargs = self.policy_kwargs
+        for name in own_kwargs.keys() & policy_kwargs.keys():
+            raise ValueError(
+                f"{name} must be an argument of {type(self).__name__}, not of policy_kwargs, got {policy_kwargs[name]!r} there"
+            )
+        # The user's dictionary is saved with the model and stays as it was given
+        self.policy_kwargs = {**policy_kwargs, **own_kwargs}
+        try:
+            super()._setup_model()
+        finally:
+            self.policy_kwargs = policy_kwargs
+        self.actor = self.policy.actor
+        self.actor_target = self.policy.actor_target
+        self.critic = self.policy.critic
+        self.critic_target = self.policy.critic_target
+
+    def _check_arguments(self) -> None:
+        for name in self._count_arguments:
+            check_count(name, getattr(self, name))
+        check_interval("tau", self.tau, 0, 1, low_allowed=False)
+        check_interval("gamma", self.gamma, 0, 1)
+        if self.max_grad_norm is not None:
+            check_interval("max_grad_norm", self.max_grad_norm, 0, math.inf, low_allowed=False)
+
+    def _setup_lr_schedule(self) -> None:
+        self.lr_schedule: FloatSchedule = parse_schedule("learning_rate", self.learning_rate)
+        qf_learning_rate = self.learning_rate if self.qf_learning_rate is None else self.qf_learning_rate
+        self._qf_lr_schedule = parse_schedule("qf_learning_rate", qf_learning_rate)
+
+    def _excluded_save_params(self) -> list[str]:
+        networks = ["actor", "actor_target", "critic", "critic_target"]
+        return [*super()._excluded_save_params(), *networks, "_qf_lr_schedule", "_metric_sums", "_finite_guard"]
+
+    def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
+        return ["policy", "actor.optimizer", "critic.optimizer"], []
+
+    # Updates
+
+    def _draw_chain_noise(self, batch_size: int, n_candidates: int) -> th.Tensor:
+        """
+        Noise of reverse chains.
+
+        :param batch_size: B.
+        :param n_candidates: Candidates K of each state.
+        :return: Standard normal noise of shape (T, B, K, A).
+        """
+        return th.randn(self.n_diffusion_steps, batch_size, n_candidates, self.actor.action_dim, device=self.device)
+
+    def _update_learning_rates(self) -> None:
+        self._update_learning_rate(self.actor.optimizer)
+        qf_learning_rate = self._qf_lr_schedule(self._current_progress_remaining)
+        update_learning_rate(self.critic.optimizer, qf_learning_rate)
+        self.logger.record("train/learning_rate_qf", qf_learning_rate)
+
+    def _optimize(self, optimizer: th.optim.Optimizer, loss_name: str, loss: th.Tensor) -> None:
+        """
+        One optimiser step, guarded against numbers that are not finite.
+
+        :param optimizer: The optimiser of the networks that the loss trains.
+        :param loss_name: Name of the loss, for the error message.
+        :param loss: The loss, a scalar.
+        """
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves Tensor.backward untyped
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        self._finite_guard.protect_step(loss_name, loss, parameters, self._n_updates, self.max_grad_norm)
+        optimizer.step()
+
+    # Metrics: summed on the device, read back when they are logged
+
+    def _add_metrics(self, metrics: Metrics) -> None:
+        for name, value in metrics.items():
+            total, count = self._metric_sums.get(name, (th.zeros((), device=self.device), 0))
+            self._metric_sums[name] = (total + value.detach(), count + 1)
+
+    def _log_updates(self) -> None:
+        """Log at the end of ``train()``. Reading numbers back would stall an accelerator: there it waits for the dump."""
+        self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
+        if self.device.type == "cpu":
+            self._record_metrics()
+
+    def _record_metrics(self) -> None:
+        """Hand the means since the last dump of the log to the logger, reading all numbers back at once."""
+        if self._metric_sums:
+            means = th.stack([total / count for total, count in self._metric_sums.values()]).tolist()
+            for name, mean in zip(self._metric_sums, means, strict=True):
+                self.logger.record(f"train/{name}", mean)
+
+    def dump_logs(self) -> None:
+        """Write the log, with the means of the training metrics since it was last written."""
+        self._record_metrics()
+        super().dump_logs()
+        self._metric_sums.clear()
+
+    # Collecting
+
+    def learn(
+        self: SelfDiffusionAlgorithm,
+        total_timesteps: float,
+        callback: MaybeCallback = None,
+        log_interval: int = 4,
+        tb_log_name: str = "run",
+        reset_num_timesteps: bool = True,
+        progress_bar: bool = False,
+    ) -> SelfDiffusionAlgorithm:
+        """
+        Train the model.
+
+        :param total_timesteps: Number of environment steps; a float such as ``1e6`` is fine.
+        :param callback: Callback(s) called at every step.
+        :param log_interval: Episodes between two entries of the log.
+        :param tb_log_name: Name of the run for TensorBoard.
+        :param reset_num_timesteps: Start counting steps (and schedules) from 0 again.
+        :param progress_bar: Show a progress bar (needs tqdm and rich).
+        :return: The trained model.
+        :raises ValueError: If ``total_timesteps`` is not finite, or when a reward, an observation, a loss or a gradient is
+            not finite. The weights and the buffer are intact then.
+        """
+        super().learn(
+            total_timesteps=int(check_interval("total_timesteps", total_timesteps, 0, math.inf)),
+            callback=callback,
+            log_interval=log_interval,
+            tb_log_name=tb_log_name,
+            reset_num_timesteps=reset_num_timesteps,
+            progress_bar=progress_bar,
+        )
+        self._finite_guard.report(self._n_updates)
+        return self
+
+    @staticmethod
+    def _wrap_env(env: GymEnv, verbose: int = 0, monitor_wrapper: bool = True) -> VecEnv:
+        # Checked here because every environment passes here, before SB3's own assertions
+        check_action_space(env.action_space)
+        return OffPolicyAlgorithm._wrap_env(env, verbose, monitor_wrapper)
+
+    def _setup_learn(
+        self,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        reset_num_timesteps: bool = True,
+        tb_log_name: str = "run",
+        progress_bar: bool = False,
+    ) -> tuple[int, BaseCallback]:
+        result = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
+        first_obs = self._last_obs if self._vec_normalize_env is None else self._last_original_obs
+        check_finite_array("observation", cast(np.ndarray, first_obs), self.num_timesteps)
+        return result
+
+    def _store_transition(
+        self,
+        replay_buffer: ReplayBuffer,
+        buffer_action: np.ndarray,
+        new_obs: np.ndarray | dict[str, np.ndarray],
+        reward: np.ndarray,
+        dones: np.ndarray,
+        infos: list[dict[str, Any]],
+    ) -> None:
+        original_obs, original_reward = new_obs, reward
+        if self._vec_normalize_env is not None:
+            # Normalisation clips infinities away
+            original_obs = self._vec_normalize_env.get_original_obs()
+            original_reward = self._vec_normalize_env.get_original_reward()
+        check_finite_array("reward", original_reward, self.num_timesteps)
+        check_finite_array("observation", original_obs, self.num_timesteps)
+        for info in infos:
+            if info.get("terminal_observation") is not None:
+                check_finite_array("terminal observation", info["terminal_observation"], self.num_timesteps)
+        super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)

@@ -1,0 +1,456 @@
+"""
+Diffusion actor-critic policies for Stable-Baselines3: the networks, their targets, their optimisers and ``predict``.
+
+Shapes: B batch, K candidates for each state, A action dimensions, S state features, T diffusion steps, C critics.
+Actions are scaled to [-1, 1] everywhere here; ``predict`` unscales them.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.policies import BasePolicy, ContinuousCritic
+from stable_baselines3.common.preprocessing import get_action_dim
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, FlattenExtractor, get_actor_critic_arch
+from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
+from stable_baselines3.common.utils import get_parameters_by_name, polyak_update
+from torch import nn
+from torch.nn import functional as F
+
+from sb3_qvpo.common.candidates import best_candidate, minimum_q
+from sb3_qvpo.common.diffusion import GaussianDiffusion
+from sb3_qvpo.common.networks import NoisePredictor, init_linear_layers
+from sb3_qvpo.common.noise_schedules import NoiseSchedule, make_betas
+
+
+@contextmanager
+def evaluation_mode(*modules: nn.Module) -> Iterator[None]:
+    """
+    Put modules in evaluation mode for a while: drawing candidates must not move batch-norm statistics or apply dropout.
+
+    :param modules: The modules; their mode is restored at the end.
+    """
+    modes = [module.training for module in modules]
+    for module in modules:
+        module.train(False)
+    try:
+        yield
+    finally:
+        for module, mode in zip(modules, modes, strict=True):
+            module.train(mode)
+
+
+def split_rows(observation: PyTorchObs) -> list[PyTorchObs]:
+    """
+    Cut a batch of observations into batches of one.
+
+    :param observation: A tensor (B, ...) or a dictionary of them.
+    :return: B observations, each with a batch axis of 1.
+    """
+    if isinstance(observation, dict):
+        batch_size = len(next(iter(observation.values())))
+        return [{key: value[i : i + 1] for key, value in observation.items()} for i in range(batch_size)]
+    return [observation[i : i + 1] for i in range(len(observation))]
+
+
+class DiffusionActor(BasePolicy):
+    """
+    The diffusion policy pi_theta(a | s): a features extractor, a noise predictor and the chain that turns noise into actions.
+
+    :param observation_space: Observation space.
+    :param action_space: Action space, a finite ``Box``.
+    :param net_arch: Widths of the noise predictor's hidden layers.
+    :param features_extractor: Network that turns an observation into features.
+    :param features_dim: Number of features S.
+    :param activation_fn: Activation function.
+    :param normalize_images: Whether to divide images by 255.
+    :param n_diffusion_steps: Number of diffusion steps T.
+    :param noise_schedule: Name of a noise schedule or a function T -> betas, see :mod:`sb3_qvpo.common.noise_schedules`.
+    :param time_embedding_dim: Size of the time embedding.
+    """
+
+    def __init__(
+        self,
+        observation_space: spaces.Space[Any],
+        action_space: spaces.Box,
+        net_arch: list[int],
+        features_extractor: BaseFeaturesExtractor,
+        features_dim: int,
+        activation_fn: type[nn.Module] = nn.Mish,
+        normalize_images: bool = True,
+        n_diffusion_steps: int = 20,
+        noise_schedule: str | NoiseSchedule = "cosine",
+        time_embedding_dim: int = 32,
+    ):
+        super().__init__(
+            observation_space,
+            action_space,
+            features_extractor=features_extractor,
+            normalize_images=normalize_images,
+            squash_output=True,
+        )
+        self.action_dim = get_action_dim(action_space)
+        self.diffusion = GaussianDiffusion(make_betas(noise_schedule, n_diffusion_steps))
+        self.noise_predictor = NoisePredictor(
+            self.action_dim, features_dim, n_diffusion_steps, net_arch, activation_fn, time_embedding_dim
+        )
+
+    def features(self, observation: PyTorchObs) -> th.Tensor:
+        """
+        Encode observations.
+
+        :param observation: B observations.
+        :return: Features of shape (B, S).
+        """
+        return self.extract_features(observation, self.features_extractor)
+
+    def sample_candidates(self, features: th.Tensor, n_candidates: int, noise: th.Tensor | None = None) -> th.Tensor:
+        """
+        Draw candidates from pi_theta (Algorithm 1, line 5). The state enters the network once for all candidates and steps.
+
+        :param features: State features of shape (B, S).
+        :param n_candidates: Candidates K for each state.
+        :param noise: Standard normal noise of shape (T, B, K, A), see :meth:`GaussianDiffusion.sample`. Drawn if None.
+        :return: Actions of shape (B, K, A) in [-1, 1].
+        """
+        condition = self.noise_predictor.condition(features)
+        shape = (len(features), n_candidates, self.action_dim) if noise is None else None
+        return self.diffusion.sample(self.noise_predictor, condition, noise, shape)
+
+    def denoising_loss(
+        self,
+        observation: PyTorchObs,
+        actions: th.Tensor,
+        timesteps: th.Tensor | None = None,
+        noise: th.Tensor | None = None,
+    ) -> th.Tensor:
+        """
+        Unweighted denoising loss of each action, the norm in Eqs. 6 and 10.
+
+        :param observation: B observations.
+        :param actions: Clean actions of shape (B, K, A) in [-1, 1].
+        :param timesteps: Diffusion steps in 0 ... T-1, shape (B, K). Drawn uniformly if None.
+        :param noise: Standard normal noise of shape (B, K, A). Drawn if None.
+        :return: Losses of shape (B, K).
+        """
+        condition = self.noise_predictor.condition(self.features(observation))
+        return self.diffusion.loss(self.noise_predictor, actions, condition, timesteps, noise)
+
+    def forward(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
+        """
+        One action for each observation, not chosen among candidates.
+
+        :param observation: B observations.
+        :param deterministic: Not used: a single draw of a diffusion policy is always random.
+        :return: Actions of shape (B, A) in [-1, 1].
+        """
+        return self._predict(observation, deterministic)
+
+    def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
+        return self.sample_candidates(self.features(observation), n_candidates=1).squeeze(1)
+
+
+class CandidateCritic(ContinuousCritic):
+    """
+    SB3's critics, able to value many candidates of a state without repeating the state. Parameters as in SB3.
+
+    :param args: Positional arguments of SB3's ``ContinuousCritic``.
+    :param kwargs: Keyword arguments of SB3's ``ContinuousCritic``.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        for q_network in self.q_networks:
+            init_linear_layers(q_network)
+
+    def features(self, observation: PyTorchObs) -> th.Tensor:
+        """
+        Encode observations.
+
+        :param observation: B observations.
+        :return: Features of shape (B, S).
+        """
+        return self.extract_features(observation, self.features_extractor)
+
+    def value_candidates(self, features: th.Tensor, candidates: th.Tensor) -> th.Tensor:
+        """
+        Values of all candidates. The first layer is split: the state's part is computed once for all its candidates.
+
+        :param features: State features of shape (B, S).
+        :param candidates: Actions of shape (B, K, A) in [-1, 1].
+        :return: Values of shape (C, B, K).
+        """
+        q_values = []
+        for q_network in self.q_networks:
+            first_layer, *later_layers = cast(nn.Sequential, q_network)
+            first_weight, first_bias = cast(nn.Linear, first_layer).weight, cast(nn.Linear, first_layer).bias
+            state_weight, action_weight = th.split(first_weight, [features.shape[-1], candidates.shape[-1]], dim=1)
+            state_part = F.linear(features, state_weight, first_bias)
+            hidden = F.linear(candidates, action_weight) + state_part.unsqueeze(1)
+            for layer in later_layers:
+                hidden = layer(hidden)
+            q_values.append(hidden.squeeze(-1))
+        return th.stack(q_values)
+
+
+class DiffusionPolicy(BasePolicy):
+    """
+    A diffusion actor, critics, and exponential moving averages of both (their targets).
+
+    ``predict(deterministic=False)`` is the behaviour policy: fresh noise, best of ``n_behavior_candidates``.
+    ``predict(deterministic=True)`` is a function of the weights and the observation: best of ``n_eval_candidates`` under a
+    fixed bank of noise, with the same result for an observation alone or anywhere in a batch.
+
+    :param observation_space: Observation space.
+    :param action_space: Action space, a finite ``Box``.
+    :param lr_schedule: Learning rate schedule.
+    :param net_arch: Widths of the hidden layers, a list for actor and critics or ``dict(pi=[...], qf=[...])``.
+        Two layers of 256 by default (paper, Table 2).
+    :param activation_fn: Activation function, Mish by default (paper, Table 2).
+    :param features_extractor_class: Features extractor to use.
+    :param features_extractor_kwargs: Keyword arguments of the features extractor.
+    :param normalize_images: Whether to divide images by 255.
+    :param optimizer_class: Optimiser of actor and critics.
+    :param optimizer_kwargs: Keyword arguments of the optimiser, without the learning rate.
+    :param n_critics: Number of critics; their minimum is used.
+    :param share_features_extractor: Whether actor and critics share one features extractor, trained by the actor's loss.
+    :param n_diffusion_steps: Number of diffusion steps T.
+    :param noise_schedule: ``"cosine"``, ``"vp"``, ``"linear"`` or a function T -> betas,
+        see :mod:`sb3_qvpo.common.noise_schedules`.
+    :param time_embedding_dim: Size of the time embedding, even and at least 4.
+    :param n_behavior_candidates: K_b, candidates of the behaviour policy (Algorithm 1, line 2).
+    :param n_eval_candidates: K, candidates of deterministic predictions (Sec. 5.1).
+    :param noise_bank_seed: Seed of the noise of deterministic predictions.
+    :raises ValueError: For an unknown noise schedule or an impossible size.
+    """
+
+    actor: DiffusionActor
+    actor_target: DiffusionActor
+    critic: CandidateCritic
+    critic_target: CandidateCritic
+
+    def __init__(
+        self,
+        observation_space: spaces.Space[Any],
+        action_space: spaces.Box,
+        lr_schedule: Schedule,
+        net_arch: list[int] | dict[str, list[int]] | None = None,
+        activation_fn: type[nn.Module] = nn.Mish,
+        features_extractor_class: type[BaseFeaturesExtractor] = FlattenExtractor,
+        features_extractor_kwargs: dict[str, Any] | None = None,
+        normalize_images: bool = True,
+        optimizer_class: type[th.optim.Optimizer] = th.optim.Adam,
+        optimizer_kwargs: dict[str, Any] | None = None,
+        n_critics: int = 2,
+        share_features_extractor: bool = False,
+        n_diffusion_steps: int = 20,
+        noise_schedule: str | NoiseSchedule = "cosine",
+        time_embedding_dim: int = 32,
+        n_behavior_candidates: int = 4,
+        n_eval_candidates: int = 32,
+        noise_bank_seed: int = 0,
+    ):
+        # Everything needed to build this policy again comes from here, so that no argument can be forgotten on saving
+        constructor_arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+        super().__init__(
+            observation_space,
+            action_space,
+            features_extractor_class,
+            features_extractor_kwargs,
+            normalize_images=normalize_images,
+            optimizer_class=optimizer_class,
+            optimizer_kwargs=optimizer_kwargs,
+            squash_output=True,
+        )
+        if n_critics < 1:
+            raise ValueError(f"n_critics must be at least 1, got {n_critics}")
+        self._constructor_arguments = constructor_arguments
+        self.n_diffusion_steps = n_diffusion_steps
+        self.n_behavior_candidates = n_behavior_candidates
+        self.n_eval_candidates = n_eval_candidates
+        self.noise_bank_seed = noise_bank_seed
+        self.share_features_extractor = share_features_extractor
+        self._noise_bank: th.Tensor | None = None
+
+        actor_arch, critic_arch = get_actor_critic_arch([256, 256] if net_arch is None else net_arch)
+        common_kwargs = dict(
+            observation_space=observation_space,
+            action_space=action_space,
+            activation_fn=activation_fn,
+            normalize_images=normalize_images,
+        )
+        self.actor_kwargs = dict(
+            common_kwargs,
+            net_arch=actor_arch,
+            n_diffusion_steps=n_diffusion_steps,
+            noise_schedule=noise_schedule,
+            time_embedding_dim=time_embedding_dim,
+        )
+        self.critic_kwargs = dict(
+            common_kwargs,
+            net_arch=critic_arch,
+            n_critics=n_critics,
+            share_features_extractor=share_features_extractor,
+        )
+        self._build(lr_schedule)
+
+    def _build(self, lr_schedule: Schedule) -> None:
+        """
+        Create networks, targets and optimisers.
+
+        :param lr_schedule: Learning rate schedule; its first value is used until training sets the rate.
+        """
+        self.actor = self.make_actor()
+        self.actor_target = self.make_actor()
+        shared = self.share_features_extractor
+        self.critic = self.make_critic(self.actor.features_extractor if shared else None)
+        self.critic_target = self.make_critic(self.actor_target.features_extractor if shared else None)
+        self.actor_target.load_state_dict(self.actor.state_dict())
+        self.critic_target.load_state_dict(self.critic.state_dict())
+        # Targets stay in evaluation mode: set_training_mode() below never touches them
+        self.actor_target.set_training_mode(False)
+        self.critic_target.set_training_mode(False)
+
+        learning_rate = lr_schedule(1)
+        self.actor.optimizer = self._make_optimizer(list(self.actor.parameters()), learning_rate)
+        self.critic.optimizer = self._make_optimizer(self.critic_parameters(self.critic), learning_rate)
+
+    def _make_optimizer(self, parameters: list[nn.Parameter], learning_rate: float) -> th.optim.Optimizer:
+        optimizer_class = cast(Any, self.optimizer_class)
+        optimizer: th.optim.Optimizer = optimizer_class(parameters, lr=learning_rate, **self.optimizer_kwargs)
+        return optimizer
+
+    def make_actor(self, features_extractor: BaseFeaturesExtractor | None = None) -> DiffusionActor:
+        """
+        Create an actor.
+
+        :param features_extractor: Features extractor to share; a new one is created if None.
+        :return: The actor, on the device of this policy.
+        """
+        return DiffusionActor(**self._update_features_extractor(self.actor_kwargs, features_extractor)).to(self.device)
+
+    def make_critic(self, features_extractor: BaseFeaturesExtractor | None = None) -> CandidateCritic:
+        """
+        Create critics.
+
+        :param features_extractor: Features extractor to share; a new one is created if None.
+        :return: The critics, on the device of this policy.
+        """
+        return CandidateCritic(**self._update_features_extractor(self.critic_kwargs, features_extractor)).to(self.device)
+
+    def critic_parameters(self, critic: CandidateCritic) -> list[nn.Parameter]:
+        """
+        The parameters that belong to a critic alone, without a features extractor that it shares with the actor.
+
+        :param critic: The critic or its target.
+        :return: Its parameters.
+        """
+        return [
+            parameter
+            for name, parameter in critic.named_parameters()
+            if not (self.share_features_extractor and name.startswith("features_extractor."))
+        ]
+
+    def rank_candidates(
+        self, observation: PyTorchObs, n_candidates: int, noise: th.Tensor | None = None, target: bool = False
+    ) -> tuple[th.Tensor, th.Tensor]:
+        """
+        Draw candidates from the actor and value them by the minimum over critics. Each observation is encoded once.
+
+        Always in evaluation mode: choosing actions moves no statistics. Gradients are the caller's business.
+
+        :param observation: B observations.
+        :param n_candidates: Candidates K for each observation.
+        :param noise: Standard normal noise of shape (T, B, K, A), see :meth:`GaussianDiffusion.sample`. Drawn if None.
+        :param target: Use the target actor and the target critics.
+        :return: Actions of shape (B, K, A) in [-1, 1] and their values, shape (B, K).
+        """
+        actor, critic = (self.actor_target, self.critic_target) if target else (self.actor, self.critic)
+        with evaluation_mode(actor, critic):
+            features = actor.features(observation)
+            candidates = actor.sample_candidates(features, n_candidates, noise)
+            if not self.share_features_extractor:
+                features = critic.features(observation)
+            return candidates, minimum_q(critic.value_candidates(features, candidates))
+
+    def noise_bank(self, n_candidates: int) -> th.Tensor:
+        """
+        The noise of deterministic predictions. The first K entries are the same however many more are asked for.
+
+        :param n_candidates: Number of candidates K.
+        :return: Standard normal noise of shape (T, 1, K, A), on the policy's device.
+        """
+        bank = self._noise_bank
+        if bank is None or bank.shape[2] < n_candidates or bank.device != self.device:
+            # NumPy's legacy generator: its stream is frozen for good, the same on every device, and longer draws extend
+            # shorter ones. torch's generators promise none of these.
+            generator = np.random.RandomState(self.noise_bank_seed)
+            draws = generator.standard_normal((n_candidates, self.n_diffusion_steps, self.actor.action_dim))
+            bank = th.as_tensor(draws, dtype=th.float32, device=self.device).transpose(0, 1).unsqueeze(1)
+            self._noise_bank = bank
+        return bank[:, :, :n_candidates]
+
+    def update_targets(self, tau: float) -> None:
+        """
+        Polyak step ``target <- (1 - tau) target + tau online`` for actor and critics. Running statistics are copied.
+
+        A shared features extractor moves once, with the actor.
+
+        :param tau: Step size in [0, 1].
+        """
+        polyak_update(self.actor.parameters(), self.actor_target.parameters(), tau)
+        polyak_update(self.critic_parameters(self.critic), self.critic_parameters(self.critic_target), tau)
+        for online, target in ((self.actor, self.actor_target), (self.critic, self.critic_target)):
+            polyak_update(get_parameters_by_name(online, ["running_"]), get_parameters_by_name(target, ["running_"]), 1.0)
+
+    def forward(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
+        """
+        Choose actions, see the class's docstring.
+
+        :param observation: B observations.
+        :param deterministic: Best of ``n_eval_candidates`` under fixed noise, instead of ``n_behavior_candidates`` under
+            fresh noise.
+        :return: Actions of shape (B, A) in [-1, 1].
+        """
+        return self._predict(observation, deterministic)
+
+    def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
+        if not deterministic:
+            return best_candidate(*self.rank_candidates(observation, self.n_behavior_candidates))
+        # One by one: float32 sums depend on the shape of the batch, and a last bit can change which candidate is best
+        bank = self.noise_bank(self.n_eval_candidates)
+        actions = [best_candidate(*self.rank_candidates(row, self.n_eval_candidates, bank)) for row in split_rows(observation)]
+        return th.cat(actions)
+
+    def unscale_action(self, scaled_action: np.ndarray) -> np.ndarray:
+        """
+        From [-1, 1] to the bounds of the action space, never beyond them by a rounding error as SB3's formula can be.
+
+        :param scaled_action: Actions in [-1, 1].
+        :return: Actions within the bounds.
+        """
+        action_space = cast(spaces.Box, self.action_space)
+        unscaled: np.ndarray = np.clip(super().unscale_action(scaled_action), action_space.low, action_space.high)
+        return unscaled
+
+    def set_training_mode(self, mode: bool) -> None:
+        """
+        Switch actor and critics between training and evaluation mode; the targets always stay in evaluation mode.
+
+        :param mode: True for training mode.
+        """
+        self.actor.set_training_mode(mode)
+        self.critic.set_training_mode(mode)
+        self.training = mode
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        current = dict(
+            # The learning rate belongs to the algorithm; a policy loaded alone is not trained
+            lr_schedule=self._dummy_schedule,
+            n_behavior_candidates=self.n_behavior_candidates,
+            n_eval_candidates=self.n_eval_candidates,
+        )
+        return {**self._constructor_arguments, **current}

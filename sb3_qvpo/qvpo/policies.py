@@ -1,0 +1,59 @@
+"""The policies that QVPO knows by name."""
+
+from typing import Any
+
+from gymnasium import spaces
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, CombinedExtractor, NatureCNN
+from stable_baselines3.common.type_aliases import Schedule
+
+from sb3_qvpo.common.policies import DiffusionPolicy
+
+MlpPolicy = DiffusionPolicy
+
+
+class CnnPolicy(DiffusionPolicy):
+    """
+    Diffusion policy for images.
+
+    :param observation_space: Observation space, an image.
+    :param action_space: Action space, a finite ``Box``.
+    :param lr_schedule: Learning rate schedule.
+    :param features_extractor_class: Features extractor to use.
+    :param kwargs: Further arguments of :class:`DiffusionPolicy`.
+    """
+
+    def __init__(
+        self,
+        observation_space: spaces.Space[Any],
+        action_space: spaces.Box,
+        lr_schedule: Schedule,
+        features_extractor_class: type[BaseFeaturesExtractor] = NatureCNN,
+        **kwargs: Any,
+    ):
+        super().__init__(
+            observation_space, action_space, lr_schedule, features_extractor_class=features_extractor_class, **kwargs
+        )
+
+
+class MultiInputPolicy(DiffusionPolicy):
+    """
+    Diffusion policy for dictionaries of vectors and images.
+
+    :param observation_space: Observation space, a ``Dict``.
+    :param action_space: Action space, a finite ``Box``.
+    :param lr_schedule: Learning rate schedule.
+    :param features_extractor_class: Features extractor to use.
+    :param kwargs: Further arguments of :class:`DiffusionPolicy`.
+    """
+
+    def __init__(
+        self,
+        observation_space: spaces.Space[Any],
+        action_space: spaces.Box,
+        lr_schedule: Schedule,
+        features_extractor_class: type[BaseFeaturesExtractor] = CombinedExtractor,
+        **kwargs: Any,
+    ):
+        super().__init__(
+            observation_space, action_space, lr_schedule, features_extractor_class=features_extractor_class, **kwargs
+        )

@@ -1,0 +1,331 @@
+"""
+QVPO as a Stable-Baselines3 algorithm. :meth:`QVPO.train` is Algorithm 1 of the paper.
+
+Shapes: B batch, K candidates for each state, A action dimensions, T diffusion steps, C critics. Actions are in [-1, 1].
+
+==========================  ==================  =====================================================
+argument or variable        symbol              meaning
+==========================  ==================  =====================================================
+``n_behavior_candidates``   K_b                 best of this many while collecting
+``n_target_candidates``     K_t                 best of this many in the TD target
+``n_train_candidates``      N_d                 samples of which the best is trained on
+``n_uniform_actions``       N_e                 uniform actions in the entropy term
+``ent_coef``                omega_ent           weight of the entropy term
+``weights``                 omega_eq(s, a_i)    Q-weights of the candidates
+``best_actions``            a_max               the candidate trained on
+``denoising_losses``        norm in (6), (10)   ``mean over dimensions of (epsilon - epsilon_theta)^2``
+==========================  ==================  =====================================================
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple, TypeVar, cast
+
+import torch as th
+from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.noise import ActionNoise
+from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, PyTorchObs, ReplayBufferSamples, Schedule
+from torch.nn import functional as F
+
+from sb3_qvpo.common.arguments import check_interval, parse_schedule
+from sb3_qvpo.common.candidates import candidate_std, critic_contrast
+from sb3_qvpo.common.off_policy_algorithm import DiffusionOffPolicyAlgorithm, Metrics
+from sb3_qvpo.common.policies import DiffusionPolicy
+from sb3_qvpo.qvpo.policies import CnnPolicy, MlpPolicy, MultiInputPolicy
+from sb3_qvpo.qvpo.weights import QWeighting, add_uniform_actions, resolve_q_weighting, select_training_actions
+
+SelfQVPO = TypeVar("SelfQVPO", bound="QVPO")
+
+
+class ActorNoise(NamedTuple):
+    """
+    All random draws of one policy step.
+
+    :param chain: Noise of the candidates' reverse chains, shape (T, B, N_d, A).
+    :param uniform_actions: Uniform actions in [-1, 1], shape (B, N_e, A).
+    :param timesteps: Diffusion steps of the loss, shape (B, 1 + N_e).
+    :param denoising: Noise epsilon of the loss, shape (B, 1 + N_e, A).
+    """
+
+    chain: th.Tensor
+    uniform_actions: th.Tensor
+    timesteps: th.Tensor
+    denoising: th.Tensor
+
+
+class QVPO(DiffusionOffPolicyAlgorithm):
+    """
+    Q-weighted Variational Policy Optimization: a diffusion policy trained online and off-policy.
+
+    Paper: Ding et al. (2024), *Diffusion-based Reinforcement Learning via Q-weighted Variational Policy Optimization*,
+    NeurIPS 2024, https://arxiv.org/abs/2405.16173. The defaults are its Tables 2 and 3.
+
+    :param policy: ``"MlpPolicy"``, ``"CnnPolicy"``, ``"MultiInputPolicy"`` or a subclass of ``DiffusionPolicy``.
+    :param env: The environment to learn from (if registered in Gymnasium, can be a string). Its action space must be a
+        finite ``Box``.
+    :param learning_rate: Learning rate of the actor, and of the critics unless ``qf_learning_rate`` is given: a number, a
+        function of the remaining progress (from 1 to 0) or a string such as ``"lin_3e-4"``.
+    :param buffer_size: Size of the replay buffer, in transitions.
+    :param learning_starts: Environment steps with uniformly random actions before the first update.
+    :param batch_size: B, transitions in each update.
+    :param tau: Step size of the target networks, in (0, 1].
+    :param gamma: Discount factor, in [0, 1].
+    :param train_freq: Update the model every ``train_freq`` steps, or a tuple such as ``(5, "step")`` or ``(2, "episode")``.
+    :param gradient_steps: Updates after each rollout (see ``train_freq``); -1 for as many as environment steps were done.
+    :param action_noise: Noise added to actions while collecting (none by default).
+    :param replay_buffer_class: Replay buffer class (for instance ``HerReplayBuffer``); chosen automatically if None.
+    :param replay_buffer_kwargs: Keyword arguments of the replay buffer. ``dict(handle_timeout_termination=False)`` treats
+        time limits as the end of the task, as the authors' code does.
+    :param optimize_memory_usage: Use SB3's memory-saving variant of the replay buffer.
+    :param n_steps: Length of n-step returns.
+    :param ent_coef: omega_ent, weight of the entropy term (Eq. 10), at least 0: a number, a function of the remaining
+        progress, or a string: ``"lin_0.02_0.002_0.9"`` falls linearly from 0.02 to 0.002 over 90 % of training.
+        0 switches the term off.
+    :param qf_learning_rate: Learning rate of the critics, in the same forms as ``learning_rate``, which it equals if None.
+    :param n_behavior_candidates: K_b, best of this many candidates while collecting (Algorithm 1, line 2), at least 1.
+    :param n_target_candidates: K_t, best of this many candidates in the TD target (Algorithm 1, line 10), at least 1.
+    :param n_eval_candidates: K, best of this many candidates in ``predict(deterministic=True)`` (Sec. 5.1), at least 1.
+    :param n_train_candidates: N_d, candidates of each state of which the best is trained on (Algorithm 1, lines 5-7),
+        at least 1, with ``"qadv"`` at least 2.
+    :param n_uniform_actions: N_e, uniform actions of each state in the entropy term (Algorithm 1, line 8), at least 1.
+    :param q_weighting: omega_eq: ``"qadv"`` (Eq. 9), ``"qcut"`` (Sec. 4.2) or a function from values (B, N_d) to weights
+        (B, N_d) of at least 0.
+    :param n_diffusion_steps: T, steps of the diffusion, at least 1.
+    :param policy_delay: Update actor and targets every this many critic updates.
+    :param max_grad_norm: Largest Euclidean norm of the gradients of actor and of critics; None for no clipping.
+    :param stats_window_size: Episodes over which rollout statistics are averaged in the log.
+    :param tensorboard_log: Folder for TensorBoard logs (None for none).
+    :param policy_kwargs: Further arguments of the policy, see :class:`~sb3_qvpo.common.policies.DiffusionPolicy`.
+    :param verbose: 0 for no output, 1 for information messages, 2 for debug messages.
+    :param seed: Seed of all random generators.
+    :param device: Device to run on (cpu, cuda, ...); ``"auto"`` uses a GPU if there is one.
+    :param _init_setup_model: Whether to build the networks on creation.
+    :raises ValueError: If an argument is out of its range, or the action space is not a finite ``Box``.
+    """
+
+    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
+        "MlpPolicy": MlpPolicy,
+        "CnnPolicy": CnnPolicy,
+        "MultiInputPolicy": MultiInputPolicy,
+    }
+    _count_arguments: ClassVar[tuple[str, ...]] = (
+        *DiffusionOffPolicyAlgorithm._count_arguments,
+        *("n_target_candidates", "n_train_candidates", "n_uniform_actions"),
+    )
+
+    def __init__(
+        self,
+        policy: str | type[DiffusionPolicy],
+        env: GymEnv | str,
+        learning_rate: float | str | Schedule = 3e-4,
+        buffer_size: int = 1_000_000,
+        learning_starts: int = 100,
+        batch_size: int = 256,
+        tau: float = 0.005,
+        gamma: float = 0.99,
+        train_freq: int | tuple[int, str] = 1,
+        gradient_steps: int = 1,
+        action_noise: ActionNoise | None = None,
+        replay_buffer_class: type[ReplayBuffer] | None = None,
+        replay_buffer_kwargs: dict[str, Any] | None = None,
+        optimize_memory_usage: bool = False,
+        n_steps: int = 1,
+        ent_coef: float | str | Schedule = 0.01,
+        qf_learning_rate: float | str | Schedule | None = None,
+        n_behavior_candidates: int = 4,
+        n_target_candidates: int = 2,
+        n_eval_candidates: int = 32,
+        n_train_candidates: int = 64,
+        n_uniform_actions: int = 10,
+        q_weighting: str | Callable[[th.Tensor], th.Tensor] = "qadv",
+        n_diffusion_steps: int = 20,
+        policy_delay: int = 1,
+        max_grad_norm: float | None = None,
+        stats_window_size: int = 100,
+        tensorboard_log: str | None = None,
+        policy_kwargs: dict[str, Any] | None = None,
+        verbose: int = 0,
+        seed: int | None = None,
+        device: th.device | str = "auto",
+        _init_setup_model: bool = True,
+    ):
+        super().__init__(
+            policy,
+            env,
+            learning_rate=learning_rate,
+            qf_learning_rate=qf_learning_rate,
+            n_diffusion_steps=n_diffusion_steps,
+            n_behavior_candidates=n_behavior_candidates,
+            n_eval_candidates=n_eval_candidates,
+            policy_delay=policy_delay,
+            max_grad_norm=max_grad_norm,
+            buffer_size=buffer_size,
+            learning_starts=learning_starts,
+            batch_size=batch_size,
+            tau=tau,
+            gamma=gamma,
+            train_freq=train_freq,
+            gradient_steps=gradient_steps,
+            action_noise=action_noise,
+            replay_buffer_class=replay_buffer_class,
+            replay_buffer_kwargs=replay_buffer_kwargs,
+            optimize_memory_usage=optimize_memory_usage,
+            n_steps=n_steps,
+            policy_kwargs=policy_kwargs,
+            stats_window_size=stats_window_size,
+            tensorboard_log=tensorboard_log,
+            verbose=verbose,
+            device=device,
+            seed=seed,
+        )
+        self.ent_coef = ent_coef
+        self.n_target_candidates = n_target_candidates
+        self.n_train_candidates = n_train_candidates
+        self.n_uniform_actions = n_uniform_actions
+        self.q_weighting = q_weighting
+
+        if _init_setup_model:
+            self._setup_model()
+
+    def train(self, gradient_steps: int, batch_size: int = 256) -> None:
+        """
+        Algorithm 1, lines 4-11. The critic comes first, as in the authors' code, then the actor and the targets.
+
+        :param gradient_steps: Number of updates.
+        :param batch_size: B, transitions in each update.
+        :raises ValueError: At the first loss or gradient that is not finite; the weights stay as they were before it.
+        """
+        self.policy.set_training_mode(True)
+        self._update_learning_rates()
+        ent_coef = self._current_ent_coef()
+
+        for _ in range(gradient_steps):
+            self._n_updates += 1
+            # Line 4: sample a mini-batch
+            batch = cast(ReplayBuffer, self.replay_buffer).sample(batch_size, env=self._vec_normalize_env)
+
+            # Lines 10-11: TD target and critics
+            target_noise = self._draw_chain_noise(batch_size, self.n_target_candidates)
+            critic_loss, critic_metrics = self._critic_loss(batch, target_noise)
+            self._optimize(self.critic.optimizer, "critic_loss", critic_loss)
+            self._add_metrics(critic_metrics)
+
+            if self._n_updates % self.policy_delay == 0:
+                # Lines 5-9: weighted candidates, uniform actions, policy
+                actor_loss, actor_metrics = self._actor_loss(batch.observations, ent_coef, self._draw_actor_noise(batch_size))
+                self._optimize(self.actor.optimizer, "actor_loss", actor_loss)
+                self._add_metrics(actor_metrics)
+                self.policy.update_targets(self.tau)
+
+        self._log_updates()
+
+    def _critic_loss(self, batch: ReplayBufferSamples, target_noise: th.Tensor) -> tuple[th.Tensor, Metrics]:
+        """
+        Algorithm 1, lines 10-11: ``y = r + gamma^n (1 - done) max_i min_c Q'_c(s', a'_i)`` over K_t candidates a'_i of the
+        target actor, and ``sum over critics of mean (Q_c(s, a) - y)^2``.
+
+        :param batch: Transitions.
+        :param target_noise: Noise of the target actor's chains, shape (T, B, K_t, A).
+        :return: The loss and its metrics.
+        """
+        with th.no_grad():
+            _, next_q_values = self.policy.rank_candidates(
+                batch.next_observations, self.n_target_candidates, target_noise, target=True
+            )
+            # The K_t-efficient target policy takes its best candidate; ranked and valued by the same critics
+            next_values = next_q_values.max(dim=1, keepdim=True).values
+            # n-step buffers hand out gamma^n of each transition
+            discounts = self.gamma if batch.discounts is None else batch.discounts
+            target_q_values = batch.rewards + (1 - batch.dones) * discounts * next_values
+
+        q_values = self.critic(batch.observations, batch.actions)
+        loss = th.stack([F.mse_loss(q_value, target_q_values) for q_value in q_values]).sum()
+        metrics = {"critic_loss": loss, "q_value": th.cat(q_values, dim=1).detach().min(dim=1).values.mean()}
+        return loss, metrics
+
+    def _actor_loss(self, observations: PyTorchObs, ent_coef: float, noise: ActorNoise) -> tuple[th.Tensor, Metrics]:
+        """
+        Algorithm 1, lines 5-9: ``(1/B) sum_b [omega_b l_b + sum_e ent_coef omega_b l_be]``, Eq. 6 plus Eq. 10.
+
+        :param observations: B observations.
+        :param ent_coef: omega_ent.
+        :param noise: All random draws.
+        :return: The loss and its metrics.
+        """
+        with th.no_grad():
+            # Line 5: N_d samples of the policy for each state, valued by the minimum over critics
+            candidates, q_values = self.policy.rank_candidates(observations, self.n_train_candidates, noise.chain)
+            # Line 6: weights, Eq. 9
+            weights = self._q_weighting(q_values)
+            # Line 7: only the sample with the largest weight is trained on
+            best_actions, best_weights = select_training_actions(candidates, q_values, weights)
+            # Line 8: N_e uniform samples, each with weight omega_ent * omega_eq(s, a_max)
+            actions, action_weights = add_uniform_actions(best_actions, best_weights, noise.uniform_actions, ent_coef)
+
+        # Line 9: the sum of Eqs. 6 and 10
+        denoising_losses = self.actor.denoising_loss(observations, actions, noise.timesteps, noise.denoising)
+        weighted_losses = action_weights * denoising_losses
+        entropy_loss = weighted_losses[:, 1:].sum(dim=1).mean()
+        loss = weighted_losses[:, 0].mean() + entropy_loss
+        metrics = {
+            "actor_loss": loss,
+            "entropy_loss": entropy_loss,
+            "weight": best_weights.mean(),
+            "critic_contrast": critic_contrast(q_values),
+            "candidate_std": candidate_std(candidates),
+        }
+        return loss, metrics
+
+    def _draw_actor_noise(self, batch_size: int) -> ActorNoise:
+        """
+        All random draws of a policy step.
+
+        :param batch_size: B.
+        :return: The draws.
+        """
+        uniform_shape = (batch_size, self.n_uniform_actions, self.actor.action_dim)
+        loss_shape = (batch_size, 1 + self.n_uniform_actions)
+        return ActorNoise(
+            chain=self._draw_chain_noise(batch_size, self.n_train_candidates),
+            uniform_actions=2 * th.rand(uniform_shape, device=self.device) - 1,
+            timesteps=th.randint(self.n_diffusion_steps, loss_shape, device=self.device),
+            denoising=th.randn((*loss_shape, self.actor.action_dim), device=self.device),
+        )
+
+    def _current_ent_coef(self) -> float:
+        ent_coef = check_interval("ent_coef", self._ent_coef_schedule(self._current_progress_remaining), 0, math.inf)
+        self.logger.record("train/ent_coef", ent_coef)
+        return ent_coef
+
+    def _setup_model(self) -> None:
+        self._q_weighting: QWeighting = resolve_q_weighting(self.q_weighting, self.n_train_candidates)
+        self._ent_coef_schedule = parse_schedule("ent_coef", self.ent_coef)
+        super()._setup_model()
+
+    def _excluded_save_params(self) -> list[str]:
+        return [*super()._excluded_save_params(), "_q_weighting", "_ent_coef_schedule"]
+
+    def learn(
+        self: SelfQVPO,
+        total_timesteps: float,
+        callback: MaybeCallback = None,
+        log_interval: int = 4,
+        tb_log_name: str = "QVPO",
+        reset_num_timesteps: bool = True,
+        progress_bar: bool = False,
+    ) -> SelfQVPO:
+        """
+        Train the model.
+
+        :param total_timesteps: Number of environment steps; a float such as ``1e6`` is fine.
+        :param callback: Callback(s) called at every step.
+        :param log_interval: Episodes between two entries of the log.
+        :param tb_log_name: Name of the run for TensorBoard.
+        :param reset_num_timesteps: Start counting steps (and schedules) from 0 again.
+        :param progress_bar: Show a progress bar (needs tqdm and rich).
+        :return: The trained model.
+        :raises ValueError: If ``total_timesteps`` is not finite, or when a reward, an observation, a loss or a gradient is
+            not finite. The weights and the buffer are intact then.
+        """
+        return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)

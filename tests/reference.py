@@ -1,0 +1,337 @@
+"""
+An independent version of everything QVPO computes, in float64 NumPy with plain loops, written from the paper.
+
+It shares no code with the package and is never imported by it: the tests compare the two. One sample at a time, no
+batching, no split first layers, gradients by hand. Slow on purpose.
+
+Equation and table numbers are those of arXiv 2405.16173; DDPM is Ho et al. (2020), arXiv 2006.11239.
+"""
+
+import math
+
+import numpy as np
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Noise schedules
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def cosine_betas(n_steps, offset=0.008):
+    """Nichol and Dhariwal (2021), Eq. 17."""
+
+    def alpha_bar(u):
+        return math.cos((u + offset) / (1 + offset) * math.pi / 2) ** 2
+
+    return np.array([min(1 - alpha_bar((t + 1) / n_steps) / alpha_bar(t / n_steps), 0.999) for t in range(n_steps)])
+
+
+def vp_betas(n_steps, beta_min=0.1, beta_max=10.0):
+    """1 - beta_t = exp of minus the integral of a linearly growing rate over ((t-1)/T, t/T)."""
+
+    def integrated_rate(u):
+        return beta_min * u + (beta_max - beta_min) * u**2 / 2
+
+    return np.array(
+        [1 - math.exp(integrated_rate((t - 1) / n_steps) - integrated_rate(t / n_steps)) for t in range(1, n_steps + 1)]
+    )
+
+
+def linear_betas(n_steps, beta_start=1e-4, beta_end=2e-2):
+    """DDPM, Sec. 4: 1000 steps, of which ``n_steps`` evenly spaced ones are kept (at most 1000 here)."""
+    kept_before = 0
+    betas = []
+    for i in range(1, n_steps + 1):
+        kept = round(i * 1000 / n_steps)
+        signal = 1.0
+        for t in range(kept_before, kept):
+            signal *= 1 - (beta_start + (beta_end - beta_start) * t / 999)
+        betas.append(1 - signal)
+        kept_before = kept
+    return np.array(betas)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Diffusion of one action
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def alpha_bar(betas, t):
+    """Eq. 2: the product of (1 - beta_s) for s = 0 ... t; an empty product (t = -1) is 1."""
+    product = 1.0
+    for s in range(t + 1):
+        product *= 1 - betas[s]
+    return product
+
+
+def add_noise(action, t, noise, betas):
+    """Eq. 2."""
+    return math.sqrt(alpha_bar(betas, t)) * action + math.sqrt(1 - alpha_bar(betas, t)) * noise
+
+
+def reverse_chain(predict_noise, noise, betas, clip=True):
+    """
+    DDPM, Algorithm 2, in posterior form (its Eqs. 6 and 7). ``predict_noise(x_t, t)``; ``noise`` is (T, A): the start, then
+    one draw for each step but the last.
+    """
+    n_steps = len(betas)
+    x = noise[0]
+    for t in range(n_steps - 1, -1, -1):
+        bar, bar_before = alpha_bar(betas, t), alpha_bar(betas, t - 1)
+        x0 = (x - math.sqrt(1 - bar) * predict_noise(x, t)) / math.sqrt(bar)
+        if clip:
+            x0 = np.clip(x0, -1, 1)
+        mean = (math.sqrt(bar_before) * betas[t] * x0 + math.sqrt(1 - betas[t]) * (1 - bar_before) * x) / (1 - bar)
+        variance = (1 - bar_before) / (1 - bar) * betas[t]
+        x = mean if t == 0 else mean + math.sqrt(variance) * noise[n_steps - t]
+    return np.clip(x, -1, 1) if clip else x
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Networks: a list of (weight, bias), Mish between the layers
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def mish(x):
+    """x tanh(softplus(x)), Table 2."""
+    return x * np.tanh(np.log1p(np.exp(x)))
+
+
+def mish_derivative(x):
+    tanh = np.tanh(np.log1p(np.exp(x)))
+    return tanh + x * (1 - tanh**2) / (1 + np.exp(-x))
+
+
+def mlp_forward(layers, x):
+    """Output and the inputs and outputs of each layer, which the backward pass needs."""
+    trace = []
+    for i, (weight, bias) in enumerate(layers):
+        before = weight @ x + bias
+        trace.append((x, before))
+        x = mish(before) if i < len(layers) - 1 else before
+    return x, trace
+
+
+def mlp_backward(layers, trace, output_gradient):
+    """Gradients of all (weight, bias) and of the input."""
+    gradients = []
+    gradient = output_gradient
+    for i in range(len(layers) - 1, -1, -1):
+        x, before = trace[i]
+        if i < len(layers) - 1:
+            gradient = gradient * mish_derivative(before)
+        gradients.insert(0, (np.outer(gradient, x), gradient))
+        gradient = layers[i][0].T @ gradient
+    return gradients, gradient
+
+
+def sinusoidal_embedding(t, dim):
+    half = dim // 2
+    angles = [t * 10_000 ** (-i / (half - 1)) for i in range(half)]
+    return np.array([math.sin(angle) for angle in angles] + [math.cos(angle) for angle in angles])
+
+
+def predict_noise(actor, x_t, state, t):
+    """epsilon_theta(a_t, s, t): the MLP ``actor["main"]`` over [a_t, emb(t), s], emb the MLP ``actor["time"]``."""
+    embedding, _ = mlp_forward(actor["time"], sinusoidal_embedding(t, actor["time"][0][0].shape[1]))
+    return mlp_forward(actor["main"], np.concatenate([x_t, embedding, state]))[0]
+
+
+def q_values(critics, state, action):
+    """The value of each critic."""
+    return [mlp_forward(layers, np.concatenate([state, action]))[0][0] for layers in critics]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Algorithm 1
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def draw_candidates(actor, state, noise, betas):
+    """K samples of the policy for one state; ``noise`` is (T, K, A)."""
+    return [reverse_chain(lambda x, t: predict_noise(actor, x, state, t), noise[:, k], betas) for k in range(noise.shape[1])]
+
+
+def best_of_k(critics, state, candidates):
+    """Sec. 4.4: the candidate with the largest minimum over critics, and that value."""
+    values = [min(q_values(critics, state, action)) for action in candidates]
+    best = max(range(len(candidates)), key=lambda k: values[k])
+    return candidates[best], values[best]
+
+
+def qadv(values):
+    """Eq. 9, V(s) the mean over the state's samples."""
+    baseline = sum(values) / len(values)
+    return [max(value - baseline, 0.0) for value in values]
+
+
+def qcut(values, epsilon):
+    """Sec. 4.2."""
+    return [value if value >= 0 else epsilon for value in values]
+
+
+def td_target(reward, done, discount, next_value):
+    """Line 10."""
+    return reward + discount * (1 - done) * next_value
+
+
+def weighted_loss(actor, states, actions, weights, timesteps, noise, betas):
+    """
+    Eq. 6 plus Eq. 10 for given actions (B, N, A) and weights (B, N): (1/B) sum of weight times the mean squared error over
+    dimensions. Returns the loss, the part of the actions after the first of each state (Eq. 10) and all gradients.
+    """
+    batch_size, n_actions, action_dim = actions.shape
+    loss = entropy_loss = 0.0
+    gradients = {part: [[np.zeros_like(w), np.zeros_like(b)] for w, b in actor[part]] for part in ("time", "main")}
+    embedding_dim = actor["time"][0][0].shape[1]
+    for b in range(batch_size):
+        for i in range(n_actions):
+            embedding, time_trace = mlp_forward(actor["time"], sinusoidal_embedding(timesteps[b, i], embedding_dim))
+            x_t = add_noise(actions[b, i], timesteps[b, i], noise[b, i], betas)
+            predicted, main_trace = mlp_forward(actor["main"], np.concatenate([x_t, embedding, states[b]]))
+            error = noise[b, i] - predicted
+            term = weights[b, i] * np.mean(error**2) / batch_size
+            loss += term
+            entropy_loss += term if i > 0 else 0.0
+            output_gradient = -2 * weights[b, i] * error / action_dim / batch_size
+            main_gradients, input_gradient = mlp_backward(actor["main"], main_trace, output_gradient)
+            time_gradients, _ = mlp_backward(
+                actor["time"], time_trace, input_gradient[action_dim : action_dim + embedding_dim]
+            )
+            for part, new in (("main", main_gradients), ("time", time_gradients)):
+                for total, (weight_gradient, bias_gradient) in zip(gradients[part], new, strict=True):
+                    total[0] += weight_gradient
+                    total[1] += bias_gradient
+    return loss, entropy_loss, gradients
+
+
+def critic_loss(critics, states, actions, targets):
+    """Line 11: the sum over critics of the mean squared error, and the gradients of each critic."""
+    loss = 0.0
+    gradients = []
+    for layers in critics:
+        totals = [[np.zeros_like(w), np.zeros_like(b)] for w, b in layers]
+        for state, action, target in zip(states, actions, targets, strict=True):
+            value, trace = mlp_forward(layers, np.concatenate([state, action]))
+            loss += (value[0] - target) ** 2 / len(states)
+            new, _ = mlp_backward(layers, trace, 2 * (value - target) / len(states))
+            for total, (weight_gradient, bias_gradient) in zip(totals, new, strict=True):
+                total[0] += weight_gradient
+                total[1] += bias_gradient
+        gradients.append(totals)
+    return loss, gradients
+
+
+def flatten(layers):
+    """All weights and biases in order."""
+    return [array for pair in layers for array in pair]
+
+
+def clip_gradients(gradients, max_norm):
+    """Scale all gradients so that their joint Euclidean norm is at most ``max_norm`` (in place)."""
+    norm = math.sqrt(sum(float(np.sum(gradient**2)) for gradient in gradients))
+    if norm > max_norm:
+        for gradient in gradients:
+            gradient *= max_norm / norm
+
+
+def adam_step(parameters, gradients, moments, step, learning_rate, epsilon, beta1=0.9, beta2=0.999):
+    """Kingma and Ba (2015), Algorithm 1, in place. ``moments`` is a list of [m, v]."""
+    for parameter, gradient, moment in zip(parameters, gradients, moments, strict=True):
+        moment[0] = beta1 * moment[0] + (1 - beta1) * gradient
+        moment[1] = beta2 * moment[1] + (1 - beta2) * gradient**2
+        m_hat = moment[0] / (1 - beta1**step)
+        v_hat = moment[1] / (1 - beta2**step)
+        parameter -= learning_rate * m_hat / (np.sqrt(v_hat) + epsilon)
+
+
+def polyak(target, online, tau):
+    """Target networks, in place."""
+    for target_array, online_array in zip(target, online, strict=True):
+        target_array *= 1 - tau
+        target_array += tau * online_array
+
+
+class Learner:
+    """
+    The state of a QVPO learner and one update of it: Algorithm 1, lines 5-11, critic first.
+
+    ``actor`` and ``critics`` (and their targets) are changed in place; ``settings`` holds ``betas``, ``tau``, ``gamma``,
+    ``weighting`` (values of one state -> weights), ``ent_coef``, ``actor_learning_rate``, ``critic_learning_rate``,
+    ``adam_epsilon``, ``max_grad_norm`` and ``policy_delay``.
+    """
+
+    def __init__(self, actor, actor_target, critics, critics_target, settings):
+        self.actor, self.actor_target = actor, actor_target
+        self.critics, self.critics_target = critics, critics_target
+        self.settings = settings
+        self.critic_moments = [[np.zeros_like(array), np.zeros_like(array)] for array in self.critic_arrays()]
+        self.actor_moments = [[np.zeros_like(array), np.zeros_like(array)] for array in self.actor_arrays(actor)]
+        self.n_updates = self.n_actor_updates = 0
+        self.metrics = {}
+
+    def critic_arrays(self):
+        return [array for layers in self.critics for array in flatten(layers)]
+
+    @staticmethod
+    def actor_arrays(actor):
+        return flatten(actor["time"]) + flatten(actor["main"])
+
+    def update(self, batch, target_noise, actor_noise):
+        """``batch``: arrays by name; ``target_noise`` (T, B, K_t, A); ``actor_noise``: arrays by name."""
+        self.n_updates += 1
+        critic_gradients = self.critic_step(batch, target_noise)
+        if self.n_updates % self.settings["policy_delay"]:
+            return critic_gradients, None
+        actor_gradients = self.actor_step(batch["observations"], actor_noise)
+        tau = self.settings["tau"]
+        polyak(self.actor_arrays(self.actor_target), self.actor_arrays(self.actor), tau)
+        for target, online in zip(self.critics_target, self.critics, strict=True):
+            polyak(flatten(target), flatten(online), tau)
+        return critic_gradients, actor_gradients
+
+    def critic_step(self, batch, target_noise):
+        targets = []
+        for i, next_state in enumerate(batch["next_observations"]):
+            candidates = draw_candidates(self.actor_target, next_state, target_noise[:, i], self.settings["betas"])
+            _, next_value = best_of_k(self.critics_target, next_state, candidates)
+            discount = self.settings["gamma"] if batch["discounts"] is None else batch["discounts"][i]
+            targets.append(td_target(batch["rewards"][i], batch["dones"][i], discount, next_value))
+        values = [min(q_values(self.critics, s, a)) for s, a in zip(batch["observations"], batch["actions"], strict=True)]
+        loss, gradients = critic_loss(self.critics, batch["observations"], batch["actions"], targets)
+        self.metrics.update(critic_loss=loss, q_value=np.mean(values))
+        gradients = [array for layers in gradients for array in flatten(layers)]
+        self.step(self.critic_arrays(), gradients, self.critic_moments, self.n_updates, "critic_learning_rate")
+        return gradients
+
+    def actor_step(self, states, noise):
+        actions, weights, contrasts, spreads = [], [], [], []
+        for i, state in enumerate(states):
+            candidates = draw_candidates(self.actor, state, noise["chain"][:, i], self.settings["betas"])  # line 5
+            values = [min(q_values(self.critics, state, action)) for action in candidates]
+            omega = self.settings["weighting"](values)  # line 6
+            best = max(range(len(candidates)), key=lambda k: (omega[k], values[k]))  # line 7
+            actions.append([candidates[best], *noise["uniform_actions"][i]])
+            omega_ent = self.settings["ent_coef"] * omega[best]  # line 8
+            weights.append([omega[best]] + [omega_ent] * len(noise["uniform_actions"][i]))
+            contrasts.append(max(values) - np.mean(values))
+            spreads.append(np.mean(np.std(candidates, axis=0)))
+        loss, entropy_loss, gradients = weighted_loss(  # line 9
+            self.actor, states, np.array(actions), np.array(weights), noise["timesteps"], noise["denoising"],
+            self.settings["betas"],
+        )  # fmt: skip
+        self.metrics.update(
+            actor_loss=loss,
+            entropy_loss=entropy_loss,
+            weight=np.mean([row[0] for row in weights]),
+            critic_contrast=np.mean(contrasts),
+            candidate_std=np.mean(spreads),
+        )
+        gradients = flatten(gradients["time"]) + flatten(gradients["main"])
+        self.n_actor_updates += 1
+        self.step(self.actor_arrays(self.actor), gradients, self.actor_moments, self.n_actor_updates, "actor_learning_rate")
+        return gradients
+
+    def step(self, arrays, gradients, moments, count, rate_name):
+        if self.settings["max_grad_norm"] is not None:
+            clip_gradients(gradients, self.settings["max_grad_norm"])
+        adam_step(arrays, gradients, moments, count, self.settings[rate_name], self.settings["adam_epsilon"])
