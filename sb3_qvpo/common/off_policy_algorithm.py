@@ -108,7 +108,7 @@ class DiffusionOffPolicyAlgorithm(OffPolicyAlgorithm):
     # Building and saving
 
     def _setup_model(self) -> None:
-        self._check_arguments()
+        self._resolve_arguments()
         self._metric_sums: dict[str, tuple[th.Tensor, int]] = {}
         self._finite_guard = FiniteGuard(deferred=self.device.type != "cpu")
         own_kwargs = {name: getattr(self, name) for name in self._policy_arguments}
@@ -128,7 +128,8 @@ class DiffusionOffPolicyAlgorithm(OffPolicyAlgorithm):
         self.critic = self.policy.critic
         self.critic_target = self.policy.critic_target
 
-    def _check_arguments(self) -> None:
+    def _resolve_arguments(self) -> None:
+        """Check all arguments and prepare those with several forms, before anything large is built."""
         for name in self._count_arguments:
             check_count(name, getattr(self, name))
         check_interval("tau", self.tau, 0, 1, low_allowed=False)

@@ -298,10 +298,10 @@ class QVPO(DiffusionOffPolicyAlgorithm):
         self.logger.record("train/ent_coef", ent_coef)
         return ent_coef
 
-    def _setup_model(self) -> None:
+    def _resolve_arguments(self) -> None:
+        super()._resolve_arguments()
         self._q_weighting: QWeighting = resolve_q_weighting(self.q_weighting, self.n_train_candidates)
         self._ent_coef_schedule = parse_schedule("ent_coef", self.ent_coef)
-        super()._setup_model()
 
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), "_q_weighting", "_ent_coef_schedule"]
