@@ -9,7 +9,8 @@ PIP_ENV := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt P
 .PHONY: train test test-slow lint format type pytest clean
 
 train: $(READY)
-	$(BIN)/python examples/train_pendulum.py
+	$(BIN)/python -m rl_zoo3.train --algo qvpo --env Pendulum-v1 -P --seed 0
+	$(BIN)/python -m rl_zoo3.enjoy --algo qvpo --env Pendulum-v1 -f logs --no-render -n 4000
 
 test: lint type pytest
 

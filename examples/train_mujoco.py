@@ -1,4 +1,8 @@
-"""Train on Hopper-v5 with the paper's settings, save, reload and evaluate. Needs ``pip install "sb3-qvpo[mujoco]"``."""
+"""
+Train on Hopper-v5 with the paper's settings, save, reload and evaluate.
+
+Needs ``pip install "sb3-qvpo[mujoco,progress]"``.
+"""
 
 import argparse
 
@@ -25,10 +29,10 @@ def main() -> None:
         seed=arguments.seed,
     )
     model.learn(arguments.timesteps, progress_bar=True)
-    model.save("logs/qvpo_mujoco")
+    model.save("qvpo_mujoco")
 
     # The zip holds everything for prediction and for further training (with a replay buffer, see save_replay_buffer)
-    model = QVPO.load("logs/qvpo_mujoco")
+    model = QVPO.load("qvpo_mujoco")
     env = make_vec_env(arguments.env, seed=1_000)
     for n_eval_candidates in (1, 32):
         model.n_eval_candidates = n_eval_candidates

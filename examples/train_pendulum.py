@@ -1,4 +1,8 @@
-"""Train a diffusion policy on Pendulum-v1 in a few minutes on two cores, and print what it has learnt."""
+"""
+Train a diffusion policy on Pendulum-v1 in a few minutes on two cores, and print what it has learnt.
+
+Needs ``pip install "sb3-qvpo[progress]"``.
+"""
 
 import argparse
 
@@ -10,7 +14,7 @@ from sb3_qvpo import QVPO
 
 def main() -> float:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--timesteps", type=float, default=5_000, help="environment steps")
+    parser.add_argument("--timesteps", type=float, default=6_000, help="environment steps")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
 
@@ -29,7 +33,7 @@ def main() -> float:
         seed=arguments.seed,
     )
     model.learn(arguments.timesteps, progress_bar=True)
-    model.save("logs/qvpo_pendulum")
+    model.save("qvpo_pendulum")
 
     env = make_vec_env("Pendulum-v1", seed=1_000)
     mean, std = evaluate_policy(model, env, n_eval_episodes=20)

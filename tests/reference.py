@@ -165,8 +165,11 @@ def qadv(values):
 
 
 def qcut(values, epsilon):
-    """Sec. 4.2."""
-    return [value if value >= 0 else epsilon for value in values]
+    """Sec. 4.2: only the best action has a weight; its value, or epsilon if that is negative."""
+    weights = [0.0] * len(values)
+    best = max(range(len(values)), key=lambda k: values[k])
+    weights[best] = values[best] if values[best] >= 0 else epsilon
+    return weights
 
 
 def td_target(reward, done, discount, next_value):

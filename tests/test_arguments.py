@@ -93,7 +93,11 @@ def test_argument_is_alive(name):
 
 
 def test_policy_env_tensorboard_log_and_verbose_are_alive(tmp_path, capsys):
-    model = tiny_qvpo(BanditEnv(), policy=DiffusionPolicy)
+    class OtherPolicy(DiffusionPolicy):
+        """A policy of another class."""
+
+    model = tiny_qvpo(BanditEnv(), policy=OtherPolicy)
+    assert type(model.policy) is OtherPolicy
     assert model.observation_space.shape == (2,)
     assert capsys.readouterr().out == ""
     tiny_qvpo(verbose=1)
@@ -166,7 +170,7 @@ BAD = [
     (dict(policy_kwargs=dict(noise_schedule=lambda n: th.ones(n))), r"noise_schedule must return 3 values in \(0, 1\)"),
     (dict(policy_kwargs=dict(noise_schedule=lambda n: th.full((n + 1,), 0.1))), "noise_schedule must return 3 values"),
     (dict(policy_kwargs=dict(time_embedding_dim=5)), "time_embedding_dim must be an even number of at least 4, got 5"),
-    (dict(policy_kwargs=dict(n_critics=0)), "n_critics must be at least 1, got 0"),
+    (dict(policy_kwargs=dict(n_critics=0)), "n_critics must be a whole number of at least 1, got 0"),
     (
         dict(policy_kwargs=dict(n_diffusion_steps=5)),
         "n_diffusion_steps must be an argument of QVPO, not of policy_kwargs",
@@ -311,7 +315,9 @@ def test_a_non_finite_loss_stops_training_before_it_reaches_the_weights():
     model = tiny_qvpo().learn(10)
     before = weights_of(model)
     model.replay_buffer.rewards[:] = np.nan
-    with pytest.raises(ValueError, match=r"Non-finite critic_loss \(nan\) in gradient update 6; .* weights .* intact"):
+    with pytest.raises(
+        ValueError, match=r"Non-finite rewards in the replay buffer in gradient update 6; .* weights .* intact"
+    ):
         model.train(1, batch_size=8)
     assert same_weights(before, weights_of(model))
     model.replay_buffer.rewards[:] = 0.0
@@ -333,28 +339,82 @@ def test_a_non_finite_gradient_of_a_finite_loss_is_named():
     parameter = th.nn.Parameter(th.zeros(1))
     loss = (parameter.abs() + 1e-46).sqrt().sum() * 0 + 1.0  # the slope of the root at 0 is infinite, times 0 is NaN
     loss.backward()
+    optimizer = th.optim.Adam([parameter])
     with pytest.raises(ValueError, match="Non-finite gradient of some_loss in gradient update 3"):
-        FiniteGuard(deferred=False).protect_step("some_loss", loss, [parameter], 3, None)
+        FiniteGuard(deferred=False).step(optimizer, "some_loss", loss, 3, None)
+    assert parameter.item() == 0
     assert parameter.grad is None
 
 
-def test_on_an_accelerator_a_bad_step_is_masked_and_reported_later():
-    """The path that a GPU takes, on the CPU: no error at once, weights stay finite, the first bad update is named."""
+def test_a_non_finite_critic_loss_is_named():
+    """The buffer is fine, the network is not: a loss beyond float32."""
     model = tiny_qvpo().learn(10)
+    model.critic.q_networks[0][-1].bias.data.fill_(1e30)
+    before = weights_of(model)
+    with pytest.raises(ValueError, match=r"Non-finite critic_loss \(inf\) in gradient update 6"):
+        model.train(1, batch_size=8)
+    assert same_weights(before, weights_of(model))
+
+
+@pytest.mark.parametrize("optimizer", [dict(), dict(optimizer_class=th.optim.AdamW), dict(optimizer_class=th.optim.SGD)])
+@pytest.mark.parametrize("max_grad_norm", [None, 1.0])
+def test_on_an_accelerator_a_bad_step_is_undone_and_reported_later(max_grad_norm, optimizer):
+    """The path that a GPU takes, on the CPU: no error at once, not one weight moves, the first bad update is named."""
+    model = tiny_qvpo(max_grad_norm=max_grad_norm, policy_kwargs=dict(net_arch=[8], **optimizer)).learn(10)
     model._finite_guard = FiniteGuard(deferred=True)
-    good = model.replay_buffer.rewards.copy()
+    model.train(1, batch_size=8)  # update 6
+    before = weights_of(model)
+    rewards = model.replay_buffer.rewards.copy()
     model.replay_buffer.rewards[:] = np.inf
-    model.train(2, batch_size=8)  # updates 6 and 7
-    assert all(bool(value.isfinite().all()) for value in model.policy.state_dict().values())
-    model.replay_buffer.rewards[:] = good
-    with pytest.raises(ValueError, match="Non-finite critic_loss in gradient update 6"):
+    model.train(2, batch_size=8)  # updates 7 and 8
+    after = weights_of(model)
+    assert all(th.equal(before[name], after[name]) for name in before if name.startswith("critic."))
+    assert not all(th.equal(before[name], after[name]) for name in before if name.startswith("actor."))  # its loss is finite
+    model.replay_buffer.rewards[:] = rewards
+    with pytest.raises(ValueError, match="Non-finite critic_loss in gradient update 7"):
         model.train(95, batch_size=8)
     assert model._n_updates == 100
     model.train(100, batch_size=8)  # reported once
-    plain = trained_weights(tiny_qvpo())
-    guarded = tiny_qvpo()
+    assert all(bool(value.isfinite().all()) for value in model.policy.state_dict().values())
+
+
+def test_a_first_step_that_is_bad_leaves_no_nan_in_the_optimizer():
+    model = tiny_qvpo(learning_starts=20).learn(20)
+    model._finite_guard = FiniteGuard(deferred=True)
+    model.replay_buffer.rewards[:] = np.nan
+    model.train(1, batch_size=8)
+    state = model.critic.optimizer.state_dict()["state"]
+    assert all(bool(value.isfinite().all()) for values in state.values() for value in values.values())
+
+
+def test_on_an_accelerator_the_end_of_learn_reports():
+    model = tiny_qvpo().learn(10)
+    model._finite_guard = FiniteGuard(deferred=True)
+    model.replay_buffer.rewards[:] = np.nan
+    with pytest.raises(ValueError, match="Non-finite critic_loss in gradient update"):
+        model.learn(8, reset_num_timesteps=False)
+    assert model.num_timesteps == 18
+
+
+def test_the_guard_is_deferred_off_the_cpu_only_and_changes_nothing_else():
+    assert tiny_qvpo()._finite_guard.deferred is False
+    assert tiny_qvpo(device="meta", seed=None)._finite_guard.deferred is True
+    plain = trained_weights(tiny_qvpo(max_grad_norm=1.0))
+    guarded = tiny_qvpo(max_grad_norm=1.0)
     guarded._finite_guard = FiniteGuard(deferred=True)
-    assert same_weights(trained_weights(guarded), plain)  # and it changes nothing else
+    assert same_weights(trained_weights(guarded), plain)
+
+
+def test_after_a_refused_observation_learning_starts_from_a_reset():
+    """Otherwise the next transition would connect the last observation with one that is several steps further."""
+    env = BreakingEnv("observation", np.nan, at=14, length=100)
+    model = tiny_qvpo(env, learning_starts=1000)
+    with pytest.raises(ValueError, match="non-finite observation"):
+        model.learn(50)
+    model.learn(30, reset_num_timesteps=False)
+    buffer = model.replay_buffer
+    steps = buffer.next_observations[: buffer.pos] - buffer.observations[: buffer.pos]
+    np.testing.assert_allclose(steps, 0.01, atol=1e-6)
 
 
 def test_gradients_are_clipped_to_the_norm():

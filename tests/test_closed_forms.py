@@ -71,6 +71,10 @@ def test_chain_approaches_the_data_with_more_steps(schedule, variance_at_20):
     """Variance of the result; the data's is 0.25. Few steps are too narrow, by what the posterior form leaves out."""
     variances = {n: exact_mean_and_variance(make_betas(schedule, n).numpy())[1] for n in (5, 20, 100, 1000)}
     assert variances[20] == pytest.approx(variance_at_20, abs=1e-3)
+    for n_steps in (20, 1000):
+        betas = make_betas(schedule, n_steps)
+        samples = GaussianDiffusion(betas, clip_denoised=False).sample(OptimalPredictor(betas), None, shape=(20_000, 1))
+        assert samples.var().item() == pytest.approx(variances[n_steps], rel=5 * math.sqrt(2 / 20_000))
     errors = [STD**2 - variance for variance in variances.values()]
     assert errors == sorted(errors, reverse=True) and errors[-1] > 0
     assert variances[1000] == pytest.approx(STD**2, rel=0.02)

@@ -30,4 +30,4 @@ def test_example(name, tmp_path):
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
     assert result.returncode == 0, result.stderr
     assert re.search(expected, result.stdout), result.stdout
-    assert list(tmp_path.glob("logs/*.zip"))
+    assert list(tmp_path.glob("*.zip"))

@@ -184,6 +184,14 @@ def test_the_heaviest_candidate_is_trained_on():
     assert (action.item(), weight.item()) == (2.0, 2.0)
 
 
+@pytest.mark.parametrize("values", [[5e-4, -1.0, -2.0], [0.0, -1.0, -2.0], [-2.0, -1e-9, -1.0], [1e-3, 2e-3, -5.0]])
+def test_qcut_always_trains_on_the_best_candidate(values):
+    """Also where the best value is smaller than the epsilon that negative values are worth."""
+    q_values = th.tensor([values])
+    action, _ = w.select_training_actions(q_values.unsqueeze(-1), q_values, w.qcut(q_values))
+    assert action.item() == q_values.max().item()
+
+
 def test_uniform_actions_get_the_entropy_weight():
     best, weights, uniform = th.randn(3, 2), th.rand(3), th.rand(3, 5, 2)
     actions, action_weights = w.add_uniform_actions(best, weights, uniform, 0.3)

@@ -17,11 +17,17 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.S)
 def test_code_block(code, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     learn = QVPO.learn
-    monkeypatch.setattr(QVPO, "learn", lambda self, total_timesteps, **kwargs: learn(self, total_timesteps / 1000, **kwargs))
+
+    def short_learn(self, total_timesteps, **kwargs):
+        self.learning_starts = 2
+        return learn(self, min(total_timesteps, 5), **kwargs)
+
+    monkeypatch.setattr(QVPO, "learn", short_learn)
     th.set_num_threads(1)
     namespace = {}
     exec(code, namespace)
     assert isinstance(namespace["model"], QVPO)
+    assert namespace["model"]._n_updates > 0 or ".learn(" not in code
 
 
 def test_argument_table():

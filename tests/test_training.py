@@ -9,6 +9,7 @@ from helpers import CountdownEnv, same_weights, tiny_qvpo, weights_of
 from stable_baselines3.common.buffers import NStepReplayBuffer
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.vec_env import VecNormalize
 
 
 @pytest.mark.parametrize("progress_bar", [False, True])
@@ -91,7 +92,6 @@ def test_log():
     model = tiny_qvpo(CountdownEnv(), verbose=1)
     with redirect_stdout(io.StringIO()) as output:
         model.learn(40, log_interval=1)
-    assert model.logger.name_to_value == {} or "train/n_updates" in model.logger.name_to_value
     table = output.getvalue()
     for metric in TRAIN_METRICS:
         assert f" {metric} " in table, metric
@@ -121,6 +121,47 @@ def test_entropy_loss_is_a_part_of_the_actor_loss():
     without = tiny_qvpo(ent_coef=0.0).learn(20).logger.name_to_value
     assert without["train/entropy_loss"] == 0
     assert without["train/weight"] == pytest.approx(without["train/critic_contrast"], rel=1e-5)  # qadv: the same number
+
+
+def test_random_draws_of_an_update():
+    """Ranges and moments, and independence over states, candidates and steps."""
+    model = tiny_qvpo(n_diffusion_steps=4, n_uniform_actions=5, n_train_candidates=6)
+    noise = model._draw_actor_noise(2000)
+    shapes = [(4, 2000, 6, 1), (2000, 5, 1), (2000, 6), (2000, 6, 1)]
+    assert [tuple(tensor.shape) for tensor in noise] == shapes
+    counts = np.bincount(noise.timesteps.flatten(), minlength=4)
+    np.testing.assert_allclose(counts / 12000, 0.25, atol=0.02)  # t uniform over 0 ... T-1
+    assert len(counts) == 4
+    assert -1 <= noise.uniform_actions.min() < -0.99
+    assert 0.99 < noise.uniform_actions.max() <= 1
+    for tensor, std in [(noise.chain, 1), (noise.denoising, 1), (noise.uniform_actions, 3**-0.5)]:
+        assert float(tensor.mean()) == pytest.approx(0, abs=0.03)
+        assert float(tensor.std()) == pytest.approx(std, abs=0.03)
+    for axis in range(3):
+        a, b = noise.chain.transpose(0, axis).flatten(1)[:2]
+        assert abs(float((a * b).mean())) < 0.2
+    assert not np.array_equal(noise.denoising, model._draw_actor_noise(2000).denoising)
+
+
+def test_updates_see_normalised_observations_and_rewards():
+    env = VecNormalize(make_vec_env("Pendulum-v1", n_envs=1))
+    model = tiny_qvpo(env, learning_starts=100).learn(100)
+    seen = []
+    critic_loss = model._critic_loss
+    model._critic_loss = lambda batch, noise: (seen.append(batch), critic_loss(batch, noise))[1]
+    model.train(1, batch_size=200)
+    (batch,) = seen
+    raw = model.replay_buffer._get_samples(np.arange(100))
+    assert float(raw.rewards.abs().max()) > 10 * float(batch.rewards.abs().max())  # divided by the deviation of the return
+    assert float(batch.observations.mean(dim=0).abs().max()) < 0.5
+    assert float(raw.observations.std(dim=0).max()) > 1.5 * float(batch.observations.std(dim=0).max())
+
+
+def test_metrics_start_afresh_with_each_learn():
+    model = tiny_qvpo().learn(30)
+    assert model._metric_sums["critic_loss"][1] == 25
+    model.learn(5, reset_num_timesteps=False)
+    assert model._metric_sums["critic_loss"][1] == 5
 
 
 def test_learning_continues():

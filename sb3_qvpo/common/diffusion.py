@@ -74,8 +74,9 @@ class GaussianDiffusion(nn.Module):
             "posterior_std": (betas * (1 - previous_alpha_bars) / (1 - alpha_bars)).sqrt(),
         }
         for name, value in coefficients.items():
-            # Fixed by the schedule, so they stay out of the saved weights
-            self.register_buffer(name, value.float(), persistent=False)
+            # Fixed by the schedule, so they stay out of the saved weights; all but one: weights that were trained for another
+            # number of steps must not load
+            self.register_buffer(name, value.float(), persistent=name == "betas")
 
     def add_noise(self, x0: th.Tensor, t: th.Tensor, noise: th.Tensor) -> th.Tensor:
         """
@@ -156,7 +157,8 @@ class GaussianDiffusion(nn.Module):
         Denoising loss of each sample: ``mean over dimensions of (noise - network(x_t, t, cond))^2``, the norm in Eq. 6.
 
         The paper writes the squared norm, a sum over the action's dimensions; the mean differs by the constant factor A,
-        which Adam ignores and gradient clipping does not. Not reduced over samples: the caller weights and averages.
+        which only matters next to Adam's epsilon and for gradient clipping. Not reduced over samples: the caller weights and
+        averages.
 
         :param network: Noise predictor, see the module's docstring.
         :param x0: Clean samples of shape (..., A).

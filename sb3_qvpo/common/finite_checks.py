@@ -1,6 +1,7 @@
 """Stopping at the first number that is not finite, before it reaches the weights."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from typing import cast
 
 import numpy as np
 import torch as th
@@ -35,12 +36,12 @@ def check_finite_array(name: str, value: np.ndarray | Mapping[str, np.ndarray], 
 
 class FiniteGuard:
     """
-    Keeps non-finite losses and gradients out of the weights.
+    Keeps numbers that are not finite out of the weights.
 
-    On the CPU a bad step raises at once. On an accelerator reading a number back would stall every update, so a bad step is
-    masked there (its gradients are set to 0) and reported within :data:`REPORT_INTERVAL` updates.
+    On the CPU a bad batch, loss or gradient raises at once. On an accelerator reading a number back would stall every update,
+    so a bad step is undone there on the device and reported within :data:`REPORT_INTERVAL` updates.
 
-    :param deferred: Mask now and report later, instead of raising at once.
+    :param deferred: Undo now and report later, instead of raising at once.
     """
 
     def __init__(self, deferred: bool):
@@ -48,40 +49,72 @@ class FiniteGuard:
         self.last_report = 0
         self._first_bad_update: dict[str, th.Tensor] = {}
 
-    def protect_step(
-        self, loss_name: str, loss: th.Tensor, parameters: Iterable[nn.Parameter], update: int, max_grad_norm: float | None
+    def check_batch(self, batch: Mapping[str, th.Tensor | Mapping[str, th.Tensor] | None], update: int) -> None:
+        """
+        Refuse a batch that holds NaN or infinity, before it reaches batch-norm statistics. Does nothing if ``deferred``.
+
+        :param batch: Tensors by name, or dictionaries of them.
+        :param update: Number of this update, from 1.
+        :raises ValueError: If any number is not finite, naming the tensor.
+        """
+        if self.deferred:
+            return
+        for name, value in batch.items():
+            if isinstance(value, Mapping):
+                self.check_batch({f"{name}[{key!r}]": part for key, part in value.items()}, update)
+            elif value is not None and not value.isfinite().all():
+                raise ValueError(self._message(f"{name} in the replay buffer", update))
+
+    def step(
+        self, optimizer: th.optim.Optimizer, loss_name: str, loss: th.Tensor, update: int, max_grad_norm: float | None
     ) -> None:
         """
-        To be called between ``loss.backward()`` and ``optimizer.step()``. Also clips the gradients.
+        Take an optimiser step after ``loss.backward()``, if loss and gradients are finite. Also clips the gradients.
 
+        :param optimizer: The optimiser.
         :param loss_name: Name of the loss, for the message.
         :param loss: The loss, a scalar.
-        :param parameters: The parameters about to be changed.
         :param update: Number of this update, from 1.
         :param max_grad_norm: Largest Euclidean norm of all gradients together, None for no clipping.
         :raises ValueError: If the loss or a gradient is not finite (later, in :meth:`report`, if ``deferred``).
         """
         if self.deferred and update - self.last_report >= REPORT_INTERVAL:
             self.report(update)
-        parameters = [parameter for parameter in parameters if parameter.grad is not None]
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        norm = nn.utils.get_total_norm(gradients)
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters])
         finite = loss.detach().isfinite() & norm.isfinite()
-        if self.deferred:
-            for gradient in gradients:
-                gradient.copy_(th.where(finite, gradient, 0.0))
-            norm = th.where(finite, norm, 0.0)
-            bad_update = th.where(finite, 0, update)
-            earlier = self._first_bad_update.get(loss_name, th.zeros_like(bad_update))
-            self._first_bad_update[loss_name] = th.where(earlier == 0, bad_update, earlier)
-        elif not finite:
-            for parameter in parameters:
-                parameter.grad = None
+        if not self.deferred and not finite:
+            optimizer.zero_grad()
             value = loss.item()
             what = f"{loss_name} ({value})" if not np.isfinite(value) else f"gradient of {loss_name}"
             raise ValueError(self._message(what, update))
         if max_grad_norm is not None:
             nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm)
+        if self.deferred:
+            self._step_or_undo(optimizer, parameters, finite)
+            bad_update = th.where(finite, 0, update)
+            earlier = self._first_bad_update.get(loss_name, th.zeros_like(bad_update))
+            self._first_bad_update[loss_name] = th.where(earlier == 0, bad_update, earlier)
+        else:
+            optimizer.step()
+
+    @staticmethod
+    def _step_or_undo(optimizer: th.optim.Optimizer, parameters: list[nn.Parameter], finite: th.Tensor) -> None:
+        """Take the step, then put parameters and optimiser state back where ``finite`` is false, without reading it."""
+        state = [
+            value
+            for parameter in parameters
+            for value in optimizer.state.get(parameter, {}).values()
+            if isinstance(value, th.Tensor) and value.device == parameter.device
+        ]
+        with th.no_grad():
+            kept = [(tensor, tensor.clone()) for tensor in (*parameters, *state)]
+            for parameter in parameters:
+                # A first step creates its state: from zeros rather than from NaN
+                parameter.grad = th.where(finite, cast(th.Tensor, parameter.grad), 0.0)
+            optimizer.step()
+            for tensor, before in kept:
+                tensor.copy_(th.where(finite, tensor, before))
 
     def report(self, update: int) -> None:
         """

@@ -80,6 +80,29 @@ def linear_betas(n_steps: int, beta_start: float = 1e-4, beta_end: float = 2e-2)
     return 1 - alpha_bars[1:] / alpha_bars[:-1]
 
 
+class FixedSchedule:
+    """
+    A schedule with given values: what becomes of a function when a policy is saved.
+
+    :param betas: Variances of shape (T,).
+    """
+
+    def __init__(self, betas: th.Tensor):
+        self.betas = betas
+
+    def __call__(self, n_steps: int) -> th.Tensor:
+        """
+        The values.
+
+        :param n_steps: Number of diffusion steps T, which must be theirs.
+        :return: Variances of shape (T,).
+        :raises ValueError: If T is another.
+        """
+        if n_steps != len(self.betas):
+            raise ValueError(f"n_diffusion_steps must be {len(self.betas)}, the length of the saved schedule, got {n_steps}")
+        return self.betas
+
+
 NOISE_SCHEDULES: dict[str, NoiseSchedule] = {"cosine": cosine_betas, "vp": vp_betas, "linear": linear_betas}
 """The schedules that can be asked for by name."""
 

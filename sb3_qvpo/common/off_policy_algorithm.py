@@ -5,7 +5,10 @@ checked arguments, learning rates, guarded optimiser steps, metrics that do not 
 A subclass sets its own arguments, calls ``_setup_model()``, and writes ``train()``.
 """
 
+import io
 import math
+import pathlib
+from collections.abc import Iterable
 from typing import Any, ClassVar, TypeVar, cast
 
 import numpy as np
@@ -72,6 +75,7 @@ class DiffusionOffPolicyAlgorithm(OffPolicyAlgorithm):
     ):
         # Strings are parsed in _setup_lr_schedule()
         super().__init__(policy, env, cast(Any, learning_rate), sde_support=False, support_multi_env=True, **kwargs)
+        self.replay_buffer_kwargs = dict(self.replay_buffer_kwargs)  # SB3 adds to it: not to the user's own
         self.qf_learning_rate = qf_learning_rate
         self.n_diffusion_steps = n_diffusion_steps
         self.n_behavior_candidates = n_behavior_candidates
@@ -79,13 +83,13 @@ class DiffusionOffPolicyAlgorithm(OffPolicyAlgorithm):
         self.policy_delay = policy_delay
         self.max_grad_norm = max_grad_norm
 
-    # The two counts that predict() uses live in the instance's dictionary, where SB3 saves and loads them, and are handed
-    # on to the policy whenever they change, also on a loaded model.
+    # The two counts that predict() uses belong to the policy, and can be changed there or here at any time. SB3 saves and
+    # loads what is in the instance's dictionary, so they stand there until there is a policy, and when the model is saved.
 
     @property
     def n_behavior_candidates(self) -> int:
         """K_b, best of this many candidates in ``predict(deterministic=False)``; can be changed at any time."""
-        return cast(int, self.__dict__["n_behavior_candidates"])
+        return self._candidate_count("n_behavior_candidates")
 
     @n_behavior_candidates.setter
     def n_behavior_candidates(self, value: int) -> None:
@@ -94,11 +98,23 @@ class DiffusionOffPolicyAlgorithm(OffPolicyAlgorithm):
     @property
     def n_eval_candidates(self) -> int:
         """K, best of this many candidates in ``predict(deterministic=True)``; can be changed at any time."""
-        return cast(int, self.__dict__["n_eval_candidates"])
+        return self._candidate_count("n_eval_candidates")
 
     @n_eval_candidates.setter
     def n_eval_candidates(self, value: int) -> None:
         self._set_candidate_count("n_eval_candidates", value)
+
+    @property
+    def learning_starts(self) -> int:
+        """Environment steps before the first update; 0 while training continues from a trained policy and a filled buffer."""
+        return 0 if self.__dict__.get("_skip_warm_up", False) else cast(int, self.__dict__["learning_starts"])
+
+    @learning_starts.setter
+    def learning_starts(self, value: int) -> None:
+        self.__dict__["learning_starts"] = value
+
+    def _candidate_count(self, name: str) -> int:
+        return cast(int, getattr(self.policy, name) if "policy" in self.__dict__ else self.__dict__[name])
 
     def _set_candidate_count(self, name: str, value: int) -> None:
         self.__dict__[name] = check_count(name, value)
@@ -109,6 +125,7 @@ class DiffusionOffPolicyAlgorithm(OffPolicyAlgorithm):
 
     def _setup_model(self) -> None:
         self._resolve_arguments()
+        self._skip_warm_up = False
         self._metric_sums: dict[str, tuple[th.Tensor, int]] = {}
         self._finite_guard = FiniteGuard(deferred=self.device.type != "cpu")
         own_kwargs = {name: getattr(self, name) for name in self._policy_arguments}
@@ -117,12 +134,16 @@ class DiffusionOffPolicyAlgorithm(OffPolicyAlgorithm):
             raise ValueError(
                 f"{name} must be an argument of {type(self).__name__}, not of policy_kwargs, got {policy_kwargs[name]!r} there"
             )
-        # The user's dictionary is saved with the model and stays as it was given
+        # What the user gave is saved with the model and stays as it was given
         self.policy_kwargs = {**policy_kwargs, **own_kwargs}
+        n_step_kwargs = dict(self.replay_buffer_kwargs) if self.replay_buffer_class is None and self.n_steps > 1 else None
         try:
             super()._setup_model()
         finally:
             self.policy_kwargs = policy_kwargs
+        if n_step_kwargs is not None:
+            # SB3 has put its n-step buffer here: saved like that, a loaded model would ignore its own n_steps and gamma
+            self.replay_buffer_class, self.replay_buffer_kwargs = None, n_step_kwargs
         self.actor = self.policy.actor
         self.actor_target = self.policy.actor_target
         self.critic = self.policy.critic
@@ -142,9 +163,27 @@ class DiffusionOffPolicyAlgorithm(OffPolicyAlgorithm):
         qf_learning_rate = self.learning_rate if self.qf_learning_rate is None else self.qf_learning_rate
         self._qf_lr_schedule = parse_schedule("qf_learning_rate", qf_learning_rate)
 
+    def save(
+        self,
+        path: str | pathlib.Path | io.BufferedIOBase,
+        exclude: Iterable[str] | None = None,
+        include: Iterable[str] | None = None,
+    ) -> None:
+        """
+        Save the model in a zip file.
+
+        :param path: Path of the file, or an open file.
+        :param exclude: Attributes not to save, besides those that are never saved.
+        :param include: Attributes to save although they would be excluded.
+        """
+        for name in ("n_behavior_candidates", "n_eval_candidates"):
+            self.__dict__[name] = self._candidate_count(name)
+        super().save(path, exclude, include)
+
     def _excluded_save_params(self) -> list[str]:
         networks = ["actor", "actor_target", "critic", "critic_target"]
-        return [*super()._excluded_save_params(), *networks, "_qf_lr_schedule", "_metric_sums", "_finite_guard"]
+        of_the_process = ["_qf_lr_schedule", "_metric_sums", "_finite_guard", "_skip_warm_up"]
+        return [*super()._excluded_save_params(), *networks, *of_the_process]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         return ["policy", "actor.optimizer", "critic.optimizer"], []
@@ -177,9 +216,7 @@ class DiffusionOffPolicyAlgorithm(OffPolicyAlgorithm):
         """
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]  # torch leaves Tensor.backward untyped
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        self._finite_guard.protect_step(loss_name, loss, parameters, self._n_updates, self.max_grad_norm)
-        optimizer.step()
+        self._finite_guard.step(optimizer, loss_name, loss, self._n_updates, self.max_grad_norm)
 
     # Metrics: summed on the device, read back when they are logged
 
@@ -231,14 +268,17 @@ class DiffusionOffPolicyAlgorithm(OffPolicyAlgorithm):
         :raises ValueError: If ``total_timesteps`` is not finite, or when a reward, an observation, a loss or a gradient is
             not finite. The weights and the buffer are intact then.
         """
-        super().learn(
-            total_timesteps=int(check_interval("total_timesteps", total_timesteps, 0, math.inf)),
-            callback=callback,
-            log_interval=log_interval,
-            tb_log_name=tb_log_name,
-            reset_num_timesteps=reset_num_timesteps,
-            progress_bar=progress_bar,
-        )
+        try:
+            super().learn(
+                total_timesteps=int(check_interval("total_timesteps", total_timesteps, 0, math.inf)),
+                callback=callback,
+                log_interval=log_interval,
+                tb_log_name=tb_log_name,
+                reset_num_timesteps=reset_num_timesteps,
+                progress_bar=progress_bar,
+            )
+        finally:
+            self._skip_warm_up = False
         self._finite_guard.report(self._n_updates)
         return self
 
@@ -257,8 +297,11 @@ class DiffusionOffPolicyAlgorithm(OffPolicyAlgorithm):
         progress_bar: bool = False,
     ) -> tuple[int, BaseCallback]:
         result = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
+        self._metric_sums.clear()
         first_obs = self._last_obs if self._vec_normalize_env is None else self._last_original_obs
-        check_finite_array("observation", cast(np.ndarray, first_obs), self.num_timesteps)
+        self._check_finite("observation", cast(np.ndarray, first_obs))
+        # SB3 would act at random again, because learn() counts from 0; the reason for the warm-up, an empty buffer, is gone
+        self._skip_warm_up = self._n_updates > 0 and cast(ReplayBuffer, self.replay_buffer).size() > 0
         return result
 
     def _store_transition(
@@ -275,9 +318,17 @@ class DiffusionOffPolicyAlgorithm(OffPolicyAlgorithm):
             # Normalisation clips infinities away
             original_obs = self._vec_normalize_env.get_original_obs()
             original_reward = self._vec_normalize_env.get_original_reward()
-        check_finite_array("reward", original_reward, self.num_timesteps)
-        check_finite_array("observation", original_obs, self.num_timesteps)
+        self._check_finite("reward", original_reward)
+        self._check_finite("observation", original_obs)
         for info in infos:
             if info.get("terminal_observation") is not None:
-                check_finite_array("terminal observation", info["terminal_observation"], self.num_timesteps)
+                self._check_finite("terminal observation", info["terminal_observation"])
         super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
+
+    def _check_finite(self, name: str, value: np.ndarray | dict[str, np.ndarray]) -> None:
+        try:
+            check_finite_array(name, value, self.num_timesteps)
+        except ValueError:
+            # The environment has moved on without us: the next learn() must reset it, not connect two distant states
+            self._last_obs = None
+            raise

@@ -20,10 +20,11 @@ from stable_baselines3.common.utils import get_parameters_by_name, polyak_update
 from torch import nn
 from torch.nn import functional as F
 
+from sb3_qvpo.common.arguments import check_count
 from sb3_qvpo.common.candidates import best_candidate, minimum_q
 from sb3_qvpo.common.diffusion import GaussianDiffusion
 from sb3_qvpo.common.networks import NoisePredictor, init_linear_layers
-from sb3_qvpo.common.noise_schedules import NoiseSchedule, make_betas
+from sb3_qvpo.common.noise_schedules import FixedSchedule, NoiseSchedule, make_betas
 
 
 @contextmanager
@@ -85,6 +86,7 @@ class DiffusionActor(BasePolicy):
         noise_schedule: str | NoiseSchedule = "cosine",
         time_embedding_dim: int = 32,
     ):
+        constructor_arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__(
             observation_space,
             action_space,
@@ -92,6 +94,7 @@ class DiffusionActor(BasePolicy):
             normalize_images=normalize_images,
             squash_output=True,
         )
+        self._constructor_arguments = constructor_arguments
         self.action_dim = get_action_dim(action_space)
         self.diffusion = GaussianDiffusion(make_betas(noise_schedule, n_diffusion_steps))
         self.noise_predictor = NoisePredictor(
@@ -151,6 +154,9 @@ class DiffusionActor(BasePolicy):
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
         return self.sample_candidates(self.features(observation), n_candidates=1).squeeze(1)
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        return self._constructor_arguments
 
 
 class CandidateCritic(ContinuousCritic):
@@ -265,10 +271,9 @@ class DiffusionPolicy(BasePolicy):
             optimizer_kwargs=optimizer_kwargs,
             squash_output=True,
         )
-        if n_critics < 1:
-            raise ValueError(f"n_critics must be at least 1, got {n_critics}")
         self._constructor_arguments = constructor_arguments
-        self.n_diffusion_steps = n_diffusion_steps
+        self.n_diffusion_steps = check_count("n_diffusion_steps", n_diffusion_steps)
+        check_count("n_critics", n_critics)
         self.n_behavior_candidates = n_behavior_candidates
         self.n_eval_candidates = n_eval_candidates
         self.noise_bank_seed = noise_bank_seed
@@ -296,6 +301,24 @@ class DiffusionPolicy(BasePolicy):
             share_features_extractor=share_features_extractor,
         )
         self._build(lr_schedule)
+
+    @property
+    def n_behavior_candidates(self) -> int:
+        """K_b, best of this many candidates in ``predict(deterministic=False)``; can be changed at any time."""
+        return self._n_behavior_candidates
+
+    @n_behavior_candidates.setter
+    def n_behavior_candidates(self, value: int) -> None:
+        self._n_behavior_candidates = check_count("n_behavior_candidates", value)
+
+    @property
+    def n_eval_candidates(self) -> int:
+        """K, best of this many candidates in ``predict(deterministic=True)``; can be changed at any time."""
+        return self._n_eval_candidates
+
+    @n_eval_candidates.setter
+    def n_eval_candidates(self, value: int) -> None:
+        self._n_eval_candidates = check_count("n_eval_candidates", value)
 
     def _build(self, lr_schedule: Schedule) -> None:
         """
@@ -453,4 +476,9 @@ class DiffusionPolicy(BasePolicy):
             n_behavior_candidates=self.n_behavior_candidates,
             n_eval_candidates=self.n_eval_candidates,
         )
+        if callable(self._constructor_arguments["noise_schedule"]):
+            # A function may not be picklable (a lambda is not); its values are
+            current["noise_schedule"] = FixedSchedule(
+                make_betas(self._constructor_arguments["noise_schedule"], self.n_diffusion_steps)
+            )
         return {**self._constructor_arguments, **current}

@@ -5,6 +5,7 @@ from typing import Any
 from gymnasium import spaces
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, CombinedExtractor, NatureCNN
 from stable_baselines3.common.type_aliases import Schedule
+from torch import nn
 
 from sb3_qvpo.common.policies import DiffusionPolicy
 
@@ -18,6 +19,8 @@ class CnnPolicy(DiffusionPolicy):
     :param observation_space: Observation space, an image.
     :param action_space: Action space, a finite ``Box``.
     :param lr_schedule: Learning rate schedule.
+    :param net_arch: Widths of the hidden layers, see :class:`DiffusionPolicy`.
+    :param activation_fn: Activation function.
     :param features_extractor_class: Features extractor to use.
     :param kwargs: Further arguments of :class:`DiffusionPolicy`.
     """
@@ -27,11 +30,13 @@ class CnnPolicy(DiffusionPolicy):
         observation_space: spaces.Space[Any],
         action_space: spaces.Box,
         lr_schedule: Schedule,
+        net_arch: list[int] | dict[str, list[int]] | None = None,
+        activation_fn: type[nn.Module] = nn.Mish,
         features_extractor_class: type[BaseFeaturesExtractor] = NatureCNN,
         **kwargs: Any,
     ):
         super().__init__(
-            observation_space, action_space, lr_schedule, features_extractor_class=features_extractor_class, **kwargs
+            observation_space, action_space, lr_schedule, net_arch, activation_fn, features_extractor_class, **kwargs
         )
 
 
@@ -42,6 +47,8 @@ class MultiInputPolicy(DiffusionPolicy):
     :param observation_space: Observation space, a ``Dict``.
     :param action_space: Action space, a finite ``Box``.
     :param lr_schedule: Learning rate schedule.
+    :param net_arch: Widths of the hidden layers, see :class:`DiffusionPolicy`.
+    :param activation_fn: Activation function.
     :param features_extractor_class: Features extractor to use.
     :param kwargs: Further arguments of :class:`DiffusionPolicy`.
     """
@@ -51,9 +58,11 @@ class MultiInputPolicy(DiffusionPolicy):
         observation_space: spaces.Space[Any],
         action_space: spaces.Box,
         lr_schedule: Schedule,
+        net_arch: list[int] | dict[str, list[int]] | None = None,
+        activation_fn: type[nn.Module] = nn.Mish,
         features_extractor_class: type[BaseFeaturesExtractor] = CombinedExtractor,
         **kwargs: Any,
     ):
         super().__init__(
-            observation_space, action_space, lr_schedule, features_extractor_class=features_extractor_class, **kwargs
+            observation_space, action_space, lr_schedule, net_arch, activation_fn, features_extractor_class, **kwargs
         )

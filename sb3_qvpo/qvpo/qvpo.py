@@ -90,7 +90,7 @@ class QVPO(DiffusionOffPolicyAlgorithm):
         at least 1, with ``"qadv"`` at least 2.
     :param n_uniform_actions: N_e, uniform actions of each state in the entropy term (Algorithm 1, line 8), at least 1.
     :param q_weighting: omega_eq: ``"qadv"`` (Eq. 9), ``"qcut"`` (Sec. 4.2) or a function from values (B, N_d) to weights
-        (B, N_d) of at least 0.
+        (B, N_d) of at least 0, which is tried once on construction.
     :param n_diffusion_steps: T, steps of the diffusion, at least 1.
     :param policy_delay: Update actor and targets every this many critic updates.
     :param max_grad_norm: Largest Euclidean norm of the gradients of actor and of critics; None for no clipping.
@@ -204,6 +204,7 @@ class QVPO(DiffusionOffPolicyAlgorithm):
             self._n_updates += 1
             # Line 4: sample a mini-batch
             batch = cast(ReplayBuffer, self.replay_buffer).sample(batch_size, env=self._vec_normalize_env)
+            self._finite_guard.check_batch(batch._asdict(), self._n_updates)
 
             # Lines 10-11: TD target and critics
             target_noise = self._draw_chain_noise(batch_size, self.n_target_candidates)
@@ -256,7 +257,7 @@ class QVPO(DiffusionOffPolicyAlgorithm):
         with th.no_grad():
             # Line 5: N_d samples of the policy for each state, valued by the minimum over critics
             candidates, q_values = self.policy.rank_candidates(observations, self.n_train_candidates, noise.chain)
-            # Line 6: weights, Eq. 9
+            # Line 6: weights, Eq. 9 (or Sec. 4.2)
             weights = self._q_weighting(q_values)
             # Line 7: only the sample with the largest weight is trained on
             best_actions, best_weights = select_training_actions(candidates, q_values, weights)
@@ -300,7 +301,7 @@ class QVPO(DiffusionOffPolicyAlgorithm):
 
     def _resolve_arguments(self) -> None:
         super()._resolve_arguments()
-        self._q_weighting: QWeighting = resolve_q_weighting(self.q_weighting, self.n_train_candidates)
+        self._q_weighting: QWeighting = resolve_q_weighting(self.q_weighting, self.n_train_candidates, self.device)
         self._ent_coef_schedule = parse_schedule("ent_coef", self.ent_coef)
 
     def _excluded_save_params(self) -> list[str]:

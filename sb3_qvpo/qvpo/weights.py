@@ -37,25 +37,30 @@ def qadv(q_values: th.Tensor) -> th.Tensor:
 
 def qcut(q_values: th.Tensor, epsilon: float = QCUT_EPSILON) -> th.Tensor:
     """
-    Cut-off weights, Sec. 4.2: ``Q(s, a)`` where it is at least 0, a small ``epsilon`` where it is negative.
+    Cut-off weights, Sec. 4.2: the best action gets ``Q(s, a)`` if that is at least 0, else a small ``epsilon``; all others 0.
 
     :param q_values: Values of the candidates, shape (B, K).
-    :param epsilon: Weight of actions with a negative value.
+    :param epsilon: Weight of a best action with a negative value.
     :return: Weights of shape (B, K), at least 0.
     """
-    return th.where(q_values >= 0, q_values, epsilon)
+    best_values, best = q_values.max(dim=1, keepdim=True)
+    # Cutting before choosing would let an action with a negative value overtake one with a value between 0 and epsilon
+    return th.zeros_like(q_values).scatter(1, best, th.where(best_values >= 0, best_values, epsilon))
 
 
 Q_WEIGHTINGS: dict[str, QWeighting] = {"qadv": qadv, "qcut": qcut}
 """The weightings that can be asked for by name."""
 
 
-def resolve_q_weighting(q_weighting: str | Callable[[th.Tensor], th.Tensor], n_train_candidates: int) -> QWeighting:
+def resolve_q_weighting(
+    q_weighting: str | Callable[[th.Tensor], th.Tensor], n_train_candidates: int, device: th.device | str = "cpu"
+) -> QWeighting:
     """
     The weighting function for a name, or the function itself after a trial.
 
     :param q_weighting: ``"qadv"``, ``"qcut"`` or a function from values (B, K) to weights (B, K).
     :param n_train_candidates: N_d, the K it will see.
+    :param device: Where the values will be.
     :return: The function.
     :raises ValueError: For an unknown name, ``qadv`` with fewer than two candidates, or a function whose weights have
         another shape, are negative or not finite.
@@ -72,7 +77,7 @@ def resolve_q_weighting(q_weighting: str | Callable[[th.Tensor], th.Tensor], n_t
         return Q_WEIGHTINGS[q_weighting]
     if not callable(q_weighting):
         raise ValueError(f"q_weighting must be a name or a function (B, K) -> (B, K), got {q_weighting!r}")
-    trial = th.linspace(-1, 1, 2 * n_train_candidates).reshape(2, n_train_candidates)
+    trial = th.linspace(-1, 1, 2 * n_train_candidates, device=device).reshape(2, n_train_candidates)
     weights = q_weighting(trial)
     if weights.shape != trial.shape or not bool(((weights >= 0) & weights.isfinite()).all()):
         raise ValueError(
@@ -91,7 +96,7 @@ def select_training_actions(candidates: th.Tensor, q_values: th.Tensor, weights:
     :param weights: Their weights, shape (B, K).
     :return: The chosen actions a_max, shape (B, A), and their weights, shape (B,).
     """
-    # qcut gives all candidates the same weight where all values are negative: the value must break the tie
+    # Where all weights are equal (qcut with a best value of exactly 0, say) the value must break the tie
     heaviest = weights == weights.max(dim=1, keepdim=True).values
     index = q_values.masked_fill(~heaviest, -th.inf).argmax(dim=1)
     return select(candidates, index), weights.gather(1, index.unsqueeze(1)).squeeze(1)

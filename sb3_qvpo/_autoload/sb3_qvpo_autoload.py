@@ -1,0 +1,63 @@
+"""
+Makes ``python -m rl_zoo3.train --algo qvpo`` work after installation, with nothing else to do.
+
+RL Zoo has no plugin hook and reads its table of algorithms before it imports anything of the user's. So this module is
+imported at interpreter start (by the line in ``sb3_qvpo_autoload.pth``) and waits: once a module of rl_zoo3 that holds a table
+has been executed, it asks ``sb3_qvpo.zoo`` to add QVPO there. Until then it uses nothing but what the interpreter has loaded
+anyway, and costs nothing that can be measured. Set the environment variable ``SB3_QVPO_ZOO=0`` to switch it off.
+"""
+
+import os
+import sys
+
+TABLES = ("rl_zoo3", "rl_zoo3.hyperparams_opt", "rl_zoo3.exp_manager")
+
+
+class ZooFinder:
+    """Finds nothing itself: lets the other finders find RL Zoo's modules and adds a step after their execution."""
+
+    def __init__(self):
+        self.searching = False
+
+    def find_spec(self, name, path=None, target=None):
+        """Called by the interpreter for every module that is not yet imported."""
+        if name not in TABLES or self.searching:
+            return None
+        import importlib.util
+
+        self.searching = True  # the search below comes back here
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:
+            self.searching = False
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def execute_and_register(module):
+                execute(module)
+                register()
+
+            spec.loader.exec_module = execute_and_register
+        return spec
+
+
+def register():
+    """Add QVPO to the tables that exist by now. Whatever goes wrong, RL Zoo itself must go on working."""
+    try:
+        from sb3_qvpo.zoo import register_loaded
+
+        register_loaded()
+    except Exception as error:
+        import warnings
+
+        warnings.warn(f"sb3_qvpo could not add QVPO to rl_zoo3: {type(error).__name__}: {error}", stacklevel=2)
+
+
+def install():
+    """Put the finder first in line, once."""
+    switched_off = os.environ.get("SB3_QVPO_ZOO", "1").lower() in ("0", "false", "no", "off")
+    if not switched_off and not any(type(finder).__name__ == ZooFinder.__name__ for finder in sys.meta_path):
+        sys.meta_path.insert(0, ZooFinder())
+
+
+install()

@@ -1,0 +1,256 @@
+"""
+QVPO in RL Zoo (rl_zoo3): registration, default settings, the search space for Optuna. The only module that knows rl_zoo3.
+
+After installation nothing needs to be called: ``sb3_qvpo_autoload`` calls :func:`register_loaded` when rl_zoo3 is imported.
+Explicitly: :func:`register`, or ``python -m sb3_qvpo.zoo train --algo qvpo ...`` instead of ``python -m rl_zoo3.train ...``.
+"""
+
+import functools
+import importlib
+import inspect
+import math
+import os
+import runpy
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from stable_baselines3.common.type_aliases import MaybeCallback
+
+from sb3_qvpo.qvpo import QVPO
+
+if TYPE_CHECKING:
+    import optuna
+
+ALGORITHM = "qvpo"
+"""The name in ``--algo``."""
+
+SCRIPTS = ("train", "enjoy", "record_video", "record_training", "push_to_hub", "load_from_hub", "benchmark", "cli")
+"""RL Zoo's scripts that ``python -m sb3_qvpo.zoo`` can run."""
+
+SelfZooQVPO = TypeVar("SelfZooQVPO", bound="ZooQVPO")
+
+
+class ZooQVPO(QVPO):
+    """
+    QVPO as RL Zoo gets it: RL Zoo keeps lists of the algorithms it knows, and this makes up for QVPO not being in them.
+
+    A model loaded to play gets a replay buffer of one transition, as RL Zoo arranges for SAC. A model loaded to continue
+    (``-i``) goes on counting steps, so that its schedules do not start again. Constructor as in :class:`QVPO`.
+    """
+
+    @classmethod
+    def load(cls: type[SelfZooQVPO], path: Any, *args: Any, **kwargs: Any) -> SelfZooQVPO:
+        """
+        Load a model.
+
+        :param path: Path of the file.
+        :param args: Further positional arguments of ``QVPO.load``.
+        :param kwargs: Keyword arguments of ``QVPO.load``. RL Zoo's scripts that play pass a learning rate of 0 in
+            ``custom_objects``: that is how they are told apart from training.
+        :return: The model.
+        """
+        if (kwargs.get("custom_objects") or {}).get("learning_rate") == 0.0:
+            kwargs = {"buffer_size": 1, "optimize_memory_usage": False, **kwargs}
+        return super().load(path, *args, **kwargs)
+
+    def learn(
+        self: SelfZooQVPO,
+        total_timesteps: float,
+        callback: MaybeCallback = None,
+        log_interval: int = 4,
+        tb_log_name: str = "QVPO",
+        reset_num_timesteps: bool = True,
+        progress_bar: bool = False,
+    ) -> SelfZooQVPO:
+        """
+        Train the model. A model that has been trained before goes on counting steps: RL Zoo cannot ask for it.
+
+        :param total_timesteps: Number of environment steps, after those done already.
+        :param callback: Callback(s) called at every step.
+        :param log_interval: Episodes between two entries of the log.
+        :param tb_log_name: Name of the run for TensorBoard.
+        :param reset_num_timesteps: Start counting at 0 if the model is new.
+        :param progress_bar: Show a progress bar.
+        :return: The trained model.
+        """
+        reset_num_timesteps = reset_num_timesteps and self.num_timesteps == 0
+        return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
+
+
+def hyperparams_folder() -> Path:
+    """
+    Where ``qvpo.yml`` (the default settings) and ``qvpo_official.yml`` (the authors' code's) lie.
+
+    :return: The folder: in the package when installed from a wheel, at the root of the repository in a checkout.
+    """
+    package = Path(__file__).parent
+    in_wheel = package / "hyperparams"
+    return in_wheel if in_wheel.is_dir() else package.parent / "hyperparams"
+
+
+def register() -> None:
+    """
+    Add QVPO to RL Zoo: algorithm, Optuna sampler and converter, default settings. May be called any number of times.
+
+    :raises ImportError: If rl_zoo3 is not installed.
+    """
+    importlib.import_module("rl_zoo3.exp_manager")  # which imports the modules of all tables
+    register_loaded()
+
+
+def register_loaded() -> None:
+    """Add QVPO to those tables of RL Zoo whose modules have been imported. Imports nothing of RL Zoo itself."""
+    tables: list[tuple[str, str, Any]] = [
+        ("rl_zoo3", "ALGOS", ZooQVPO),
+        ("rl_zoo3.hyperparams_opt", "HYPERPARAMS_SAMPLER", sample_qvpo_params),
+        ("rl_zoo3.hyperparams_opt", "HYPERPARAMS_CONVERTER", convert_qvpo_params),
+    ]
+    for module_name, table_name, entry in tables:
+        # In place: RL Zoo's other modules hold the same dictionaries
+        getattr(sys.modules.get(module_name), table_name, {})[ALGORITHM] = entry
+    experiment_manager = getattr(sys.modules.get("rl_zoo3.exp_manager"), "ExperimentManager", None)
+    if experiment_manager is not None:
+        _patch_experiment_manager(experiment_manager)
+
+
+class _TrialNumber(int):
+    """A trial number that is true even if it is 0: RL Zoo tests ``if trial_id`` and so would ignore ``--trial-id 0``."""
+
+    def __bool__(self) -> bool:
+        return True
+
+
+def _patch_experiment_manager(experiment_manager: Any) -> None:
+    """Let RL Zoo find QVPO's default settings and its trial 0; other algorithms are left alone."""
+    original = experiment_manager.__init__
+    if hasattr(original, "_knows_qvpo"):
+        return
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        if self.algo == ALGORITHM:
+            if not signature.bind(self, *args, **kwargs).arguments.get("config"):
+                self.config = str(hyperparams_folder() / f"{ALGORITHM}.yml")
+            if self.trial_id is not None:
+                self.trial_id = _TrialNumber(self.trial_id)
+
+    __init__._knows_qvpo = True  # type: ignore[attr-defined]  # a mark against patching twice
+    experiment_manager.__init__ = __init__
+
+
+# The search space. Costly settings share one budget: an update draws batch_size * n_diffusion_steps * n_train_candidates =
+# 5 * 2**draws_pow network passes (half of it with the wider network), and tuning decides how to spend them.
+
+DRAWS_POW = (12, 13)
+"""Range of the exponent of the drawing budget 5 * 2**draws_pow: from 20 480 to 40 960 passes; the paper's is 327 680."""
+
+
+def _max_draws_pow() -> int:
+    """The upper end of the budget, raised by the environment variable SB3_QVPO_SEARCH_COST (a factor of at least 1)."""
+    value = os.environ.get("SB3_QVPO_SEARCH_COST", "1")
+    try:
+        factor = float(value)
+    except ValueError:
+        factor = math.nan
+    if not 1 <= factor < math.inf:
+        raise ValueError(f"The environment variable SB3_QVPO_SEARCH_COST must be a factor of at least 1, got {value!r}")
+    return DRAWS_POW[1] + round(math.log2(factor))
+
+
+def sample_qvpo_params(trial: "optuna.Trial", n_actions: int, n_envs: int, additional_args: dict[str, Any]) -> dict[str, Any]:
+    """
+    Sampler of QVPO's hyperparameters, in RL Zoo's manner.
+
+    A trial costs at most about four times the cheapest one. The environment variable ``SB3_QVPO_SEARCH_COST`` widens the
+    range: with 8 the largest drawing budget is the paper's.
+
+    :param trial: Optuna's trial.
+    :param n_actions: Action dimensions (not used).
+    :param n_envs: Number of environments (not used).
+    :param additional_args: RL Zoo's further information: whether the replay buffer is HER's, and its arguments.
+    :return: Keyword arguments for QVPO.
+    """
+    sampled: dict[str, Any] = {
+        "one_minus_gamma": trial.suggest_float("one_minus_gamma", 0.0001, 0.03, log=True),
+        "learning_rate": trial.suggest_float("learning_rate", 1e-5, 0.002, log=True),
+        "qf_learning_rate": trial.suggest_float("qf_learning_rate", 1e-5, 0.002, log=True),
+        "tau": trial.suggest_float("tau", 0.001, 0.08, log=True),
+        "train_freq": trial.suggest_int("train_freq", 1, 10),
+        "ent_coef": trial.suggest_float("ent_coef", 0.001, 0.3, log=True),
+        "q_weighting": trial.suggest_categorical("q_weighting", ["qadv", "qcut"]),
+        "noise_schedule": trial.suggest_categorical("noise_schedule", ["cosine", "vp", "linear"]),
+        "net_arch": trial.suggest_categorical("net_arch", ["small", "medium"]),
+        "n_uniform_actions": trial.suggest_int("n_uniform_actions", 4, 10),
+        # 1, 2, 4 or 8; K_t is at most K_b: the paper found a larger one to overestimate (Sec. 4.4)
+        "n_behavior_candidates_pow": trial.suggest_int("n_behavior_candidates_pow", 0, 3),
+        "target_candidates_shift": trial.suggest_int("target_candidates_shift", 0, 3),
+        # How the drawing budget is spent: 128 or 256 states, 5, 10 or 20 steps, the rest on candidates
+        "batch_size_pow": trial.suggest_int("batch_size_pow", 7, 8),
+        "diffusion_steps_pow": trial.suggest_int("diffusion_steps_pow", 0, 2),
+        "draws_pow": trial.suggest_int("draws_pow", DRAWS_POW[0], _max_draws_pow()),
+    }
+    if additional_args["using_her_replay_buffer"]:
+        from rl_zoo3.hyperparams_opt import sample_her_params
+
+        sampled = sample_her_params(trial, sampled, additional_args["her_kwargs"])
+    converted = convert_qvpo_params(sampled)
+    # Display true values
+    for name in ("gamma", "batch_size", "n_diffusion_steps", "n_train_candidates"):
+        trial.set_user_attr(name, converted[name])
+    for name in ("n_behavior_candidates", "n_target_candidates"):
+        trial.set_user_attr(name, converted[name])
+    return converted
+
+
+def convert_qvpo_params(sampled_params: dict[str, Any]) -> dict[str, Any]:
+    """
+    Turn sampled values into keyword arguments for QVPO.
+
+    :param sampled_params: What :func:`sample_qvpo_params` sampled, or the parameters of a trial of a study.
+    :return: Keyword arguments for QVPO.
+    """
+    params = sampled_params.copy()
+    params["gamma"] = 1 - params.pop("one_minus_gamma")
+    params["gradient_steps"] = params["train_freq"]  # one update for each step
+    batch_size_pow, steps_pow = params.pop("batch_size_pow"), params.pop("diffusion_steps_pow")
+    params["batch_size"] = 2**batch_size_pow
+    params["n_diffusion_steps"] = 5 * 2**steps_pow
+    net_arch = params.pop("net_arch")
+    # A pass through the wider network costs two to three times as much: it gets half the draws
+    params["n_train_candidates"] = 2 ** (params.pop("draws_pow") - batch_size_pow - steps_pow - (net_arch == "medium"))
+    params["n_behavior_candidates"] = 2 ** params.pop("n_behavior_candidates_pow")
+    # At most a quarter of N_d: more would cost as much as the budget allows for the policy step
+    n_target_candidates = params["n_behavior_candidates"] >> params.pop("target_candidates_shift")
+    params["n_target_candidates"] = max(1, min(n_target_candidates, params["n_train_candidates"] // 4))
+    params["policy_kwargs"] = dict(
+        net_arch={"small": [128, 128], "medium": [256, 256]}[net_arch],
+        noise_schedule=params.pop("noise_schedule"),
+    )
+    # A trial's parameters name HER's one by one
+    her_kwargs = {name: params.pop(name) for name in ("n_sampled_goal", "goal_selection_strategy") if name in params}
+    if her_kwargs:
+        params["replay_buffer_kwargs"] = her_kwargs
+    return params
+
+
+def main() -> None:
+    """
+    Run one of RL Zoo's scripts with QVPO registered: ``python -m sb3_qvpo.zoo train --algo qvpo ...``, or print the folder
+    of the settings: ``python -m sb3_qvpo.zoo hyperparams``.
+    """
+    usage = f"usage: python -m sb3_qvpo.zoo {{{','.join(SCRIPTS)}}} ... | hyperparams"
+    if len(sys.argv) < 2 or sys.argv[1] not in (*SCRIPTS, "hyperparams"):
+        sys.exit(usage)
+    if sys.argv[1] == "hyperparams":
+        print(hyperparams_folder())
+        return
+    register()
+    script = sys.argv.pop(1)
+    runpy.run_module(f"rl_zoo3.{script}", run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    main()

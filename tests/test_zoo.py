@@ -1,0 +1,309 @@
+"""RL Zoo: registration, settings, search space. The commands themselves, in a fresh environment: test_zoo_commands.py."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import optuna
+import pytest
+import rl_zoo3
+import yaml
+from helpers import tiny_qvpo
+from rl_zoo3.exp_manager import ExperimentManager
+from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER
+from stable_baselines3.common.utils import LinearSchedule
+
+from sb3_qvpo import QVPO, zoo
+
+ROOT = Path(__file__).parents[1]
+AUTOLOAD = ROOT / "sb3_qvpo" / "_autoload"
+PAPER, OFFICIAL = (yaml.safe_load((ROOT / "hyperparams" / f"{name}.yml").read_text()) for name in ("qvpo", "qvpo_official"))
+
+
+def test_registration_is_automatic_and_idempotent():
+    """This test session has imported rl_zoo3 and called nothing."""
+    assert rl_zoo3.ALGOS["qvpo"] is zoo.ZooQVPO
+    assert HYPERPARAMS_SAMPLER["qvpo"] is zoo.sample_qvpo_params
+    assert HYPERPARAMS_CONVERTER["qvpo"] is zoo.convert_qvpo_params
+    before = ExperimentManager.__init__
+    zoo.register()
+    zoo.register()
+    assert ExperimentManager.__init__ is before
+
+
+def run_python(code, tmp_path, **environment):
+    """Run code in an interpreter that sees the start-up file, next to whatever else is in ``tmp_path``."""
+    for name in ("sb3_qvpo_autoload.pth", "sb3_qvpo_autoload.py"):
+        (tmp_path / name).write_text((AUTOLOAD / name).read_text())
+    code = f"import site; site.addsitedir({str(tmp_path)!r})\n{code}"
+    environment = {"PYTHONPATH": str(tmp_path), "PATH": "", **environment}
+    return subprocess.run([sys.executable, "-I", "-c", code], env=environment, capture_output=True, text=True, check=False)
+
+
+def test_the_start_up_file_imports_nothing_and_prints_nothing(tmp_path):
+    code = """
+import sys
+assert any(type(finder).__name__ == "ZooFinder" for finder in sys.meta_path)
+assert not {"torch", "numpy", "rl_zoo3", "sb3_qvpo", "importlib.util"} & set(sys.modules) - before, sys.modules
+"""
+    result = run_python("import sys; before = set(sys.modules)" + code, tmp_path)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize(
+    ("package", "expected"),
+    [
+        ("raise RuntimeError('rl_zoo3 is broken')", "RuntimeError: rl_zoo3 is broken"),
+        ("", ""),  # a zoo without tables
+        (None, "ModuleNotFoundError: No module named 'rl_zoo3'"),
+    ],
+)
+def test_a_broken_or_missing_zoo_breaks_nothing_else(tmp_path, package, expected):
+    if package is not None:
+        (tmp_path / "rl_zoo3").mkdir()
+        (tmp_path / "rl_zoo3" / "__init__.py").write_text(package)
+    hide_installed = f"import sys; sys.path[:] = [p for p in sys.path if 'site-packages' not in p] + [{str(tmp_path)!r}]\n"
+    assert run_python("print('works')", tmp_path).stdout == "works\n"
+    result = run_python(hide_installed + "import rl_zoo3; print('imported')", tmp_path)
+    if expected:
+        assert expected in result.stderr
+    else:  # there is no sb3_qvpo on this path either: one warning, and the zoo is imported
+        assert result.stdout == "imported\n"
+        assert "sb3_qvpo could not add QVPO to rl_zoo3" in result.stderr
+
+
+@pytest.mark.parametrize("value", ["0", "false", "NO"])
+def test_an_environment_variable_switches_it_off(value):
+    command = [sys.executable, "-c", "import rl_zoo3; print('qvpo' in rl_zoo3.ALGOS)"]
+    outputs = [
+        subprocess.run(command, env={"SB3_QVPO_ZOO": setting}, capture_output=True, text=True, check=True).stdout
+        for setting in (value, "1")
+    ]
+    assert outputs == ["False\n", "True\n"]
+
+
+def test_importing_the_zoo_alone_does_not_import_optuna():
+    code = "import rl_zoo3, sys; assert 'qvpo' in rl_zoo3.ALGOS and 'optuna' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_explicit_registration_and_command():
+    command = [sys.executable, "-m", "sb3_qvpo.zoo"]
+    off = {"SB3_QVPO_ZOO": "0"}
+    result = subprocess.run([*command, "train", "--help"], env=off, capture_output=True, text=True, check=True)
+    assert re.search(r"--algo \{[^}]*\bqvpo\b", result.stdout)
+    folder = subprocess.run([*command, "hyperparams"], env=off, capture_output=True, text=True, check=True).stdout.strip()
+    assert (Path(folder) / "qvpo_official.yml").is_file()
+    for arguments in ([], ["trian"]):
+        result = subprocess.run([*command, *arguments], env=off, capture_output=True, text=True, check=False)
+        assert result.returncode != 0
+        assert "usage: python -m sb3_qvpo.zoo {train,enjoy" in result.stderr
+
+
+# Settings
+
+
+def test_table_3_and_explicit_values():
+    targets = {"Ant": 2, "HalfCheetah": 4, "Hopper": 1, "Humanoid": 2, "Walker2d": 2}
+    for task, n_target_candidates in targets.items():
+        for version in ("v4", "v5"):
+            entry = PAPER[f"{task}-{version}"]
+            assert entry["n_target_candidates"] == n_target_candidates
+            assert (entry["n_behavior_candidates"], entry["ent_coef"], entry["n_diffusion_steps"]) == (4, 0.01, 20)
+            assert OFFICIAL[f"{task}-{version}"]["n_target_candidates"] == 4
+    others = ["Swimmer", "Reacher", "Pusher", "InvertedPendulum", "InvertedDoublePendulum"]
+    expected = {f"{task}-{version}" for task in [*targets, *others] for version in ("v4", "v5")}
+    expected |= {"default", "Pendulum-v1", "MountainCarContinuous-v0", "LunarLanderContinuous-v3", "BipedalWalker-v3"}
+    assert PAPER.keys() == expected | {"FetchReach-v4", "FetchPush-v4"}
+    for name, entry in PAPER.items():
+        assert {"n_behavior_candidates", "n_target_candidates", "ent_coef", "n_diffusion_steps"} <= entry.keys(), name
+
+
+def test_every_value_has_its_source():
+    for line in (ROOT / "hyperparams" / "qvpo.yml").read_text().splitlines():
+        if re.match(r"  \w+: ", line) and not line.startswith("  policy: "):
+            assert re.search(r"# \[(paper|code|zoo|study|guess)\]", line), line
+
+
+class FakeFetch(gym.Env):
+    """A goal environment with the spaces of Fetch, which runs without gymnasium-robotics."""
+
+    def __init__(self, render_mode=None):
+        sizes = dict(observation=10, achieved_goal=3, desired_goal=3)
+        self.observation_space = gym.spaces.Dict({key: gym.spaces.Box(-10, 10, (n,)) for key, n in sizes.items()})
+        self.action_space = gym.spaces.Box(-1, 1, (4,), np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return self.observation_space.sample(), {}
+
+    def step(self, action):
+        observation = self.observation_space.sample()
+        return observation, -1.0, False, False, {}
+
+    def compute_reward(self, achieved_goal, desired_goal, info):
+        return -np.ones(len(achieved_goal))
+
+
+@pytest.fixture
+def stand_ins(monkeypatch):
+    """Environments that do not run here: Fetch needs an older MuJoCo, Pusher-v4 too."""
+    registry = dict(gym.envs.registry)
+    for name in ("FetchReach-v4", "FetchPush-v4"):
+        gym.register(name, entry_point=FakeFetch)
+    gym.register("Pusher-v4", entry_point="gymnasium.envs.mujoco.pusher_v5:PusherEnv")
+    yield
+    gym.envs.registry.clear()
+    gym.envs.registry.update(registry)
+
+
+ENTRIES = [("qvpo", name) for name in PAPER] + [("qvpo_official", name) for name in OFFICIAL]
+
+
+@pytest.mark.parametrize(("config", "name"), ENTRIES)
+@pytest.mark.usefixtures("stand_ins")
+def test_every_entry_builds_a_model(config, name, tmp_path):
+    """Through RL Zoo itself, up to the model that it would train."""
+    env_id = "Acrobot-v1" if name == "default" else name
+    if name == "default":
+        gym.register("Other-v0", entry_point="gymnasium.envs.classic_control.pendulum:PendulumEnv")
+        env_id = "Other-v0"
+    manager = ExperimentManager(
+        type("Arguments", (), {})(),
+        "qvpo",
+        env_id,
+        str(tmp_path),
+        config=None if config == "qvpo" else str(zoo.hyperparams_folder() / f"{config}.yml"),
+        eval_freq=-1,
+        verbose=0,
+        hyperparams=dict(buffer_size=200),  # the only change: no gigabytes here
+    )
+    model, _ = manager.setup_experiment()
+    assert type(model) is zoo.ZooQVPO
+    entry = (PAPER if config == "qvpo" else OFFICIAL)[name]
+    for key in ("n_behavior_candidates", "n_target_candidates", "n_diffusion_steps", "ent_coef", "max_grad_norm"):
+        if key in entry:
+            assert getattr(model, key) == entry[key], key
+    assert model.policy.n_diffusion_steps == entry["n_diffusion_steps"]
+
+
+def test_the_official_settings_are_the_authors():
+    entry = OFFICIAL["Hopper-v5"]
+    theirs = LinearSchedule(0.02, 0.002, 0.9)
+    ours = tiny_qvpo(ent_coef=entry["ent_coef"])._ent_coef_schedule
+    assert [ours(p / 10) for p in range(11)] == pytest.approx([theirs(p / 10) for p in range(11)])
+    assert (entry["learning_rate"], entry["qf_learning_rate"], entry["max_grad_norm"]) == (1e-4, 3e-4, 2.0)
+
+
+# Tuning
+
+LOW = dict(
+    one_minus_gamma=0.02, learning_rate=1e-3, qf_learning_rate=1e-3, tau=0.01, train_freq=2, ent_coef=0.01, q_weighting="qadv",
+    noise_schedule="cosine", net_arch="small", n_uniform_actions=4, n_behavior_candidates_pow=0, target_candidates_shift=0,
+    batch_size_pow=7, diffusion_steps_pow=0, draws_pow=12,
+)  # fmt: skip
+NO_HER = dict(using_her_replay_buffer=False, her_kwargs={})
+
+
+def random_trials(n, additional_args):
+    sampler = optuna.samplers.RandomSampler(seed=0)
+    study = optuna.create_study(sampler=sampler)
+    return [(trial, zoo.sample_qvpo_params(trial, 1, 1, dict(additional_args))) for trial in (study.ask() for _ in range(n))]
+
+
+def passes(params):
+    return params["batch_size"] * params["n_diffusion_steps"] * params["n_train_candidates"]
+
+
+def estimated_cost(params):
+    """Network passes of an update; a step with gradients counts as three; the wider network as 2.5 (measured)."""
+    draws = params["n_diffusion_steps"] * (params["n_train_candidates"] + params["n_target_candidates"])
+    steps = 3 * (1 + params["n_uniform_actions"]) + 3 * 2
+    width = params["policy_kwargs"]["net_arch"][0]
+    return params["batch_size"] * (draws + steps) * (1 if width == 128 else 2.5)
+
+
+def test_sampled_settings_are_valid_and_share_a_budget():
+    costs = []
+    for trial, params in random_trials(200, NO_HER):
+        assert params["n_target_candidates"] <= params["n_behavior_candidates"]
+        assert params["n_train_candidates"] in (2, 4, 8, 16, 32, 64)
+        assert params["gradient_steps"] == params["train_freq"]
+        for name, value in trial.user_attrs.items():
+            assert params[name] == value
+        assert zoo.convert_qvpo_params(trial.params) == params  # what --trial-id does
+        costs.append(estimated_cost(params))
+    assert 3 < max(costs) / min(costs) <= 4
+    sampled = {name: {str(params[name]) for _, params in random_trials(200, NO_HER)} for name in ("q_weighting", "train_freq")}
+    assert sampled["q_weighting"] == {"qadv", "qcut"}
+    assert len(sampled["train_freq"]) == 10
+
+
+@pytest.mark.parametrize("changes", [{}, dict(q_weighting="qcut", noise_schedule="vp", net_arch="medium", batch_size_pow=8)])
+def test_converted_settings_train(changes):
+    params = zoo.convert_qvpo_params({**LOW, **changes})
+    model = QVPO("MlpPolicy", "Pendulum-v1", learning_starts=4, buffer_size=100, device="cpu", **params).learn(8)
+    assert model._n_updates == 4
+
+
+def test_the_search_can_be_widened(monkeypatch):
+    monkeypatch.setenv("SB3_QVPO_SEARCH_COST", "8")
+    largest = max(passes(params) for _, params in random_trials(200, NO_HER))
+    assert largest == 256 * 20 * 64  # the paper's
+    for bad in ("0.5", "much", "nan"):
+        monkeypatch.setenv("SB3_QVPO_SEARCH_COST", bad)
+        with pytest.raises(ValueError, match=f"SB3_QVPO_SEARCH_COST must be a factor of at least 1, got '{bad}'"):
+            random_trials(1, NO_HER)
+
+
+def test_her_is_sampled_too():
+    her = dict(using_her_replay_buffer=True, her_kwargs=dict(n_sampled_goal=4, copy_info_dict=True))
+    for trial, params in random_trials(20, her):
+        assert params["replay_buffer_kwargs"]["goal_selection_strategy"] in ("final", "episode", "future")
+        assert params["replay_buffer_kwargs"]["copy_info_dict"] is True
+        from_study = zoo.convert_qvpo_params(trial.params)["replay_buffer_kwargs"]
+        assert from_study.items() <= params["replay_buffer_kwargs"].items()
+        assert not {"n_sampled_goal", "goal_selection_strategy"} & params.keys()
+
+
+# Playing and continuing
+
+
+def test_playing_allocates_no_full_size_buffer(tmp_path):
+    tiny_qvpo(buffer_size=1_000_000).save(tmp_path / "model")
+    as_enjoy_does = dict(custom_objects={"learning_rate": 0.0, "lr_schedule": lambda _: 0.0}, seed=0)
+    assert zoo.ZooQVPO.load(tmp_path / "model", **as_enjoy_does).replay_buffer.buffer_size == 1
+    assert zoo.ZooQVPO.load(tmp_path / "model", env=gym.make("Pendulum-v1")).replay_buffer.buffer_size == 1_000_000
+
+
+def test_continuing_skips_the_warm_up_and_keeps_the_schedule(tmp_path):
+    model = tiny_qvpo(learning_starts=10, ent_coef="lin_1.0").learn(20)
+    model.save(tmp_path / "model")
+    model.save_replay_buffer(tmp_path / "buffer")
+    with_buffer = zoo.ZooQVPO.load(tmp_path / "model", env=gym.make("Pendulum-v1"), device="cpu")
+    with_buffer.load_replay_buffer(tmp_path / "buffer")
+    random_actions = []
+    with_buffer.action_space.sample = lambda: random_actions.append(1)
+    ent_coefs, starts = [], []
+
+    def record(*_):
+        ent_coefs.append(with_buffer._ent_coef_schedule(with_buffer._current_progress_remaining))
+        starts.append(with_buffer.learning_starts)
+        with_buffer.save(tmp_path / "during")
+        return True
+
+    with_buffer.learn(20, callback=record)
+    assert (with_buffer.num_timesteps, with_buffer._n_updates) == (40, 30)
+    assert not random_actions
+    assert set(starts) == {0}
+    assert with_buffer.learning_starts == QVPO.load(tmp_path / "during").learning_starts == 10
+    assert ent_coefs[1] == pytest.approx(1 - 21 / 40)  # the second half of 40 steps, not a second 1.0
+
+    without_buffer = zoo.ZooQVPO.load(tmp_path / "model", env=gym.make("Pendulum-v1"), device="cpu")
+    without_buffer.learn(5)
+    assert without_buffer.num_timesteps == 25
+    again = QVPO.load(tmp_path / "model", env=gym.make("Pendulum-v1"), device="cpu").learn(15)
+    assert (again.num_timesteps, again._n_updates) == (15, 10 + 5)  # an empty buffer: warm-up as in SB3
