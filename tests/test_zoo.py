@@ -24,7 +24,7 @@ PAPER, OFFICIAL = (yaml.safe_load((ROOT / "hyperparams" / f"{name}.yml").read_te
 
 
 def test_registration_is_automatic_and_idempotent():
-    """This test session has imported rl_zoo3 and called nothing."""
+    """This test run has imported rl_zoo3 and called nothing."""
     assert rl_zoo3.ALGOS["qvpo"] is zoo.ZooQVPO
     assert HYPERPARAMS_SAMPLER["qvpo"] is zoo.sample_qvpo_params
     assert HYPERPARAMS_CONVERTER["qvpo"] is zoo.convert_qvpo_params
