@@ -15,7 +15,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.type_aliases import MaybeCallback
+from stable_baselines3.common.utils import configure_logger
 
 from sb3_qvpo.qvpo import QVPO
 
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
 ALGORITHM = "qvpo"
 """The name in ``--algo``."""
 
-SCRIPTS = ("train", "enjoy", "record_video", "record_training", "push_to_hub", "load_from_hub", "benchmark", "cli")
+SCRIPTS = ("train", "enjoy", "record_video", "record_training", "push_to_hub", "load_from_hub", "cli")
 """RL Zoo's scripts that ``python -m sb3_qvpo.zoo`` can run."""
 
 SelfZooQVPO = TypeVar("SelfZooQVPO", bound="ZooQVPO")
@@ -46,12 +48,15 @@ class ZooQVPO(QVPO):
 
         :param path: Path of the file.
         :param args: Further positional arguments of ``QVPO.load``.
-        :param kwargs: Keyword arguments of ``QVPO.load``. RL Zoo's scripts that play pass a learning rate of 0 in
-            ``custom_objects``: that is how they are told apart from training.
+        :param kwargs: Keyword arguments of ``QVPO.load``. RL Zoo's scripts that play pass ``custom_objects``, training does
+            not: that is how they are told apart. Training passes all settings of the task, and T, like the other sizes of
+            the policy, stays the model's.
         :return: The model.
         """
-        if (kwargs.get("custom_objects") or {}).get("learning_rate") == 0.0:
+        if "custom_objects" in kwargs:
             kwargs = {"buffer_size": 1, "optimize_memory_usage": False, **kwargs}
+        else:
+            kwargs.pop("n_diffusion_steps", None)
         return super().load(path, *args, **kwargs)
 
     def learn(
@@ -76,6 +81,26 @@ class ZooQVPO(QVPO):
         """
         reset_num_timesteps = reset_num_timesteps and self.num_timesteps == 0
         return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
+
+    def _setup_learn(
+        self,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        reset_num_timesteps: bool = True,
+        tb_log_name: str = "run",
+        progress_bar: bool = False,
+    ) -> tuple[int, BaseCallback]:
+        own_logger = self._custom_logger
+        if not reset_num_timesteps and not own_logger:
+            # A folder of its own for TensorBoard: SB3 would write into the latest one, which may be another run's
+            self.set_logger(configure_logger(self.verbose, self.tensorboard_log, tb_log_name, reset_num_timesteps=True))
+        try:
+            return super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
+        finally:
+            self._custom_logger = own_logger
+
+
+ZooQVPO.__name__ = "QVPO"  # what RL Zoo writes into model cards
 
 
 def hyperparams_folder() -> Path:
@@ -165,7 +190,7 @@ def sample_qvpo_params(trial: "optuna.Trial", n_actions: int, n_envs: int, addit
     Sampler of QVPO's hyperparameters, in RL Zoo's manner.
 
     A trial costs at most about four times the cheapest one. The environment variable ``SB3_QVPO_SEARCH_COST`` widens the
-    range: with 8 the largest drawing budget is the paper's.
+    range: with 16 it reaches the paper's settings.
 
     :param trial: Optuna's trial.
     :param n_actions: Action dimensions (not used).
@@ -248,6 +273,7 @@ def main() -> None:
         print(hyperparams_folder())
         return
     register()
+    os.environ["SB3_QVPO_ZOO"] = "1"  # some scripts start others in processes of their own
     script = sys.argv.pop(1)
     runpy.run_module(f"rl_zoo3.{script}", run_name="__main__", alter_sys=True)
 

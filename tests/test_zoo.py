@@ -11,9 +11,11 @@ import optuna
 import pytest
 import rl_zoo3
 import yaml
-from helpers import tiny_qvpo
+from helpers import TINY, tiny_qvpo
 from rl_zoo3.exp_manager import ExperimentManager
 from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER
+from stable_baselines3 import HerReplayBuffer
+from stable_baselines3.common.envs import BitFlippingEnv
 from stable_baselines3.common.utils import LinearSchedule
 
 from sb3_qvpo import QVPO, zoo
@@ -122,6 +124,16 @@ def test_table_3_and_explicit_values():
         assert {"n_behavior_candidates", "n_target_candidates", "ent_coef", "n_diffusion_steps"} <= entry.keys(), name
 
 
+def test_the_four_settings_are_written_out_in_every_entry():
+    text = (ROOT / "hyperparams" / "qvpo.yml").read_text()
+    blocks = dict(re.findall(r"^([\w-]+):(?! \*)[^\n]*\n((?:  [^\n]*\n)+)", text, flags=re.M))
+    aliases = re.findall(r"^([\w-]+): \*", text, flags=re.M)
+    assert blocks.keys() | set(aliases) == PAPER.keys()
+    for name, block in blocks.items():
+        for key in ("n_behavior_candidates", "n_target_candidates", "ent_coef", "n_diffusion_steps"):
+            assert re.search(rf"^  {key}: ", block, flags=re.M), (name, key)
+
+
 def test_every_value_has_its_source():
     for line in (ROOT / "hyperparams" / "qvpo.yml").read_text().splitlines():
         if re.match(r"  \w+: ", line) and not line.startswith("  policy: "):
@@ -214,10 +226,6 @@ def random_trials(n, additional_args):
     return [(trial, zoo.sample_qvpo_params(trial, 1, 1, dict(additional_args))) for trial in (study.ask() for _ in range(n))]
 
 
-def passes(params):
-    return params["batch_size"] * params["n_diffusion_steps"] * params["n_train_candidates"]
-
-
 def estimated_cost(params):
     """Network passes of an update; a step with gradients counts as three; the wider network as 2.5 (measured)."""
     draws = params["n_diffusion_steps"] * (params["n_train_candidates"] + params["n_target_candidates"])
@@ -250,9 +258,16 @@ def test_converted_settings_train(changes):
 
 
 def test_the_search_can_be_widened(monkeypatch):
-    monkeypatch.setenv("SB3_QVPO_SEARCH_COST", "8")
-    largest = max(passes(params) for _, params in random_trials(200, NO_HER))
-    assert largest == 256 * 20 * 64  # the paper's
+    def reaches_the_paper():
+        sizes = {
+            (p["batch_size"], p["n_diffusion_steps"], p["n_train_candidates"], *p["policy_kwargs"]["net_arch"])
+            for _, p in random_trials(1000, NO_HER)
+        }
+        return (256, 20, 64, 256, 256) in sizes
+
+    assert not reaches_the_paper()
+    monkeypatch.setenv("SB3_QVPO_SEARCH_COST", "16")
+    assert reaches_the_paper()
     for bad in ("0.5", "much", "nan"):
         monkeypatch.setenv("SB3_QVPO_SEARCH_COST", bad)
         with pytest.raises(ValueError, match=f"SB3_QVPO_SEARCH_COST must be a factor of at least 1, got '{bad}'"):
@@ -275,7 +290,10 @@ def test_her_is_sampled_too():
 def test_playing_allocates_no_full_size_buffer(tmp_path):
     tiny_qvpo(buffer_size=1_000_000).save(tmp_path / "model")
     as_enjoy_does = dict(custom_objects={"learning_rate": 0.0, "lr_schedule": lambda _: 0.0}, seed=0)
-    assert zoo.ZooQVPO.load(tmp_path / "model", **as_enjoy_does).replay_buffer.buffer_size == 1
+    as_push_to_hub_does = dict(custom_objects={}, env=gym.make("Pendulum-v1"), seed=0)
+    for arguments in (as_enjoy_does, as_push_to_hub_does):
+        assert zoo.ZooQVPO.load(tmp_path / "model", **arguments).replay_buffer.buffer_size == 1
+    assert rl_zoo3.ALGOS["qvpo"].__name__ == "QVPO"  # in model cards
     assert zoo.ZooQVPO.load(tmp_path / "model", env=gym.make("Pendulum-v1")).replay_buffer.buffer_size == 1_000_000
 
 
@@ -302,8 +320,48 @@ def test_continuing_skips_the_warm_up_and_keeps_the_schedule(tmp_path):
     assert with_buffer.learning_starts == QVPO.load(tmp_path / "during").learning_starts == 10
     assert ent_coefs[1] == pytest.approx(1 - 21 / 40)  # the second half of 40 steps, not a second 1.0
 
-    without_buffer = zoo.ZooQVPO.load(tmp_path / "model", env=gym.make("Pendulum-v1"), device="cpu")
-    without_buffer.learn(5)
-    assert without_buffer.num_timesteps == 25
     again = QVPO.load(tmp_path / "model", env=gym.make("Pendulum-v1"), device="cpu").learn(15)
     assert (again.num_timesteps, again._n_updates) == (15, 10 + 5)  # an empty buffer: warm-up as in SB3
+
+
+@pytest.mark.parametrize("cls", [QVPO, zoo.ZooQVPO])
+def test_continuing_without_a_buffer_fills_it_first(cls, tmp_path):
+    tiny_qvpo(learning_starts=10).learn(20).save(tmp_path / "model")
+    model = cls.load(tmp_path / "model", env=gym.make("Pendulum-v1"), device="cpu")
+    sizes = []
+    sample = model.replay_buffer.sample
+    model.replay_buffer.sample = lambda *args, **kwargs: (sizes.append(model.replay_buffer.size()), sample(*args, **kwargs))[1]
+    model.learn(15, reset_num_timesteps=False)
+    assert (model.num_timesteps, model._n_updates) == (35, 10 + 5)
+    assert sizes == [11, 12, 13, 14, 15]
+
+
+def test_continuing_with_her_without_a_buffer(tmp_path):
+    def env():
+        return BitFlippingEnv(n_bits=3, continuous=True)
+
+    her = dict(policy="MultiInputPolicy", replay_buffer_class=HerReplayBuffer, learning_starts=10)
+    tiny_qvpo(env(), **her).learn(30).save(tmp_path / "model")
+    model = zoo.ZooQVPO.load(tmp_path / "model", env=env(), device="cpu").learn(20)
+    assert model.num_timesteps == 50
+    assert model._n_updates == 20 + 10
+
+
+def test_continuing_keeps_the_number_of_diffusion_steps(tmp_path):
+    """RL Zoo passes all settings of the task to load(), but the policy is the model's."""
+    tiny_qvpo(n_diffusion_steps=3).learn(10).save(tmp_path / "model")
+    settings = dict(n_diffusion_steps=20, ent_coef=0.5, env=gym.make("Pendulum-v1"), device="cpu")
+    model = zoo.ZooQVPO.load(tmp_path / "model", **settings).learn(10)
+    assert (model.policy.n_diffusion_steps, model.ent_coef) == (3, 0.5)
+
+
+def test_continuing_writes_its_own_tensorboard_folder(tmp_path):
+    def train(**kwargs):
+        return zoo.ZooQVPO("MlpPolicy", "Pendulum-v1", **{**TINY, "tensorboard_log": str(tmp_path / "tb")}).learn(8)
+
+    train().save(tmp_path / "model")
+    train()  # another run
+    model = zoo.ZooQVPO.load(tmp_path / "model", env=gym.make("Pendulum-v1"), device="cpu").learn(8)
+    assert model.num_timesteps == 16
+    files = sorted(path.parent.name for path in (tmp_path / "tb").glob("*/*tfevents*"))
+    assert files == ["QVPO_1", "QVPO_2", "QVPO_3"]

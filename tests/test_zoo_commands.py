@@ -65,7 +65,7 @@ def test_editable_install(distributions, tmp_path):
     dependencies = next(path for path in sys.path if path.endswith("site-packages"))
     code = (
         f"import sys; sys.path.append({dependencies!r}); import rl_zoo3; from sb3_qvpo import zoo; "
-        "print(rl_zoo3.ALGOS['qvpo'].__name__, zoo.hyperparams_folder())"
+        "print(rl_zoo3.ALGOS['qvpo'].__qualname__, zoo.hyperparams_folder())"
     )
     assert run([python, "-c", code], tmp_path).split() == ["ZooQVPO", str(source / "hyperparams")]
 
@@ -150,6 +150,16 @@ def test_continuing_uses_the_buffer_and_counts_on(zoo, installed, pendulum):
     data = saved_data(folder / "Pendulum-v1.zip")
     assert (data["num_timesteps"], data["_n_updates"]) == (6300, 5800)  # no second warm-up of 500 steps
     assert (folder / "replay_buffer.pkl").is_file()
+
+
+def test_a_trial_can_be_continued(zoo, study, installed):
+    """Its sizes need not be those of the settings file."""
+    zoo("train", "--env", "Pendulum-v1", *STUDY, "--trial-id", "1", "-n", "20", "-f", "trial1")
+    model = "trial1/qvpo/Pendulum-v1_1/Pendulum-v1.zip"
+    zoo("train", "--env", "Pendulum-v1", "-i", model, "-n", "20", "-f", "trial1")
+    data = [saved_data(installed[1] / f"trial1/qvpo/Pendulum-v1_{i}/Pendulum-v1.zip") for i in (1, 2)]
+    assert data[0]["n_diffusion_steps"] == data[1]["n_diffusion_steps"] == 5 * 2 ** study[1][2]["diffusion_steps_pow"]
+    assert data[1]["num_timesteps"] >= 40
 
 
 def test_the_console_script(installed):

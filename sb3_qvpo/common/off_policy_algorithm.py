@@ -106,8 +106,9 @@ class DiffusionOffPolicyAlgorithm(OffPolicyAlgorithm):
 
     @property
     def learning_starts(self) -> int:
-        """Environment steps before the first update; 0 while training continues from a trained policy and a filled buffer."""
-        return 0 if self.__dict__.get("_skip_warm_up", False) else cast(int, self.__dict__["learning_starts"])
+        """Environment steps before the first update; while training continues, the step at which updates start again."""
+        warm_up_end = self.__dict__.get("_warm_up_end")
+        return cast(int, self.__dict__["learning_starts"] if warm_up_end is None else warm_up_end)
 
     @learning_starts.setter
     def learning_starts(self, value: int) -> None:
@@ -125,7 +126,7 @@ class DiffusionOffPolicyAlgorithm(OffPolicyAlgorithm):
 
     def _setup_model(self) -> None:
         self._resolve_arguments()
-        self._skip_warm_up = False
+        self._warm_up_end: int | None = None
         self._metric_sums: dict[str, tuple[th.Tensor, int]] = {}
         self._finite_guard = FiniteGuard(deferred=self.device.type != "cpu")
         own_kwargs = {name: getattr(self, name) for name in self._policy_arguments}
@@ -182,7 +183,7 @@ class DiffusionOffPolicyAlgorithm(OffPolicyAlgorithm):
 
     def _excluded_save_params(self) -> list[str]:
         networks = ["actor", "actor_target", "critic", "critic_target"]
-        of_the_process = ["_qf_lr_schedule", "_metric_sums", "_finite_guard", "_skip_warm_up"]
+        of_the_process = ["_qf_lr_schedule", "_metric_sums", "_finite_guard", "_warm_up_end"]
         return [*super()._excluded_save_params(), *networks, *of_the_process]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
@@ -278,7 +279,7 @@ class DiffusionOffPolicyAlgorithm(OffPolicyAlgorithm):
                 progress_bar=progress_bar,
             )
         finally:
-            self._skip_warm_up = False
+            self._warm_up_end = None
         self._finite_guard.report(self._n_updates)
         return self
 
@@ -300,8 +301,13 @@ class DiffusionOffPolicyAlgorithm(OffPolicyAlgorithm):
         self._metric_sums.clear()
         first_obs = self._last_obs if self._vec_normalize_env is None else self._last_original_obs
         self._check_finite("observation", cast(np.ndarray, first_obs))
-        # SB3 would act at random again, because learn() counts from 0; the reason for the warm-up, an empty buffer, is gone
-        self._skip_warm_up = self._n_updates > 0 and cast(ReplayBuffer, self.replay_buffer).size() > 0
+        buffer_is_empty = cast(ReplayBuffer, self.replay_buffer).size() == 0
+        if not buffer_is_empty and self._n_updates > 0:
+            # SB3 would act at random again, because learn() counts from 0; the reason for it, an empty buffer, is gone
+            self._warm_up_end = 0
+        elif buffer_is_empty and self.num_timesteps > 0:
+            # SB3 would update from a nearly empty buffer, because the count is beyond learning_starts
+            self._warm_up_end = self.num_timesteps + self.learning_starts
         return result
 
     def _store_transition(
