@@ -10,16 +10,21 @@ anyway, and costs nothing that can be measured. Set the environment variable ``S
 import os
 import sys
 
+TYPE_CHECKING = False  # typing itself would be an import at start
+if TYPE_CHECKING:
+    from importlib.machinery import ModuleSpec
+    from types import ModuleType
+
 TABLES = ("rl_zoo3", "rl_zoo3.hyperparams_opt", "rl_zoo3.exp_manager")
 
 
 class ZooFinder:
     """Finds nothing itself: lets the other finders find RL Zoo's modules and adds a step after their execution."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.searching = False
 
-    def find_spec(self, name, path=None, target=None):
+    def find_spec(self, name: str, path: object = None, target: object = None) -> "ModuleSpec | None":
         """Called by the interpreter for every module that is not yet imported."""
         if name not in TABLES or self.searching:
             return None
@@ -33,15 +38,15 @@ class ZooFinder:
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 
-            def execute_and_register(module):
+            def execute_and_register(module: "ModuleType") -> None:
                 execute(module)
                 register()
 
-            spec.loader.exec_module = execute_and_register
+            spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]  # of this one loader
         return spec
 
 
-def register():
+def register() -> None:
     """Add QVPO to the tables that exist by now. Whatever goes wrong, RL Zoo itself must go on working."""
     try:
         from sb3_qvpo.zoo import register_loaded
@@ -53,7 +58,7 @@ def register():
         warnings.warn(f"sb3_qvpo could not add QVPO to rl_zoo3: {type(error).__name__}: {error}", stacklevel=2)
 
 
-def install():
+def install() -> None:
     """Put the finder first in line, once."""
     switched_off = os.environ.get("SB3_QVPO_ZOO", "1").lower() in ("0", "false", "no", "off")
     if not switched_off and not any(type(finder).__name__ == ZooFinder.__name__ for finder in sys.meta_path):
