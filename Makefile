@@ -1,4 +1,4 @@
-# The two commands: make train, make test. Both set up .venv by themselves; they need Python 3.10+ and make.
+# The two commands: make train, make test. Both set up .venv by themselves; they need Python 3.11+ and make.
 
 PYTHON ?= python3
 VENV := .venv
@@ -32,6 +32,7 @@ type: $(READY)
 	$(BIN)/mypy
 
 $(READY): pyproject.toml constraints.txt
+	@echo "Setting up $(VENV): a minute or two"
 	$(PYTHON) -m venv $(VENV)
 	$(PIP_ENV) $(BIN)/python -m pip install --quiet --editable ".[tests]"
 	touch $@

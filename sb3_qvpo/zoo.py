@@ -12,6 +12,7 @@ import math
 import os
 import runpy
 import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -54,10 +55,13 @@ class ZooQVPO(QVPO):
         :return: The model.
         """
         if "custom_objects" in kwargs:
-            kwargs = {"buffer_size": 1, "optimize_memory_usage": False, **kwargs}
-        else:
-            kwargs.pop("n_diffusion_steps", None)
-        return super().load(path, *args, **kwargs)
+            return super().load(path, *args, **{"buffer_size": 1, "optimize_memory_usage": False, **kwargs})
+        asked_for = kwargs.pop("n_diffusion_steps", None)
+        model = super().load(path, *args, **kwargs)
+        if asked_for not in (None, model.n_diffusion_steps):
+            saved = model.n_diffusion_steps
+            warnings.warn(f"n_diffusion_steps stays {saved}, as in the saved model; {asked_for} was asked for", stacklevel=2)
+        return model
 
     def learn(
         self: SelfZooQVPO,

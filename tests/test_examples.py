@@ -11,7 +11,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 TOY = {
     "train_pendulum.py": (["--timesteps", "520"], r"Return over 20 episodes after 520 steps: -\d+ \+- \d+"),
     "train_mujoco.py": (
-        ["--timesteps", "22", "--learning-starts", "20", "--episodes", "1"],
+        ["--timesteps", "22", "--learning-starts", "20", "--episodes", "1", "--n-train-candidates", "4"],
         r"best of 1 candidates: -?\d+ .*\n.*best of 32 candidates: -?\d+",
     ),
 }

@@ -189,8 +189,11 @@ def test_a_loaded_n_step_model_keeps_and_can_change_its_returns(tmp_path):
 
 def test_a_model_does_not_load_with_another_number_of_diffusion_steps(tmp_path):
     tiny_qvpo().save(tmp_path / "model")
-    with pytest.raises(RuntimeError, match=r"size mismatch for actor.diffusion.betas"):
+    with pytest.raises(RuntimeError, match=r"n_diffusion_steps is 7 .* other than in the saved policy; it is fixed"):
         QVPO.load(tmp_path / "model", n_diffusion_steps=7)
+    model = QVPO.load(tmp_path / "model", n_diffusion_steps=3)
+    with pytest.raises(ValueError, match="n_diffusion_steps is fixed by the policy, 3, got 7"):
+        model.n_diffusion_steps = 7
 
 
 def test_custom_weighting_and_schedule_survive_saving(tmp_path):

@@ -16,7 +16,7 @@ import torch as th
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
-from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule, TensorDict
 from stable_baselines3.common.utils import FloatSchedule, update_learning_rate
 from stable_baselines3.common.vec_env import VecEnv
 
@@ -105,6 +105,17 @@ class DiffusionOffPolicyAlgorithm(OffPolicyAlgorithm):
         self._set_candidate_count("n_eval_candidates", value)
 
     @property
+    def n_diffusion_steps(self) -> int:
+        """T, steps of the diffusion; fixed once there is a policy."""
+        return cast(int, self.__dict__["n_diffusion_steps"])
+
+    @n_diffusion_steps.setter
+    def n_diffusion_steps(self, value: int) -> None:
+        if "policy" in self.__dict__ and value != self.policy.n_diffusion_steps:
+            raise ValueError(f"n_diffusion_steps is fixed by the policy, {self.policy.n_diffusion_steps}, got {value!r}")
+        self.__dict__["n_diffusion_steps"] = value
+
+    @property
     def learning_starts(self) -> int:
         """Environment steps before the first update; while training continues, the step at which updates start again."""
         warm_up_end = self.__dict__.get("_warm_up_end")
@@ -180,6 +191,27 @@ class DiffusionOffPolicyAlgorithm(OffPolicyAlgorithm):
         for name in ("n_behavior_candidates", "n_eval_candidates"):
             self.__dict__[name] = self._candidate_count(name)
         super().save(path, exclude, include)
+
+    def set_parameters(
+        self, load_path_or_dict: str | TensorDict, exact_match: bool = True, device: th.device | str = "auto"
+    ) -> None:
+        """
+        Load weights and optimiser states into this model.
+
+        :param load_path_or_dict: Path of a saved model, or what ``get_parameters()`` returned.
+        :param exact_match: Whether all parameters must be there.
+        :param device: Device to load to.
+        :raises RuntimeError: If the weights do not fit this model, with another number of diffusion steps for instance.
+        """
+        try:
+            super().set_parameters(load_path_or_dict, exact_match, device)
+        except RuntimeError as error:
+            if "diffusion.betas" not in str(error):
+                raise
+            raise RuntimeError(
+                f"n_diffusion_steps is {self.n_diffusion_steps} in this model, other than in the saved policy; it is fixed "
+                "when a policy is trained, because the noise predictor has learnt these steps and no others"
+            ) from error
 
     def _excluded_save_params(self) -> list[str]:
         networks = ["actor", "actor_target", "critic", "critic_target"]
