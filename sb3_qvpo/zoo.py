@@ -63,29 +63,6 @@ class ZooQVPO(QVPO):
             warnings.warn(f"n_diffusion_steps stays {saved}, as in the saved model; {asked_for} was asked for", stacklevel=2)
         return model
 
-    def learn(
-        self: SelfZooQVPO,
-        total_timesteps: float,
-        callback: MaybeCallback = None,
-        log_interval: int = 4,
-        tb_log_name: str = "QVPO",
-        reset_num_timesteps: bool = True,
-        progress_bar: bool = False,
-    ) -> SelfZooQVPO:
-        """
-        Train the model. A model that has been trained before goes on counting steps: RL Zoo cannot ask for it.
-
-        :param total_timesteps: Number of environment steps, after those done already.
-        :param callback: Callback(s) called at every step.
-        :param log_interval: Episodes between two entries of the log.
-        :param tb_log_name: Name of the run for TensorBoard.
-        :param reset_num_timesteps: Start counting at 0 if the model is new.
-        :param progress_bar: Show a progress bar.
-        :return: The trained model.
-        """
-        reset_num_timesteps = reset_num_timesteps and self.num_timesteps == 0
-        return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
-
     def _setup_learn(
         self,
         total_timesteps: int,
@@ -94,6 +71,8 @@ class ZooQVPO(QVPO):
         tb_log_name: str = "run",
         progress_bar: bool = False,
     ) -> tuple[int, BaseCallback]:
+        # RL Zoo always asks to start from 0; a model that has been trained before goes on counting
+        reset_num_timesteps = reset_num_timesteps and self.num_timesteps == 0
         own_logger = self._custom_logger
         if not reset_num_timesteps and not own_logger:
             # A folder of its own for TensorBoard: SB3 would write into the latest one, which may be another run's
@@ -227,9 +206,8 @@ def sample_qvpo_params(trial: "optuna.Trial", n_actions: int, n_envs: int, addit
         sampled = sample_her_params(trial, sampled, additional_args["her_kwargs"])
     converted = convert_qvpo_params(sampled)
     # Display true values
-    for name in ("gamma", "batch_size", "n_diffusion_steps", "n_train_candidates"):
-        trial.set_user_attr(name, converted[name])
-    for name in ("n_behavior_candidates", "n_target_candidates"):
+    candidate_counts = ("n_behavior_candidates", "n_target_candidates", "n_train_candidates")
+    for name in ("gamma", "batch_size", "n_diffusion_steps", *candidate_counts):
         trial.set_user_attr(name, converted[name])
     return converted
 

@@ -53,11 +53,11 @@ class DiffusionOffPolicyAlgorithm(OffPolicyAlgorithm):
     critic: CandidateCritic
     critic_target: CandidateCritic
 
+    _policy_arguments: ClassVar[tuple[str, ...]] = ("n_diffusion_steps", "n_behavior_candidates", "n_eval_candidates")
     _count_arguments: ClassVar[tuple[str, ...]] = (
         *("batch_size", "buffer_size", "n_steps", "policy_delay"),
-        *("n_diffusion_steps", "n_behavior_candidates", "n_eval_candidates"),
+        *_policy_arguments,
     )
-    _policy_arguments: ClassVar[tuple[str, ...]] = ("n_diffusion_steps", "n_behavior_candidates", "n_eval_candidates")
 
     def __init__(
         self,
