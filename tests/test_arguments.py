@@ -62,6 +62,9 @@ ALIVE = {
     "n_diffusion_steps": (5, trained_weights),
     "policy_delay": (2, trained_weights),
     "max_grad_norm": (1e-3, trained_weights),
+    "use_sde": (True, None),  # refused: test below
+    "sde_sample_freq": (4, None),  # without effect, like SAC's without gSDE
+    "use_sde_at_warmup": (True, None),  # the same
     "stats_window_size": (3, lambda model: model.learn(1).ep_info_buffer.maxlen),
     "tensorboard_log": (None, None),  # needs a folder: test below
     "policy_kwargs": (dict(net_arch=[9]), trained_weights),
@@ -178,7 +181,12 @@ BAD = [
     (dict(ent_coef=-0.1), r"ent_coef must be a number in \[0, inf\), got -0.1"),
     (dict(ent_coef=float("nan")), "ent_coef must be a number"),
     (dict(ent_coef=LinearSchedule(0.1, -0.1, 1.0)), "ent_coef at progress_remaining=0.0 must be a number in"),
-    (dict(ent_coef="auto"), "ent_coef must be a number or 'lin_START'.*, got 'auto'"),
+    (dict(ent_coef="auto"), "ent_coef must be a number, a schedule or a string .*, got 'auto': .* not a temperature"),
+    (dict(ent_coef="auto_0.1"), "ent_coef must be a number, a schedule or a string .*, got 'auto_0.1'"),
+    (dict(ent_coef="fast"), "ent_coef must be a number or 'lin_START'.*, got 'fast'"),
+    (dict(use_sde=True), "use_sde must be left out, got True: gSDE replaces the noise of SB3's Gaussian policies"),
+    (dict(policy_kwargs=dict(log_std_init=-3)), "log_std_init must be left out, got -3: gSDE"),
+    (dict(policy_kwargs=dict(use_expln=False)), "use_expln must be left out, got False: gSDE"),
     (dict(ent_coef="lin_"), "ent_coef must be a number or 'lin_START'.*, got 'lin_'"),
     (dict(ent_coef="lin_0.1_0.2_0.5_1"), "ent_coef must be a number or 'lin_START'"),
     (dict(ent_coef="lin_0.1_0.2_0"), r"with FRACTION in \(0, 1\], got 'lin_0.1_0.2_0'"),

@@ -15,7 +15,13 @@ FILES = sorted(set((ROOT / "sb3_qvpo").rglob("*.py")) - {AUTOLOAD})
 MODULES = [".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for file in FILES]
 
 
-ON_SB3 = {f"sb3_qvpo.common.{name}" for name in ("arguments", "policies", "off_policy_algorithm")}
+ON_SB3 = {
+    f"sb3_qvpo.common.{name}"
+    for name in (
+        *("arguments", "callbacks", "checkpoints", "guarded_algorithm", "interruptions"),
+        *("policies", "off_policy_algorithm"),
+    )
+}
 
 
 def imports(file):

@@ -9,6 +9,9 @@ from gymnasium import spaces
 from stable_baselines3.common.type_aliases import Schedule
 from stable_baselines3.common.utils import FloatSchedule, LinearSchedule
 
+SDE_POLICY_KWARGS = {"use_sde", "log_std_init", "use_expln", "clip_mean", "full_std"}
+"""What SB3's Gaussian policies take for gSDE."""
+
 
 def check_action_space(action_space: spaces.Space[Any]) -> None:
     """
@@ -23,6 +26,26 @@ def check_action_space(action_space: spaces.Space[Any]) -> None:
         raise ValueError(f"action_space must be a Box with finite bounds, got {action_space}: use RescaleAction or ClipAction")
     if not (action_space.low < action_space.high).all():
         raise ValueError(f"action_space must be a Box with each low below its high, got {action_space}")
+
+
+def check_no_sde(use_sde: bool, policy_kwargs: dict[str, Any]) -> None:
+    """
+    Refuse gSDE (generalized state-dependent exploration), with the reason.
+
+    :param use_sde: SB3's switch for gSDE.
+    :param policy_kwargs: Arguments of the policy, in which SAC takes gSDE's own.
+    :raises ValueError: If gSDE is asked for.
+    """
+    asked = (
+        {"use_sde": use_sde} if use_sde else {name: policy_kwargs[name] for name in SDE_POLICY_KWARGS & policy_kwargs.keys()}
+    )
+    if asked:
+        name, value = min(asked.items())
+        raise ValueError(
+            f"{name} must be left out, got {value!r}: gSDE replaces the noise of SB3's Gaussian policies by a function of the "
+            "state, and a diffusion policy has no Gaussian over actions. It explores by sampling; for noise that is "
+            "correlated in time use action_noise"
+        )
 
 
 def check_count(name: str, value: Any, minimum: int = 1) -> int:

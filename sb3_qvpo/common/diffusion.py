@@ -78,6 +78,18 @@ class GaussianDiffusion(nn.Module):
             # number of steps must not load
             self.register_buffer(name, value.float(), persistent=name == "betas")
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        saved, own, error_messages = state_dict.get(f"{prefix}betas"), self.betas, args[-1]
+        if (
+            saved is not None
+            and saved.shape == own.shape
+            and not own.is_meta
+            and not th.allclose(saved.to(own), own, rtol=1e-4)
+        ):
+            # The other coefficients would stay those of the old schedule
+            error_messages.append(f"{prefix}betas are those of another noise schedule: weights trained with it do not fit.")
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def add_noise(self, x0: th.Tensor, t: th.Tensor, noise: th.Tensor) -> th.Tensor:
         """
         Forward noising in one jump, Eq. 2: ``x_t = sqrt(bar alpha_t) x_0 + sqrt(1 - bar alpha_t) noise``.

@@ -1,6 +1,6 @@
 """
-What every algorithm that trains a :class:`DiffusionPolicy` off-policy shares on top of SB3's ``OffPolicyAlgorithm``:
-checked arguments, learning rates, guarded optimiser steps, metrics that do not stall an accelerator, saving.
+What every algorithm that trains a :class:`DiffusionPolicy` off-policy shares: checked arguments, candidate counts that can be
+changed, learning rates, metrics that do not stall an accelerator.
 
 A subclass sets its own arguments, calls ``_setup_model()``, and writes ``train()``.
 """
@@ -8,29 +8,26 @@ A subclass sets its own arguments, calls ``_setup_model()``, and writes ``train(
 import io
 import math
 import pathlib
+import warnings
 from collections.abc import Iterable
-from typing import Any, ClassVar, TypeVar, cast
+from typing import Any, ClassVar, cast
 
-import numpy as np
 import torch as th
-from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule, TensorDict
 from stable_baselines3.common.utils import FloatSchedule, update_learning_rate
 from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_qvpo.common.arguments import check_action_space, check_count, check_interval, parse_schedule
-from sb3_qvpo.common.finite_checks import FiniteGuard, check_finite_array
+from sb3_qvpo.common.arguments import check_action_space, check_count, check_interval, check_no_sde, parse_schedule
+from sb3_qvpo.common.guarded_algorithm import GuardedOffPolicyAlgorithm
 from sb3_qvpo.common.policies import CandidateCritic, DiffusionActor, DiffusionPolicy
-
-SelfDiffusionAlgorithm = TypeVar("SelfDiffusionAlgorithm", bound="DiffusionOffPolicyAlgorithm")
 
 Metrics = dict[str, th.Tensor]
 """Named scalars of a loss, still on the device."""
 
 
-class DiffusionOffPolicyAlgorithm(OffPolicyAlgorithm):
+class DiffusionOffPolicyAlgorithm(GuardedOffPolicyAlgorithm):
     """
     Base of off-policy algorithms with a diffusion policy. All arguments are keywords here; see the subclasses.
 
@@ -44,7 +41,7 @@ class DiffusionOffPolicyAlgorithm(OffPolicyAlgorithm):
     :param policy_delay: Update actor and targets every this many critic updates.
     :param max_grad_norm: Largest Euclidean norm of the gradients of actor and of critics; None for no clipping.
     :param kwargs: Further arguments of SB3's ``OffPolicyAlgorithm``.
-    :raises ValueError: If the action space is not a finite ``Box`` or a candidate count is below 1.
+    :raises ValueError: If the action space is not a finite ``Box``, a candidate count is below 1, or gSDE is asked for.
     """
 
     policy: DiffusionPolicy
@@ -115,16 +112,6 @@ class DiffusionOffPolicyAlgorithm(OffPolicyAlgorithm):
             raise ValueError(f"n_diffusion_steps is fixed by the policy, {self.policy.n_diffusion_steps}, got {value!r}")
         self.__dict__["n_diffusion_steps"] = value
 
-    @property
-    def learning_starts(self) -> int:
-        """Environment steps before the first update; while training continues, the step at which updates start again."""
-        warm_up_end = self.__dict__.get("_warm_up_end")
-        return cast(int, self.__dict__["learning_starts"] if warm_up_end is None else warm_up_end)
-
-    @learning_starts.setter
-    def learning_starts(self, value: int) -> None:
-        self.__dict__["learning_starts"] = value
-
     def _candidate_count(self, name: str) -> int:
         return cast(int, getattr(self.policy, name) if "policy" in self.__dict__ else self.__dict__[name])
 
@@ -137,9 +124,8 @@ class DiffusionOffPolicyAlgorithm(OffPolicyAlgorithm):
 
     def _setup_model(self) -> None:
         self._resolve_arguments()
-        self._warm_up_end: int | None = None
+        self._warned_of_few_updates = False
         self._metric_sums: dict[str, tuple[th.Tensor, int]] = {}
-        self._finite_guard = FiniteGuard(deferred=self.device.type != "cpu")
         own_kwargs = {name: getattr(self, name) for name in self._policy_arguments}
         policy_kwargs = self.policy_kwargs
         for name in own_kwargs.keys() & policy_kwargs.keys():
@@ -163,6 +149,7 @@ class DiffusionOffPolicyAlgorithm(OffPolicyAlgorithm):
 
     def _resolve_arguments(self) -> None:
         """Check all arguments and prepare those with several forms, before anything large is built."""
+        check_no_sde(self.use_sde, self.policy_kwargs)
         for name in self._count_arguments:
             check_count(name, getattr(self, name))
         check_interval("tau", self.tau, 0, 1, low_allowed=False)
@@ -172,8 +159,9 @@ class DiffusionOffPolicyAlgorithm(OffPolicyAlgorithm):
 
     def _setup_lr_schedule(self) -> None:
         self.lr_schedule: FloatSchedule = parse_schedule("learning_rate", self.learning_rate)
-        qf_learning_rate = self.learning_rate if self.qf_learning_rate is None else self.qf_learning_rate
-        self._qf_lr_schedule = parse_schedule("qf_learning_rate", qf_learning_rate)
+        self._qf_lr_schedule: FloatSchedule | None = None
+        if self.qf_learning_rate is not None:
+            self._qf_lr_schedule = parse_schedule("qf_learning_rate", self.qf_learning_rate)
 
     def save(
         self,
@@ -187,6 +175,7 @@ class DiffusionOffPolicyAlgorithm(OffPolicyAlgorithm):
         :param path: Path of the file, or an open file.
         :param exclude: Attributes not to save, besides those that are never saved.
         :param include: Attributes to save although they would be excluded.
+        :raises OSError: If writing fails. A previous file is intact then.
         """
         for name in ("n_behavior_candidates", "n_eval_candidates"):
             self.__dict__[name] = self._candidate_count(name)
@@ -201,12 +190,13 @@ class DiffusionOffPolicyAlgorithm(OffPolicyAlgorithm):
         :param load_path_or_dict: Path of a saved model, or what ``get_parameters()`` returned.
         :param exact_match: Whether all parameters must be there.
         :param device: Device to load to.
-        :raises RuntimeError: If the weights do not fit this model, with another number of diffusion steps for instance.
+        :raises RuntimeError: If the weights do not fit this model, with another number of diffusion steps or another noise
+            schedule for instance.
         """
         try:
             super().set_parameters(load_path_or_dict, exact_match, device)
         except RuntimeError as error:
-            if "diffusion.betas" not in str(error):
+            if "size mismatch for actor.diffusion.betas" not in str(error):
                 raise
             raise RuntimeError(
                 f"n_diffusion_steps is {self.n_diffusion_steps} in this model, other than in the saved policy; it is fixed "
@@ -215,7 +205,7 @@ class DiffusionOffPolicyAlgorithm(OffPolicyAlgorithm):
 
     def _excluded_save_params(self) -> list[str]:
         networks = ["actor", "actor_target", "critic", "critic_target"]
-        of_the_process = ["_qf_lr_schedule", "_metric_sums", "_finite_guard", "_warm_up_end"]
+        of_the_process = ["_qf_lr_schedule", "_metric_sums", "_warned_of_few_updates"]
         return [*super()._excluded_save_params(), *networks, *of_the_process]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
@@ -235,21 +225,10 @@ class DiffusionOffPolicyAlgorithm(OffPolicyAlgorithm):
 
     def _update_learning_rates(self) -> None:
         self._update_learning_rate(self.actor.optimizer)
-        qf_learning_rate = self._qf_lr_schedule(self._current_progress_remaining)
+        # Looked up here, because lr_schedule is a public attribute that scripts replace
+        qf_learning_rate = (self._qf_lr_schedule or self.lr_schedule)(self._current_progress_remaining)
         update_learning_rate(self.critic.optimizer, qf_learning_rate)
         self.logger.record("train/learning_rate_qf", qf_learning_rate)
-
-    def _optimize(self, optimizer: th.optim.Optimizer, loss_name: str, loss: th.Tensor) -> None:
-        """
-        One optimiser step, guarded against numbers that are not finite.
-
-        :param optimizer: The optimiser of the networks that the loss trains.
-        :param loss_name: Name of the loss, for the error message.
-        :param loss: The loss, a scalar.
-        """
-        optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves Tensor.backward untyped
-        self._finite_guard.step(optimizer, loss_name, loss, self._n_updates, self.max_grad_norm)
 
     # Metrics: summed on the device, read back when they are logged
 
@@ -277,43 +256,7 @@ class DiffusionOffPolicyAlgorithm(OffPolicyAlgorithm):
         super().dump_logs()
         self._metric_sums.clear()
 
-    # Collecting
-
-    def learn(
-        self: SelfDiffusionAlgorithm,
-        total_timesteps: float,
-        callback: MaybeCallback = None,
-        log_interval: int = 4,
-        tb_log_name: str = "run",
-        reset_num_timesteps: bool = True,
-        progress_bar: bool = False,
-    ) -> SelfDiffusionAlgorithm:
-        """
-        Train the model.
-
-        :param total_timesteps: Number of environment steps; a float such as ``1e6`` is fine.
-        :param callback: Callback(s) called at every step.
-        :param log_interval: Episodes between two entries of the log.
-        :param tb_log_name: Name of the run for TensorBoard.
-        :param reset_num_timesteps: Start counting steps (and schedules) from 0 again.
-        :param progress_bar: Show a progress bar (needs tqdm and rich).
-        :return: The trained model.
-        :raises ValueError: If ``total_timesteps`` is not finite, or when a reward, an observation, a loss or a gradient is
-            not finite. The weights and the buffer are intact then.
-        """
-        try:
-            super().learn(
-                total_timesteps=int(check_interval("total_timesteps", total_timesteps, 0, math.inf)),
-                callback=callback,
-                log_interval=log_interval,
-                tb_log_name=tb_log_name,
-                reset_num_timesteps=reset_num_timesteps,
-                progress_bar=progress_bar,
-            )
-        finally:
-            self._warm_up_end = None
-        self._finite_guard.report(self._n_updates)
-        return self
+    # Starting
 
     @staticmethod
     def _wrap_env(env: GymEnv, verbose: int = 0, monitor_wrapper: bool = True) -> VecEnv:
@@ -329,44 +272,15 @@ class DiffusionOffPolicyAlgorithm(OffPolicyAlgorithm):
         tb_log_name: str = "run",
         progress_bar: bool = False,
     ) -> tuple[int, BaseCallback]:
-        result = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
+        self._warn_of_few_updates()
         self._metric_sums.clear()
-        first_obs = self._last_obs if self._vec_normalize_env is None else self._last_original_obs
-        self._check_finite("observation", cast(np.ndarray, first_obs))
-        buffer_is_empty = cast(ReplayBuffer, self.replay_buffer).size() == 0
-        if not buffer_is_empty and self._n_updates > 0:
-            # SB3 would act at random again, because learn() counts from 0; the reason for it, an empty buffer, is gone
-            self._warm_up_end = 0
-        elif buffer_is_empty and self.num_timesteps > 0:
-            # SB3 would update from a nearly empty buffer, because the count is beyond learning_starts
-            self._warm_up_end = self.num_timesteps + self.learning_starts
-        return result
+        return super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
 
-    def _store_transition(
-        self,
-        replay_buffer: ReplayBuffer,
-        buffer_action: np.ndarray,
-        new_obs: np.ndarray | dict[str, np.ndarray],
-        reward: np.ndarray,
-        dones: np.ndarray,
-        infos: list[dict[str, Any]],
-    ) -> None:
-        original_obs, original_reward = new_obs, reward
-        if self._vec_normalize_env is not None:
-            # Normalisation clips infinities away
-            original_obs = self._vec_normalize_env.get_original_obs()
-            original_reward = self._vec_normalize_env.get_original_reward()
-        self._check_finite("reward", original_reward)
-        self._check_finite("observation", original_obs)
-        for info in infos:
-            if info.get("terminal_observation") is not None:
-                self._check_finite("terminal observation", info["terminal_observation"])
-        super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
-
-    def _check_finite(self, name: str, value: np.ndarray | dict[str, np.ndarray]) -> None:
-        try:
-            check_finite_array(name, value, self.num_timesteps)
-        except ValueError:
-            # The environment has moved on without us: the next learn() must reset it, not connect two distant states
-            self._last_obs = None
-            raise
+    def _warn_of_few_updates(self) -> None:
+        if self.n_envs > 1 and self.gradient_steps == 1 and not self._warned_of_few_updates:
+            self._warned_of_few_updates = True
+            warnings.warn(
+                f"gradient_steps=1 with {self.n_envs} environments: one update for {self.n_envs} or more environment steps. "
+                "gradient_steps=-1 makes as many updates as steps.",
+                stacklevel=6,
+            )

@@ -5,8 +5,10 @@ Shapes: B batch, K candidates for each state, A action dimensions, S state featu
 Actions are scaled to [-1, 1] everywhere here; ``predict`` unscales them.
 """
 
+import io
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -25,6 +27,7 @@ from sb3_qvpo.common.candidates import best_candidate, minimum_q
 from sb3_qvpo.common.diffusion import GaussianDiffusion
 from sb3_qvpo.common.networks import NoisePredictor, init_linear_layers
 from sb3_qvpo.common.noise_schedules import FixedSchedule, NoiseSchedule, make_betas
+from sb3_qvpo.common.safe_files import atomic_file
 
 
 @contextmanager
@@ -468,6 +471,18 @@ class DiffusionPolicy(BasePolicy):
         self.actor.set_training_mode(mode)
         self.critic.set_training_mode(mode)
         self.training = mode
+
+    def save(self, path: str | Path) -> None:
+        """
+        Save the policy alone, for ``DiffusionPolicy.load()``. The file holds pickles.
+
+        :param path: Path of the file.
+        :raises OSError: If writing fails. A previous file is intact then.
+        """
+        content = io.BytesIO()
+        super().save(cast(Any, content))
+        with atomic_file(path) as file:
+            file.write(content.getbuffer())
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         current = dict(

@@ -94,6 +94,9 @@ class QVPO(DiffusionOffPolicyAlgorithm):
     :param n_diffusion_steps: T, steps of the diffusion, at least 1.
     :param policy_delay: Update actor and targets every this many critic updates.
     :param max_grad_norm: Largest Euclidean norm of the gradients of actor and of critics; None for no clipping.
+    :param use_sde: Must be False: gSDE belongs to Gaussian policies. Here, with the next two, for scripts that name it.
+    :param sde_sample_freq: Has no effect without gSDE.
+    :param use_sde_at_warmup: Has no effect without gSDE.
     :param stats_window_size: Episodes over which rollout statistics are averaged in the log.
     :param tensorboard_log: Folder for TensorBoard logs (None for none).
     :param policy_kwargs: Further arguments of the policy, see :class:`~sb3_qvpo.common.policies.DiffusionPolicy`.
@@ -101,7 +104,7 @@ class QVPO(DiffusionOffPolicyAlgorithm):
     :param seed: Seed of all random generators.
     :param device: Device to run on (cpu, cuda, ...); ``"auto"`` uses a GPU if there is one.
     :param _init_setup_model: Whether to build the networks on creation.
-    :raises ValueError: If an argument is out of its range, or the action space is not a finite ``Box``.
+    :raises ValueError: If an argument is out of its range, the action space is not a finite ``Box``, or gSDE is asked for.
     """
 
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
@@ -142,6 +145,9 @@ class QVPO(DiffusionOffPolicyAlgorithm):
         n_diffusion_steps: int = 20,
         policy_delay: int = 1,
         max_grad_norm: float | None = None,
+        use_sde: bool = False,
+        sde_sample_freq: int = -1,
+        use_sde_at_warmup: bool = False,
         stats_window_size: int = 100,
         tensorboard_log: str | None = None,
         policy_kwargs: dict[str, Any] | None = None,
@@ -160,6 +166,9 @@ class QVPO(DiffusionOffPolicyAlgorithm):
             n_eval_candidates=n_eval_candidates,
             policy_delay=policy_delay,
             max_grad_norm=max_grad_norm,
+            use_sde=use_sde,
+            sde_sample_freq=sde_sample_freq,
+            use_sde_at_warmup=use_sde_at_warmup,
             buffer_size=buffer_size,
             learning_starts=learning_starts,
             batch_size=batch_size,
@@ -302,6 +311,11 @@ class QVPO(DiffusionOffPolicyAlgorithm):
     def _resolve_arguments(self) -> None:
         super()._resolve_arguments()
         self._q_weighting: QWeighting = resolve_q_weighting(self.q_weighting, self.n_train_candidates, self.device)
+        if isinstance(self.ent_coef, str) and self.ent_coef.startswith("auto"):
+            raise ValueError(
+                f"ent_coef must be a number, a schedule or a string such as 'lin_0.02_0.002_0.9', got {self.ent_coef!r}: it "
+                "is the weight of uniform actions here (Eq. 10), not a temperature that could be learnt as in SAC"
+            )
         self._ent_coef_schedule = parse_schedule("ent_coef", self.ent_coef)
 
     def _excluded_save_params(self) -> list[str]:
@@ -327,6 +341,7 @@ class QVPO(DiffusionOffPolicyAlgorithm):
         :param progress_bar: Show a progress bar (needs tqdm and rich).
         :return: The trained model.
         :raises ValueError: If ``total_timesteps`` is not finite, or when a reward, an observation, a loss or a gradient is
-            not finite. The weights and the buffer are intact then.
+            not finite. After any error in here, also of the environment, the weights and the buffer are intact, and training
+            can continue with a new episode.
         """
         return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)

@@ -1,0 +1,282 @@
+"""
+An off-policy algorithm whose weights, replay buffer and files survive errors and interruptions: numbers that are not finite,
+environments that raise, full disks, kills. Nothing here knows what is trained.
+"""
+
+import io
+import math
+import pathlib
+from collections.abc import Iterable
+from typing import Any, TypeVar, cast
+
+import numpy as np
+import torch as th
+from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback
+from stable_baselines3.common.vec_env import VecEnv
+
+from sb3_qvpo.common.arguments import check_interval
+from sb3_qvpo.common.checkpoints import (
+    RandomStates,
+    open_checkpoint,
+    restore_environment,
+    set_random_states,
+    unpickle,
+    write_checkpoint,
+)
+from sb3_qvpo.common.finite_checks import FiniteGuard, check_finite_array
+from sb3_qvpo.common.interruptions import Statistics, cut_last_episode, normalization_statistics, restore_statistics
+from sb3_qvpo.common.safe_files import atomic_file
+
+SelfGuardedAlgorithm = TypeVar("SelfGuardedAlgorithm", bound="GuardedOffPolicyAlgorithm")
+
+
+class GuardedOffPolicyAlgorithm(OffPolicyAlgorithm):
+    """
+    SB3's ``OffPolicyAlgorithm`` that stops before a number that is not finite does harm, saves atomically, and resumes.
+
+    A subclass takes its optimiser steps through ``_optimize()`` and sets ``max_grad_norm``.
+    """
+
+    max_grad_norm: float | None
+
+    def _setup_model(self) -> None:
+        self._warm_up_end: int | None = None
+        self._resumed_random_states: RandomStates | None = None
+        self._statistics: Statistics = []
+        self._finite_guard = FiniteGuard(deferred=self.device.type != "cpu")
+        super()._setup_model()
+
+    def _excluded_save_params(self) -> list[str]:
+        of_the_process = ["_finite_guard", "_warm_up_end", "_resumed_random_states", "_statistics", "start_time"]
+        return [*super()._excluded_save_params(), *of_the_process]
+
+    @property
+    def learning_starts(self) -> int:
+        """Environment steps before the first update; while training continues, the step at which updates start again."""
+        warm_up_end = self.__dict__.get("_warm_up_end")
+        return cast(int, self.__dict__["learning_starts"] if warm_up_end is None else warm_up_end)
+
+    @learning_starts.setter
+    def learning_starts(self, value: int) -> None:
+        self.__dict__["learning_starts"] = value
+
+    def _optimize(self, optimizer: th.optim.Optimizer, loss_name: str, loss: th.Tensor) -> None:
+        """
+        One optimiser step, guarded against numbers that are not finite.
+
+        :param optimizer: The optimiser of the networks that the loss trains.
+        :param loss_name: Name of the loss, for the error message.
+        :param loss: The loss, a scalar.
+        """
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves Tensor.backward untyped
+        self._finite_guard.step(optimizer, loss_name, loss, self._n_updates, self.max_grad_norm)
+
+    # Files
+
+    def save(
+        self,
+        path: str | pathlib.Path | io.BufferedIOBase,
+        exclude: Iterable[str] | None = None,
+        include: Iterable[str] | None = None,
+    ) -> None:
+        """
+        Save the model in a zip file.
+
+        :param path: Path of the file, or an open file.
+        :param exclude: Attributes not to save, besides those that are never saved.
+        :param include: Attributes to save although they would be excluded.
+        :raises OSError: If writing fails. A previous file is intact then.
+        """
+        if isinstance(path, io.BufferedIOBase):
+            super().save(path, exclude, include)
+        else:
+            with atomic_file(path, "zip") as file:
+                super().save(file, exclude, include)
+
+    def save_replay_buffer(self, path: str | pathlib.Path | io.BufferedIOBase) -> None:
+        """
+        Save the replay buffer as a pickle file.
+
+        :param path: Path of the file, or an open file.
+        :raises OSError: If writing fails. A previous file is intact then.
+        """
+        if isinstance(path, io.BufferedIOBase):
+            super().save_replay_buffer(path)
+        else:
+            with atomic_file(path, "pkl") as file:
+                super().save_replay_buffer(file)
+
+    def save_checkpoint(self, path: str | pathlib.Path) -> None:
+        """
+        Save the whole training run in one file: model, replay buffer, statistics of ``VecNormalize``, random states. It is
+        continued with :meth:`resume`; see :class:`~sb3_qvpo.common.callbacks.ResumableCheckpointCallback` for doing it
+        regularly.
+
+        :param path: Path of the file; ``.zip`` is added if it has no suffix.
+        :raises OSError: If writing fails. A previous file is intact then.
+        """
+        write_checkpoint(self, path)
+
+    @classmethod
+    def resume(
+        cls: type[SelfGuardedAlgorithm],
+        path: str | pathlib.Path,
+        env: GymEnv,
+        device: th.device | str = "auto",
+        custom_objects: dict[str, Any] | None = None,
+        print_system_info: bool = False,
+        **kwargs: Any,
+    ) -> SelfGuardedAlgorithm:
+        """
+        Everything that :meth:`save_checkpoint` or its callback saved. To train on to the end of the interrupted run::
+
+            model = QVPO.resume(path, env)
+            model.learn(model.remaining_timesteps, reset_num_timesteps=False)
+
+        The file holds pickles, which can run any program when they are loaded: only resume from files that you trust.
+
+        :param path: Path of the checkpoint.
+        :param env: The environment to continue in, built as for the saved run. Its ``VecNormalize`` gets the saved statistics;
+            without one it is wrapped in the saved one. It starts with a new episode.
+        :param device: Device to continue on.
+        :param custom_objects: Objects that replace saved ones, see ``load()``.
+        :param print_system_info: Whether to print versions, those of the saved run included.
+        :param kwargs: Attributes to change, see ``load()``.
+        :return: The model. Random states are put back when ``learn()`` is called.
+        :raises FileNotFoundError: If there is no such file.
+        :raises ValueError: If it is not a checkpoint, or ``env`` does not fit it.
+        """
+        with open_checkpoint(path) as archive:
+            env = restore_environment(archive, env)
+            model_file = io.BytesIO(archive.read("model.zip"))
+            model = cls.load(model_file, env, device, custom_objects, print_system_info, **kwargs)
+            with archive.open("replay_buffer.pkl") as member:
+                model.load_replay_buffer(io.BufferedReader(cast(Any, member)), truncate_last_traj=False)
+            model._resumed_random_states = unpickle(archive, "run")["random_states"]
+        cut_last_episode(cast(ReplayBuffer, model.replay_buffer))
+        return model
+
+    @property
+    def remaining_timesteps(self) -> int:
+        """Environment steps that were left when ``learn()`` was interrupted; 0 if it came to its end."""
+        return max(0, self._total_timesteps - self.num_timesteps)
+
+    # Training that can stop anywhere
+
+    def learn(
+        self: SelfGuardedAlgorithm,
+        total_timesteps: float,
+        callback: MaybeCallback = None,
+        log_interval: int = 4,
+        tb_log_name: str = "run",
+        reset_num_timesteps: bool = True,
+        progress_bar: bool = False,
+    ) -> SelfGuardedAlgorithm:
+        """
+        Train the model.
+
+        :param total_timesteps: Number of environment steps; a float such as ``1e6`` is fine.
+        :param callback: Callback(s) called at every step.
+        :param log_interval: Episodes between two entries of the log.
+        :param tb_log_name: Name of the run for TensorBoard.
+        :param reset_num_timesteps: Start counting steps (and schedules) from 0 again.
+        :param progress_bar: Show a progress bar (needs tqdm and rich).
+        :return: The trained model.
+        :raises ValueError: If ``total_timesteps`` is not finite, or when a reward, an observation, a loss or a gradient is
+            not finite. After any error in here, also of the environment, the weights and the buffer are intact, and training
+            can continue with a new episode.
+        """
+        n_steps = int(check_interval("total_timesteps", total_timesteps, 0, math.inf))
+        try:
+            super().learn(n_steps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
+            self._finite_guard.report(self._n_updates)
+        except BaseException as error:
+            # The environment may have moved on without us, or be broken
+            self._abandon_episodes()
+            if isinstance(error, Exception) and hasattr(error, "add_note"):  # Python 3.11
+                error.add_note(
+                    f"Training stopped at environment step {self.num_timesteps}. Weights and replay buffer are intact: they "
+                    "can be saved, and learn(..., reset_num_timesteps=False) continues with a new episode."
+                )
+            raise
+        finally:
+            self._warm_up_end = None
+        return self
+
+    def restart_episodes(self) -> None:
+        """Reset all environments with seeds drawn from NumPy's global generator, so that its state decides what follows."""
+        self._abandon_episodes()
+        self._reseed_environments()
+        env = cast(VecEnv, self.env)
+        self._last_obs = cast(np.ndarray, env.reset())
+        self._last_episode_starts = np.ones((env.num_envs,), dtype=bool)
+        if self._vec_normalize_env is not None:
+            self._last_original_obs = cast(np.ndarray, self._vec_normalize_env.get_original_obs())
+
+    def _reseed_environments(self) -> None:
+        cast(VecEnv, self.env).seed(int(np.random.randint(2**31 - 1)))
+
+    def _abandon_episodes(self) -> None:
+        """The next ``learn()`` resets the environments, and no transition in the buffer leads from one episode to the next."""
+        self._last_obs = None
+        if self.replay_buffer is not None:
+            cut_last_episode(self.replay_buffer)
+
+    def _setup_learn(
+        self,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        reset_num_timesteps: bool = True,
+        tb_log_name: str = "run",
+        progress_bar: bool = False,
+    ) -> tuple[int, BaseCallback]:
+        if self._resumed_random_states is not None:
+            set_random_states(self._resumed_random_states, self.action_space)
+            self._resumed_random_states = None
+            self._reseed_environments()
+        self._statistics = normalization_statistics(self._vec_normalize_env)
+        result = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
+        first_obs = self._last_obs if self._vec_normalize_env is None else self._last_original_obs
+        self._check_finite("observation", cast(np.ndarray, first_obs))
+        buffer_is_empty = cast(ReplayBuffer, self.replay_buffer).size() == 0
+        if not buffer_is_empty and self._n_updates > 0:
+            # SB3 would act at random again, because learn() counts from 0; the reason for it, an empty buffer, is gone
+            self._warm_up_end = 0
+        elif buffer_is_empty and self.num_timesteps > 0:
+            # SB3 would update from a nearly empty buffer, because the count is beyond learning_starts
+            self._warm_up_end = self.num_timesteps + self.learning_starts
+        return result
+
+    def _store_transition(
+        self,
+        replay_buffer: ReplayBuffer,
+        buffer_action: np.ndarray,
+        new_obs: np.ndarray | dict[str, np.ndarray],
+        reward: np.ndarray,
+        dones: np.ndarray,
+        infos: list[dict[str, Any]],
+    ) -> None:
+        original_obs, original_reward = new_obs, reward
+        if self._vec_normalize_env is not None:
+            # Normalisation clips infinities away
+            original_obs = self._vec_normalize_env.get_original_obs()
+            original_reward = self._vec_normalize_env.get_original_reward()
+        self._check_finite("reward", original_reward)
+        self._check_finite("observation", original_obs)
+        for info in infos:
+            if info.get("terminal_observation") is not None:
+                self._check_finite("terminal observation", info["terminal_observation"])
+        self._statistics = normalization_statistics(self._vec_normalize_env)
+        super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
+
+    def _check_finite(self, name: str, value: np.ndarray | dict[str, np.ndarray]) -> None:
+        try:
+            check_finite_array(name, value, self.num_timesteps)
+        except ValueError:
+            # VecNormalize has seen it before us
+            restore_statistics(self._statistics)
+            raise

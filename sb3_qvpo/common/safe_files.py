@@ -1,0 +1,64 @@
+"""Writing files so that a full disk or a kill in the middle leaves the previous file as it was."""
+
+import io
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def output_path(path: str | Path, suffix: str = "") -> Path:
+    """
+    Where SB3 would write: with a suffix if there is none, in folders that are created, beside a folder of that name.
+
+    :param path: The path that the user gave.
+    :param suffix: Suffix without the dot, added if the path has none.
+    :return: The path of the file.
+    """
+    path = Path(path)
+    if path.suffix == "" and suffix:
+        path = path.with_name(f"{path.name}.{suffix}")
+    if path.is_dir():
+        warnings.warn(f"Path '{path}' is a folder. Will save instead to {path}_2", stacklevel=4)
+        path = path.with_name(f"{path.name}_2")
+    # A link stays a link
+    path = path.resolve()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+@contextmanager
+def atomic_file(path: str | Path, suffix: str = "") -> Iterator[io.BufferedIOBase]:
+    """
+    Open a file for writing that takes its place only when it is complete.
+
+    It is written beside the old one, under the same name and ``.tmp``, and needs room for both.
+
+    :param path: Path of the file, see :func:`output_path`.
+    :param suffix: Suffix without the dot, added if the path has none.
+    :raises OSError: If writing fails. The previous file is intact then, and nothing is left of the new one.
+    """
+    # A pipe or a device cannot be replaced
+    special = Path(path).exists() and not (Path(path).is_file() or Path(path).is_dir())
+    target = Path(path) if special else output_path(path, suffix)
+    written = target if special else target.with_name(f"{target.name}.tmp")
+    try:
+        with written.open("wb") as file:
+            yield file
+            file.flush()
+            if not special:
+                os.fsync(file.fileno())
+        if not special:
+            written.replace(target)
+    except BaseException as error:
+        if not special:
+            written.unlink(missing_ok=True)
+        if not isinstance(error, OSError):
+            raise
+        raise OSError(
+            error.errno,
+            f"could not save ({error.strerror or error}); what was saved there before is intact, and so is the model in "
+            "memory: make room or choose another place, and save again",
+            str(target),
+        ) from error
