@@ -10,6 +10,10 @@ import pytest
 EXAMPLES = Path(__file__).parents[1] / "examples"
 TOY = {
     "train_pendulum.py": (["--timesteps", "520"], r"Return over 20 episodes after 520 steps: -\d+ \+- \d+"),
+    "export_policy.py": (
+        ["--timesteps", "520", "--episodes", "1"],
+        r"Return of pendulum.onnx over 1 episodes: -\d+ \+- 0",
+    ),
     "train_mujoco.py": (
         ["--timesteps", "22", "--learning-starts", "20", "--episodes", "1", "--n-train-candidates", "4"],
         r"best of 1 candidates: -?\d+ .*\n.*best of 32 candidates: -?\d+",
@@ -30,4 +34,4 @@ def test_example(name, tmp_path):
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
     assert result.returncode == 0, result.stderr
     assert re.search(expected, result.stdout), result.stdout
-    assert list(tmp_path.glob("*.zip"))
+    assert [*tmp_path.glob("*.zip"), *tmp_path.glob("*.onnx")]

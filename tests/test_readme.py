@@ -1,4 +1,4 @@
-"""What the README shows runs, with fewer steps, and what it says of the arguments is true."""
+"""What the README and the docs show runs, with fewer steps, and what the README says of the arguments is true."""
 
 import inspect
 import re
@@ -9,18 +9,25 @@ import torch as th
 
 from sb3_qvpo import QVPO
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.S)
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCKS = {
+    f"{page.name}-{i}": code
+    for page in PAGES
+    for i, code in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.S))
+}
 
 
-@pytest.mark.parametrize("code", BLOCKS, ids=range(len(BLOCKS)))
-def test_code_block(code, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", BLOCKS)
+def test_code_block(name, tmp_path, monkeypatch):
+    code = BLOCKS[name]
     monkeypatch.chdir(tmp_path)
     learn = QVPO.learn
 
-    def short_learn(self, total_timesteps, **kwargs):
+    def short_learn(self, total_timesteps, *args, **kwargs):
         self.learning_starts = 2
-        return learn(self, min(total_timesteps, 5), **kwargs)
+        return learn(self, min(total_timesteps, 5), *args, **kwargs)
 
     monkeypatch.setattr(QVPO, "learn", short_learn)
     th.set_num_threads(1)
@@ -30,10 +37,23 @@ def test_code_block(code, tmp_path, monkeypatch):
     assert namespace["model"]._n_updates > 0 or ".learn(" not in code
 
 
+def test_every_row_of_the_parity_table_has_its_test():
+    """No gap but gSDE, and each test that is named exists."""
+    page = (ROOT / "docs" / "sb3_parity.md").read_text()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line.startswith("| ")]
+    features = [row for row in rows if row[-1] != "test"]
+    assert len(features) > 60
+    assert all(len(row) == 4 and re.fullmatch(r"`test_\w+\.py::test_\w+`", row[-1]) for row in features)
+    assert [row[0].split()[0] for row in features if re.match(r"\W*no\b", row[2])] == ["gSDE"]
+    named = {tuple(re.findall(r"test_\w+", row[-1])) for row in features}
+    for module, function in named:
+        assert f"def {function}(" in (ROOT / "tests" / f"{module}.py").read_text(), f"{module}.py::{function}"
+
+
 def test_argument_table():
     parameters = inspect.signature(QVPO).parameters
     rows = dict(re.findall(r"^\| `(\w+)` \| [^|]* \| ([^|]*) \|", README, flags=re.M))
-    own = set(list(parameters)[list(parameters).index("ent_coef") : list(parameters).index("stats_window_size")])
+    own = set(list(parameters)[list(parameters).index("ent_coef") : list(parameters).index("use_sde")])
     assert rows.keys() == own | {"policy_kwargs"}
     for name in own:
         default = parameters[name].default

@@ -181,6 +181,16 @@ class DiffusionOffPolicyAlgorithm(GuardedOffPolicyAlgorithm):
             self.__dict__[name] = self._candidate_count(name)
         super().save(path, exclude, include)
 
+    def export(self, path: str | pathlib.Path, format: str = "onnx") -> None:
+        """
+        Write the whole deterministic decision to a file that runs without this package, with the normalisation of the
+        environment if it has one. See :mod:`sb3_qvpo.common.export`.
+
+        :param path: Path of the file; ``.onnx`` or ``.pt2`` is added if it has no suffix.
+        :param format: ``"onnx"``, or ``"torch"`` for ``torch.export.load()``.
+        """
+        self.policy.export(path, format, self.get_vec_normalize_env())
+
     def set_parameters(
         self, load_path_or_dict: str | TensorDict, exact_match: bool = True, device: th.device | str = "auto"
     ) -> None:

@@ -19,12 +19,14 @@ from stable_baselines3.common.preprocessing import get_action_dim
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, FlattenExtractor, get_actor_critic_arch
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from stable_baselines3.common.utils import get_parameters_by_name, polyak_update
+from stable_baselines3.common.vec_env import VecNormalize
 from torch import nn
 from torch.nn import functional as F
 
 from sb3_qvpo.common.arguments import check_count
 from sb3_qvpo.common.candidates import best_candidate, minimum_q
 from sb3_qvpo.common.diffusion import GaussianDiffusion
+from sb3_qvpo.common.export import export_policy
 from sb3_qvpo.common.networks import NoisePredictor, init_linear_layers
 from sb3_qvpo.common.noise_schedules import FixedSchedule, NoiseSchedule, make_betas
 from sb3_qvpo.common.safe_files import atomic_file
@@ -483,6 +485,19 @@ class DiffusionPolicy(BasePolicy):
         super().save(cast(Any, content))
         with atomic_file(path) as file:
             file.write(content.getbuffer())
+
+    def export(self, path: str | Path, format: str = "onnx", vec_normalize: VecNormalize | None = None) -> None:
+        """
+        Write the whole deterministic decision to a file that runs without this package, see :mod:`sb3_qvpo.common.export`.
+
+        :param path: Path of the file; ``.onnx`` or ``.pt2`` is added if it has no suffix.
+        :param format: ``"onnx"``, or ``"torch"`` for ``torch.export.load()``.
+        :param vec_normalize: The ``VecNormalize`` that the policy was trained with, if any; ``model.export()`` finds it.
+        :raises ValueError: If ``format`` is another, or ``vec_normalize`` belongs to other observations.
+        :raises ImportError: If the packages of the ``export`` extra are missing.
+        :raises OSError: If writing fails. A previous file is intact then.
+        """
+        export_policy(self, path, format, vec_normalize)
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         current = dict(

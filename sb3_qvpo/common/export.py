@@ -1,0 +1,266 @@
+"""
+A policy as a file that runs without this package: the whole decision from raw observation to action.
+
+Normalisation, encoding, all steps of the chain, choice by the critics, scaling to the action space. Inputs are observations as
+in the policy's observation space (images with their channels first), with a batch axis of any size; the output is actions.
+The noise is an optional input; without it the decision is that of ``predict(deterministic=True)``.
+
+Shapes: B batch, K candidates for each state, A action dimensions, T diffusion steps.
+"""
+
+import copy
+import importlib.util
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.type_aliases import PyTorchObs
+from stable_baselines3.common.vec_env import VecNormalize
+from torch import nn
+
+from sb3_qvpo.common.candidates import best_candidate
+from sb3_qvpo.common.safe_files import atomic_file
+
+if TYPE_CHECKING:
+    from sb3_qvpo.common.policies import DiffusionPolicy
+
+FORMATS = ("onnx", "torch")
+
+
+class Normalization(nn.Module):
+    """
+    What ``VecNormalize.normalize_obs`` does to one observation or one part of it, in float64 as there.
+
+    :param vec_normalize: The wrapper.
+    :param key: Key of the part, None if observations are no dictionaries.
+    """
+
+    mean: th.Tensor
+    std: th.Tensor
+
+    def __init__(self, vec_normalize: VecNormalize, key: str | None):
+        super().__init__()
+        statistics = cast(Any, vec_normalize.obs_rms if key is None else cast(Any, vec_normalize.obs_rms)[key])
+        self.clip = vec_normalize.clip_obs
+        self.register_buffer("mean", th.as_tensor(statistics.mean, dtype=th.float64))
+        self.register_buffer("std", th.as_tensor(np.sqrt(statistics.var + vec_normalize.epsilon), dtype=th.float64))
+
+    def forward(self, observation: th.Tensor) -> th.Tensor:
+        """
+        Normalise.
+
+        :param observation: Observations of shape (B, ...).
+        :return: Normalised observations in float32.
+        """
+        return ((observation.double() - self.mean) / self.std).clamp(-self.clip, self.clip).float()
+
+
+class Decision(nn.Module):
+    """
+    The deterministic decision of a policy as one module, on the CPU.
+
+    :param policy: The policy; it is copied.
+    :param vec_normalize: Normalisation of the observations that the policy was trained on, None for none.
+    """
+
+    noise_bank: th.Tensor
+    low: th.Tensor
+    high: th.Tensor
+
+    def __init__(self, policy: "DiffusionPolicy", vec_normalize: VecNormalize | None = None):
+        super().__init__()
+        self.policy = copy.deepcopy(policy).to("cpu")
+        self.policy.set_training_mode(False)
+        action_space = cast(spaces.Box, policy.action_space)
+        self.action_shape = action_space.shape
+        self.register_buffer("noise_bank", self.policy.noise_bank(policy.n_eval_candidates).contiguous())
+        self.register_buffer("low", th.as_tensor(action_space.low.reshape(-1)))
+        self.register_buffer("high", th.as_tensor(action_space.high.reshape(-1)))
+        self.normalizations = nn.ModuleDict()
+        if vec_normalize is not None and vec_normalize.norm_obs:
+            # A module's name cannot hold every character that a key can
+            self.keys = cast(list[str | None], vec_normalize.norm_obs_keys or [None])
+            self.normalizations = nn.ModuleDict({str(i): Normalization(vec_normalize, k) for i, k in enumerate(self.keys)})
+
+    def forward(self, observation: PyTorchObs, noise: th.Tensor | None = None) -> th.Tensor:
+        """
+        Decide.
+
+        :param observation: B observations, not normalised.
+        :param noise: Standard normal noise of shape (T, B, K, A), or (T, 1, K, A) for the same in each row; any K. The noise
+            bank of deterministic predictions if None.
+        :return: Actions of shape (B, ...) in the action space.
+        """
+        observation = self._normalize(observation)
+        # Not len(), which would make it a constant
+        batch_size = (next(iter(observation.values())) if isinstance(observation, dict) else observation).shape[0]
+        noise = self.noise_bank if noise is None else noise
+        # Row i of B rows, or the only one; written so that it can be exported for any B
+        rows = th.arange(batch_size).clamp(max=noise.shape[1] - 1)
+        candidates, q_values = self.policy.rank_candidates(observation, noise.shape[2], noise.index_select(1, rows))
+        scaled_actions = best_candidate(candidates, q_values)
+        # SB3's unscale_action(), kept within the bounds
+        actions = self.low + 0.5 * (scaled_actions + 1) * (self.high - self.low)
+        return actions.clamp(self.low, self.high).reshape(-1, *self.action_shape)
+
+    def _normalize(self, observation: PyTorchObs) -> PyTorchObs:
+        for i, normalization in self.normalizations.items():
+            key = self.keys[int(i)]
+            if isinstance(observation, dict):
+                observation = {**observation, cast(str, key): normalization(observation[cast(str, key)])}
+            else:
+                observation = normalization(observation)
+        return observation
+
+
+def example_observation(space: spaces.Space[Any], batch_size: int = 2) -> PyTorchObs:
+    """
+    Observations to trace a policy with, in the space's own types.
+
+    :param space: The observation space.
+    :param batch_size: Number of observations B.
+    :return: Observations of shape (B, ...).
+    """
+    if isinstance(space, spaces.Dict):
+        return {key: cast(th.Tensor, example_observation(part, batch_size)) for key, part in space.spaces.items()}
+    return th.as_tensor(np.stack([np.asarray(space.sample()) for _ in range(batch_size)]))
+
+
+def export_policy(policy: "DiffusionPolicy", path: str | Path, format: str, vec_normalize: VecNormalize | None) -> None:
+    """
+    Write a policy to a file, see the module's docstring.
+
+    ``"onnx"`` is run by any ONNX runtime and holds no pickles: the way to share a policy with people who need not trust you.
+    Inputs are ``observation`` (or the keys of a ``Dict`` space) and optionally ``noise``, the output is ``action``.
+    ``"torch"`` is a ``.pt2`` archive for ``torch.export.load()``; its program takes the observation. The archive holds a
+    second one, ``with_noise``, that takes observation and noise.
+
+    :param policy: The policy.
+    :param path: Path of the file; ``.onnx`` or ``.pt2`` is added if it has no suffix.
+    :param format: ``"onnx"`` or ``"torch"``.
+    :param vec_normalize: Normalisation of the observations, None for none.
+    :raises ValueError: If ``format`` is another, or ``vec_normalize`` belongs to other observations.
+    :raises ImportError: If the packages of the ``export`` extra are missing.
+    :raises OSError: If writing fails. A previous file is intact then.
+    """
+    if format not in FORMATS:
+        raise ValueError(f"format must be one of {', '.join(map(repr, FORMATS))}, got {format!r}")
+    if vec_normalize is not None and vec_normalize.observation_space.shape != policy.observation_space.shape:
+        raise ValueError(
+            f"vec_normalize must normalise the policy's observations, {policy.observation_space}, "
+            f"got one for {vec_normalize.observation_space}"
+        )
+    decision = Decision(policy, vec_normalize)
+    content = to_onnx(decision) if format == "onnx" else to_torch(decision)
+    with atomic_file(path, "onnx" if format == "onnx" else "pt2") as file:
+        file.write(content)
+
+
+def export_program(decision: Decision, with_noise: bool) -> th.export.ExportedProgram:
+    """
+    The decision as a program for any batch size.
+
+    :param decision: The decision.
+    :param with_noise: Whether the program takes the noise too, with any number of candidates.
+    :return: The program.
+    """
+    observation = example_observation(decision.policy.observation_space)
+    any_size = th.export.Dim.DYNAMIC
+    if isinstance(observation, dict):
+        shapes: Any = {key: {0: any_size} for key in observation}
+    else:
+        shapes = {0: any_size}
+    arguments: tuple[Any, ...] = (observation,)
+    dynamic_shapes: tuple[Any, ...] = (shapes,)
+    if with_noise:
+        n_steps, _, _, action_dim = decision.noise_bank.shape
+        # Two rows and three candidates: sizes of 1 would be taken for constants
+        arguments += (th.randn(n_steps, 2, 3, action_dim),)
+        dynamic_shapes += ({1: any_size, 2: any_size},)
+    with th.no_grad():
+        return th.export.export(decision, arguments, dynamic_shapes=dynamic_shapes, strict=False)
+
+
+def to_torch(decision: Decision) -> bytes:
+    """
+    The decision as a ``.pt2`` archive.
+
+    :param decision: The decision.
+    :return: Content of the file.
+    """
+    # torch.export.save() writes one program and gives it the name "model"; two can only be packed here
+    from torch.export.pt2_archive._package import package_pt2
+
+    programs = {"model": export_program(decision, with_noise=False), "with_noise": export_program(decision, with_noise=True)}
+    file = io.BytesIO()
+    package_pt2(file, exported_programs=programs)
+    return file.getvalue()
+
+
+def to_onnx(decision: Decision) -> bytes:
+    """
+    The decision as an ONNX model, whose input ``noise`` has the noise bank as its default.
+
+    :param decision: The decision.
+    :return: Content of the file.
+    :raises ImportError: If the packages of the ``export`` extra are missing.
+    """
+    missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ImportError(f'{" and ".join(missing)} needed for format="onnx": pip install "sb3-qvpo[export]"')
+    import onnx
+
+    observation_space = decision.policy.observation_space
+    names = list(observation_space.spaces) if isinstance(observation_space, spaces.Dict) else ["observation"]
+    with _quiet("torch.onnx", "onnx_ir", "onnxscript"):
+        program = th.onnx.export(
+            export_program(decision, with_noise=True),
+            dynamo=True,
+            verbose=False,
+            input_names=[*names, "noise"],
+            output_names=["action"],
+        )
+    model = cast(th.onnx.ONNXProgram, program).model_proto
+    # An input with an initializer of its name is optional
+    model.graph.initializer.append(onnx.numpy_helper.from_array(decision.noise_bank.numpy(), "noise"))
+    _name_axes(model.graph)
+    model.producer_name, model.producer_version = "sb3_qvpo", ""
+    onnx.checker.check_model(model)
+    content: bytes = model.SerializeToString()
+    return content
+
+
+def _name_axes(graph: Any) -> None:
+    """Say what the free axes are, instead of ``s77``."""
+    *observations, noise = graph.input
+    names = {value.type.tensor_type.shape.dim[0].dim_param: "batch" for value in observations}
+    noise_axes = noise.type.tensor_type.shape.dim
+    # One row of noise, or as many as the batch has
+    names |= {noise_axes[1].dim_param: "noise_rows", noise_axes[2].dim_param: "candidates"}
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        for axis in value.type.tensor_type.shape.dim:
+            if axis.dim_param in names:
+                axis.dim_param = names[axis.dim_param]
+
+
+@contextmanager
+def _quiet(*names: str) -> Iterator[None]:
+    """Switch off warnings and the messages of some libraries, which explain what they do to developers of theirs."""
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,197 @@
+"""An exported policy decides as ``predict()`` does, with nothing of this package around it."""
+
+import subprocess
+import sys
+import zipfile
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch as th
+from gymnasium import spaces
+from helpers import tiny_qvpo
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
+from stable_baselines3.common.vec_env import VecNormalize
+from test_sb3_features import AnySpacesEnv
+from torch.export.pt2_archive._package import load_pt2
+
+BOX = spaces.Box(-1, 1, (2,), np.float32)
+IMAGE = spaces.Box(0, 255, (3, 36, 36), np.uint8)
+VECTORS = spaces.Dict(position=spaces.Box(-9, 9, (3,), np.float32), other=spaces.Box(0, 1, (1,), np.float64))
+MIXED = spaces.Dict(vector=BOX, image=IMAGE, kind=spaces.Discrete(3))
+
+
+class BatchNormExtractor(BaseFeaturesExtractor):
+    """Batch normalisation and dropout, which must be in evaluation mode."""
+
+    def __init__(self, observation_space):
+        super().__init__(observation_space, features_dim=2)
+        self.layers = th.nn.Sequential(th.nn.BatchNorm1d(2), th.nn.Dropout(0.5))
+
+    def forward(self, observations):
+        return self.layers(observations)
+
+
+def trained(observation_space=BOX, action_space=BOX, normalize=None, **kwargs):
+    """A model that has learnt a little, so that nothing is at its initial value."""
+    env = make_vec_env(lambda: AnySpacesEnv(observation_space, action_space), n_envs=1)
+    env = env if normalize is None else VecNormalize(env, **normalize)
+    policy = "MultiInputPolicy" if isinstance(observation_space, spaces.Dict) else "MlpPolicy"
+    policy = "CnnPolicy" if observation_space is IMAGE else policy
+    return tiny_qvpo(env, policy, **kwargs).learn(25)
+
+
+MODELS = {
+    "vector": dict(),
+    "dict": dict(observation_space=VECTORS),
+    "image": dict(observation_space=IMAGE),
+    "mixed dict": dict(observation_space=MIXED),
+    "float64": dict(observation_space=spaces.Box(-5, 5, (3,), np.float64), action_space=spaces.Box(-1, 3, (2,), np.float64)),
+    "discrete": dict(observation_space=spaces.Discrete(4)),
+    "multi-discrete": dict(observation_space=spaces.MultiDiscrete([3, 2])),
+    "matrices": dict(observation_space=spaces.Box(-1, 1, (2, 3), np.float32), action_space=spaces.Box(-0.4, 0.2, (2, 2))),
+    "tiny bounds": dict(action_space=spaces.Box(np.array([-3.0, 0.5], np.float32), np.array([-1.0, 0.501], np.float32))),
+    "paper's network and chain": dict(
+        n_diffusion_steps=20, n_eval_candidates=32, policy_kwargs=dict(net_arch=[256, 256]), seed=5
+    ),
+    "one step": dict(n_diffusion_steps=1, seed=1),
+    "normalised": dict(observation_space=spaces.Box(-50, 50, (3,), np.float32), normalize=dict(clip_obs=1.5)),
+    "normalised dict": dict(observation_space=VECTORS, normalize=dict(norm_obs_keys=["position"])),
+    "rewards normalised only": dict(normalize=dict(norm_obs=False)),
+    "batch norm": dict(policy_kwargs=dict(features_extractor_class=BatchNormExtractor, share_features_extractor=True)),
+}
+
+
+def observations(model, n):
+    space = model.policy.observation_space
+    samples = [space.sample() for _ in range(n)]
+    if isinstance(space, spaces.Dict):
+        return {key: np.stack([sample[key] for sample in samples]) for key in space.spaces}
+    return np.stack(samples)
+
+
+def predicted(model, observation):
+    """What SB3 users write: normalise as in training, then predict."""
+    env = model.get_vec_normalize_env()
+    return model.predict(observation if env is None else env.normalize_obs(observation), deterministic=True)[0]
+
+
+def session_of(path):
+    """Only onnxruntime from here on."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def feed(observation, **more):
+    return {**(observation if isinstance(observation, dict) else dict(observation=observation)), **more}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_onnx_decides_like_predict(name, tmp_path):
+    model = trained(**MODELS[name])
+    model.export(tmp_path / "policy")
+    session = session_of(tmp_path / "policy.onnx")
+    for batch_size in (1, 2, 7, 40):
+        observation = observations(model, batch_size)
+        (actions,) = session.run(None, feed(observation))
+        expected = predicted(model, observation)
+        assert (actions.shape, actions.dtype) == (expected.shape, expected.dtype)
+        np.testing.assert_allclose(actions, expected, atol=1e-5, rtol=1e-5)
+    assert expected.std() > 1e-5, "the actions must depend on the observation"
+
+
+@pytest.mark.parametrize("name", ["vector", "mixed dict", "normalised dict", "float64", "batch norm"])
+def test_torch_decides_like_predict(name, tmp_path):
+    model = trained(**MODELS[name])
+    model.export(tmp_path / "policy", format="torch")
+    decide = th.export.load(tmp_path / "policy.pt2").module()
+    for batch_size in (1, 2, 40):
+        observation = observations(model, batch_size)
+        tensors = {key: th.as_tensor(value) for key, value in feed(observation).items()}
+        actions = decide(tensors if isinstance(observation, dict) else tensors["observation"])
+        np.testing.assert_allclose(actions.detach(), predicted(model, observation), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("n_candidates", [1, 9])
+def test_the_noise_can_be_given(n_candidates, tmp_path):
+    """For each row or for all, with any number of candidates; it decides as rank_candidates() with that noise."""
+    model = trained()
+    for file_format in ("onnx", "torch"):
+        model.policy.export(tmp_path / "policy", file_format)
+    session = session_of(tmp_path / "policy.onnx")
+    program = load_pt2(tmp_path / "policy.pt2").exported_programs["with_noise"].module()
+    observation = observations(model, 6)
+    for rows in (1, 6):
+        noise = th.randn(3, rows, n_candidates, 2)
+        with th.no_grad():
+            candidates, q_values = model.policy.rank_candidates(
+                th.as_tensor(observation), n_candidates, noise.expand(-1, 6, -1, -1)
+            )
+        expected = candidates[th.arange(6), q_values.argmax(dim=1)]
+        (actions,) = session.run(None, feed(observation, noise=noise.numpy()))
+        np.testing.assert_allclose(actions, expected, atol=1e-5)
+        np.testing.assert_allclose(program(th.as_tensor(observation), noise).detach(), expected, atol=1e-5)
+    assert np.abs(actions - predicted(model, observation)).max() > 1e-3
+
+
+def test_the_file_describes_itself_and_is_free_of_pickles(tmp_path):
+    model = trained(VECTORS)
+    model.export(tmp_path / "policy.onnx")
+    session = session_of(tmp_path / "policy.onnx")
+    assert {value.name: value.shape for value in session.get_inputs()} == {"position": ["batch", 3], "other": ["batch", 1]}
+    (noise,) = session.get_overridable_initializers()
+    assert (noise.name, noise.shape) == ("noise", [3, "noise_rows", "candidates", 2])
+    (action,) = session.get_outputs()
+    assert (action.name, action.shape) == ("action", ["batch", 2])
+    content = onnx.load(tmp_path / "policy.onnx")
+    assert {node.domain for node in content.graph.node} <= {"", "pkg.onnxscript.torch_lib"}
+    model.export(tmp_path / "policy.pt2", "torch")
+    assert not any(name.endswith(".pkl") for name in zipfile.ZipFile(tmp_path / "policy.pt2").namelist())
+
+
+def test_exporting_changes_nothing_and_follows_the_candidate_count(tmp_path):
+    model = trained(policy_kwargs=MODELS["batch norm"]["policy_kwargs"])
+    model.policy.set_training_mode(True)
+    before = {name: value.clone() for name, value in model.policy.state_dict().items()}
+    files = []
+    for count in (4, 1):
+        model.n_eval_candidates = count
+        model.export(tmp_path / "policy")
+        files.append(session_of(tmp_path / "policy.onnx").run(None, feed(np.ones((1, 2), np.float32)))[0])
+    assert model.policy.training
+    assert all(th.equal(value, before[name]) for name, value in model.policy.state_dict().items())
+    assert not np.array_equal(*files)
+
+
+def test_a_loaded_policy_is_exported_with_a_normalisation_given(tmp_path):
+    model = trained(**MODELS["normalised"])
+    model.policy.save(tmp_path / "policy.pt")
+    policy = type(model.policy).load(tmp_path / "policy.pt", device="cpu")
+    policy.export(tmp_path / "policy", vec_normalize=model.get_vec_normalize_env())
+    observation = observations(model, 5)
+    (actions,) = session_of(tmp_path / "policy.onnx").run(None, feed(observation))
+    np.testing.assert_allclose(actions, predicted(model, observation), atol=1e-5)
+    policy.export(tmp_path / "raw")
+    (raw,) = session_of(tmp_path / "raw.onnx").run(None, feed(observation))
+    assert np.abs(raw - actions).max() > 1e-3
+
+
+def test_what_cannot_be_exported_is_refused(tmp_path, monkeypatch):
+    model = trained()
+    with pytest.raises(ValueError, match="format must be one of 'onnx', 'torch', got 'tflite'"):
+        model.export(tmp_path / "policy", "tflite")
+    with pytest.raises(ValueError, match=r"vec_normalize must normalise the policy's observations, .* got one for"):
+        model.policy.export(tmp_path / "policy", vec_normalize=VecNormalize(make_vec_env("Pendulum-v1")))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r'onnx and onnxscript needed for format="onnx": pip install "sb3-qvpo\[export\]"'):
+        model.export(tmp_path / "policy")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_package_runs_without_the_export_extra():
+    code = "import sys; sys.modules.update(onnx=None, onnxscript=None, onnxruntime=None); import sb3_qvpo"
+    subprocess.run([sys.executable, "-c", code], check=True)
