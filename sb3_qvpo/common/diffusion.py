@@ -88,6 +88,7 @@ class GaussianDiffusion(nn.Module):
         ):
             # The other coefficients would stay those of the old schedule
             error_messages.append(f"{prefix}betas are those of another noise schedule: weights trained with it do not fit.")
+            return
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def add_noise(self, x0: th.Tensor, t: th.Tensor, noise: th.Tensor) -> th.Tensor:

@@ -5,6 +5,7 @@ changed, learning rates, metrics that do not stall an accelerator.
 A subclass sets its own arguments, calls ``_setup_model()``, and writes ``train()``.
 """
 
+import copy
 import io
 import math
 import pathlib
@@ -195,7 +196,7 @@ class DiffusionOffPolicyAlgorithm(GuardedOffPolicyAlgorithm):
         self, load_path_or_dict: str | TensorDict, exact_match: bool = True, device: th.device | str = "auto"
     ) -> None:
         """
-        Load weights and optimiser states into this model.
+        Load weights and optimiser states into this model. After an error the model is as it was.
 
         :param load_path_or_dict: Path of a saved model, or what ``get_parameters()`` returned.
         :param exact_match: Whether all parameters must be there.
@@ -203,9 +204,11 @@ class DiffusionOffPolicyAlgorithm(GuardedOffPolicyAlgorithm):
         :raises RuntimeError: If the weights do not fit this model, with another number of diffusion steps or another noise
             schedule for instance.
         """
+        before = copy.deepcopy(self.get_parameters())
         try:
             super().set_parameters(load_path_or_dict, exact_match, device)
-        except RuntimeError as error:
+        except Exception as error:
+            super().set_parameters(cast(Any, before), exact_match=True, device=self.device)
             if "size mismatch for actor.diffusion.betas" not in str(error):
                 raise
             raise RuntimeError(
