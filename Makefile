@@ -23,7 +23,7 @@ pytest: $(READY)
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow -s
 
-# RL Zoo is left out: its first version that knows QVPO's needs asks for the newest Stable-Baselines3
+# RL Zoo is left out: the sb3-contrib that it needs asks for Stable-Baselines3 2.9.2
 test-oldest: $(OLDEST)/.ready
 	$(OLDEST)/bin/python -m pytest --ignore tests/test_zoo.py --ignore tests/test_zoo_commands.py
 

@@ -187,6 +187,8 @@ BAD = [
     (dict(use_sde=True), "use_sde must be left out, got True: gSDE replaces the noise of SB3's Gaussian policies"),
     (dict(policy_kwargs=dict(log_std_init=-3)), "log_std_init must be left out, got -3: gSDE"),
     (dict(policy_kwargs=dict(use_expln=False)), "use_expln must be left out, got False: gSDE"),
+    (dict(policy_kwargs=dict(clip_mean=2.0)), "clip_mean must be left out, got 2.0: gSDE"),
+    (dict(policy_kwargs=dict(full_std=True)), "full_std must be left out, got True: gSDE"),
     (dict(ent_coef="lin_"), "ent_coef must be a number or 'lin_START'.*, got 'lin_'"),
     (dict(ent_coef="lin_0.1_0.2_0.5_1"), "ent_coef must be a number or 'lin_START'"),
     (dict(ent_coef="lin_0.1_0.2_0"), r"with FRACTION in \(0, 1\], got 'lin_0.1_0.2_0'"),

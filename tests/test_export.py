@@ -1,8 +1,9 @@
 """An exported policy decides as ``predict()`` does, with nothing of this package around it."""
 
+import random
 import subprocess
 import sys
-import zipfile
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -16,6 +17,8 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.vec_env import VecNormalize
 from test_sb3_features import AnySpacesEnv
 from torch.export.pt2_archive._package import load_pt2
+
+from sb3_qvpo import QVPO
 
 BOX = spaces.Box(-1, 1, (2,), np.float32)
 IMAGE = spaces.Box(0, 255, (3, 36, 36), np.uint8)
@@ -59,6 +62,7 @@ MODELS = {
     "one step": dict(n_diffusion_steps=1, seed=1),
     "normalised": dict(observation_space=spaces.Box(-50, 50, (3,), np.float32), normalize=dict(clip_obs=1.5)),
     "normalised dict": dict(observation_space=VECTORS, normalize=dict(norm_obs_keys=["position"])),
+    "normalised, far from 0": dict(observation_space=spaces.Box(1e6 - 1, 1e6 + 1, (3,), np.float64), normalize=dict()),
     "rewards normalised only": dict(normalize=dict(norm_obs=False)),
     "batch norm": dict(policy_kwargs=dict(features_extractor_class=BatchNormExtractor, share_features_extractor=True)),
 }
@@ -113,7 +117,7 @@ def test_torch_decides_like_predict(name, tmp_path):
         observation = observations(model, batch_size)
         tensors = {key: th.as_tensor(value) for key, value in feed(observation).items()}
         actions = decide(tensors if isinstance(observation, dict) else tensors["observation"])
-        np.testing.assert_allclose(actions.detach(), predicted(model, observation), atol=1e-5, rtol=1e-5)
+        np.testing.assert_allclose(actions.numpy(), predicted(model, observation), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("n_candidates", [1, 9])
@@ -134,11 +138,15 @@ def test_the_noise_can_be_given(n_candidates, tmp_path):
         expected = candidates[th.arange(6), q_values.argmax(dim=1)]
         (actions,) = session.run(None, feed(observation, noise=noise.numpy()))
         np.testing.assert_allclose(actions, expected, atol=1e-5)
-        np.testing.assert_allclose(program(th.as_tensor(observation), noise).detach(), expected, atol=1e-5)
+        np.testing.assert_allclose(program(th.as_tensor(observation), noise), expected, atol=1e-5)
     assert np.abs(actions - predicted(model, observation)).max() > 1e-3
+    with pytest.raises(onnxruntime.capi.onnxruntime_pybind11_state.InvalidArgument):
+        session.run(None, feed(observation, noise=noise[:, :5].numpy()))
+    with pytest.raises((IndexError, RuntimeError)):
+        program(th.as_tensor(observation), noise[:, :5])
 
 
-def test_the_file_describes_itself_and_is_free_of_pickles(tmp_path):
+def test_the_file_describes_itself_and_nothing_else(tmp_path):
     model = trained(VECTORS)
     model.export(tmp_path / "policy.onnx")
     session = session_of(tmp_path / "policy.onnx")
@@ -149,19 +157,33 @@ def test_the_file_describes_itself_and_is_free_of_pickles(tmp_path):
     assert (action.name, action.shape) == ("action", ["batch", 2])
     content = onnx.load(tmp_path / "policy.onnx")
     assert {node.domain for node in content.graph.node} <= {"", "pkg.onnxscript.torch_lib"}
-    model.export(tmp_path / "policy.pt2", "torch")
-    assert not any(name.endswith(".pkl") for name in zipfile.ZipFile(tmp_path / "policy.pt2").namelist())
+    assert {entry.key: entry.value for entry in content.metadata_props} == {
+        "n_diffusion_steps": "3",
+        "n_eval_candidates": "4",
+        "vec_normalize": "False",
+    }
+    model.export(tmp_path / "policy.pt2")
+    for file in ("policy.onnx", "policy.pt2"):
+        content = (tmp_path / file).read_bytes()
+        assert str(Path(__file__).parents[1]).encode() not in content, "paths on this machine"
+        assert b"site-packages" not in content
 
 
 def test_exporting_changes_nothing_and_follows_the_candidate_count(tmp_path):
     model = trained(policy_kwargs=MODELS["batch norm"]["policy_kwargs"])
     model.policy.set_training_mode(True)
+    random_states = [th.get_rng_state().tolist(), np.random.get_state()[1].tolist(), random.getstate()]
+    space_state = model.policy.observation_space.np_random.bit_generator.state
     before = {name: value.clone() for name, value in model.policy.state_dict().items()}
     files = []
     for count in (4, 1):
         model.n_eval_candidates = count
         model.export(tmp_path / "policy")
         files.append(session_of(tmp_path / "policy.onnx").run(None, feed(np.ones((1, 2), np.float32)))[0])
+    model.export(tmp_path / "policy.pt2")
+    assert [th.get_rng_state().tolist(), np.random.get_state()[1].tolist(), random.getstate()] == random_states
+    assert model.policy.observation_space.np_random.bit_generator.state == space_state
+    assert all(parameter.requires_grad for parameter in model.policy.parameters())
     assert model.policy.training
     assert all(th.equal(value, before[name]) for name, value in model.policy.state_dict().items())
     assert not np.array_equal(*files)
@@ -175,17 +197,38 @@ def test_a_loaded_policy_is_exported_with_a_normalisation_given(tmp_path):
     observation = observations(model, 5)
     (actions,) = session_of(tmp_path / "policy.onnx").run(None, feed(observation))
     np.testing.assert_allclose(actions, predicted(model, observation), atol=1e-5)
-    policy.export(tmp_path / "raw")
+    with pytest.raises(ValueError, match="vec_normalize must be the VecNormalize that the policy was trained with, got None"):
+        policy.export(tmp_path / "raw")
+    policy.export(tmp_path / "raw", vec_normalize=False)
     (raw,) = session_of(tmp_path / "raw.onnx").run(None, feed(observation))
     assert np.abs(raw - actions).max() > 1e-3
+
+    model.save(tmp_path / "model")
+    loaded = QVPO.load(tmp_path / "model", device="cpu")
+    with pytest.raises(ValueError, match="vec_normalize must be the VecNormalize"):
+        loaded.export(tmp_path / "loaded")
+    loaded.export(tmp_path / "loaded", vec_normalize=model.get_vec_normalize_env())
+    np.testing.assert_array_equal(session_of(tmp_path / "loaded.onnx").run(None, feed(observation))[0], actions)
+    model.set_env(make_vec_env(lambda: AnySpacesEnv(MODELS["normalised"]["observation_space"], BOX)))
+    model.learn(1).export(tmp_path / "raw")  # trained on raw observations now
 
 
 def test_what_cannot_be_exported_is_refused(tmp_path, monkeypatch):
     model = trained()
     with pytest.raises(ValueError, match="format must be one of 'onnx', 'torch', got 'tflite'"):
         model.export(tmp_path / "policy", "tflite")
+    with pytest.raises(ValueError, match=r"path must end in \.onnx .* with format='onnx', got .*policy\.pt2"):
+        model.export(tmp_path / "policy.pt2", "onnx")
+    with pytest.raises(ValueError, match=r"vec_normalize must be a VecNormalize, False or None, got 'statistics\.pkl'"):
+        model.export(tmp_path / "policy", vec_normalize="statistics.pkl")
     with pytest.raises(ValueError, match=r"vec_normalize must normalise the policy's observations, .* got one for"):
         model.policy.export(tmp_path / "policy", vec_normalize=VecNormalize(make_vec_env("Pendulum-v1")))
+    other, model = VecNormalize(make_vec_env(lambda: AnySpacesEnv(MIXED, BOX)), norm_obs_keys=["vector"]), trained(VECTORS)
+    with pytest.raises(ValueError, match=r"vec_normalize must normalise the policy's observations, .* got one for"):
+        model.policy.export(tmp_path / "policy", vec_normalize=other)
+    clash = trained(spaces.Dict(noise=BOX, other=BOX))
+    with pytest.raises(ValueError, match=r"""observations must have other keys than "noise" and "action" .* got \['noise'"""):
+        clash.export(tmp_path / "policy")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r'onnx and onnxscript needed for format="onnx": pip install "sb3-qvpo\[export\]"'):
         model.export(tmp_path / "policy")

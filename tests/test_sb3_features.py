@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from gymnasium import spaces
 from helpers import CountdownEnv, same_weights, tiny_qvpo, weights_of
-from stable_baselines3 import HerReplayBuffer
+from stable_baselines3 import SAC, HerReplayBuffer
 from stable_baselines3.common.callbacks import (
     CallbackList,
     CheckpointCallback,
@@ -17,6 +17,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import BitFlippingEnv
 from stable_baselines3.common.noise import NormalActionNoise, OrnsteinUhlenbeckActionNoise
 from stable_baselines3.common.vec_env import VecNormalize
+from stable_baselines3.sac.policies import SACPolicy
 
 from sb3_qvpo import QVPO
 
@@ -158,6 +159,19 @@ def test_set_parameters_and_custom_objects(tmp_path):
     assert (changed.lr_schedule(1.0), changed.n_uniform_actions) == (0.5, 3)
     with pytest.raises(ValueError, match="policy kwargs do not equal the stored policy kwargs"):
         QVPO.load(tmp_path / "model", policy_kwargs=dict(net_arch=[3]))
+
+
+def test_models_and_policies_of_other_algorithms_are_refused(tmp_path):
+    SAC("MlpPolicy", "Pendulum-v1", buffer_size=10, device="cpu").save(tmp_path / "sac")
+    with pytest.raises(
+        ValueError, match=r"policy must be .* subclass of DiffusionPolicy, got SACPolicy: .* saved model\) of another"
+    ):
+        QVPO.load(tmp_path / "sac")
+    with pytest.raises(ValueError, match=r"policy must be .* subclass of DiffusionPolicy, got SACPolicy"):
+        QVPO(SACPolicy, "Pendulum-v1")
+    tiny_qvpo().save(tmp_path / "model")
+    with pytest.raises(ValueError, match="The environment is of type <class 'str'>"):
+        QVPO.load(tmp_path / "model", env="Pendulum-v1")
 
 
 def test_environments_with_other_spaces_are_refused():

@@ -7,19 +7,22 @@ The file is a zip archive:
 ``model.zip``            what ``model.save()`` writes: weights, optimisers, settings, counters, position in schedules
 ``replay_buffer.pkl``    what ``model.save_replay_buffer()`` writes
 ``vec_normalize.pkl``    what ``VecNormalize.save()`` writes, if the environment is normalised
-``run.pkl``              random states; running returns of ``VecNormalize``; number of environments
+``run.pkl``              random states, number of environments, the step at which a warm-up ends
 =======================  =============================================================================================
 """
 
+import errno
 import io
 import pickle
 import random
+import warnings
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
+import gymnasium as gym
 import numpy as np
 import torch as th
 from gymnasium import spaces
@@ -68,24 +71,36 @@ def set_random_states(states: RandomStates, action_space: spaces.Space[Any]) -> 
         th.cuda.set_rng_state_all(states["cuda"])
 
 
-def write_checkpoint(model: OffPolicyAlgorithm, path: str | Path) -> None:
+def checkpoint_path(path: str | Path) -> Path:
+    """
+    Where a checkpoint is, or is to be.
+
+    :param path: The path that the user gave.
+    :return: The path with ``.zip`` if it has no suffix.
+    :raises IsADirectoryError: If there is a folder.
+    """
+    path = Path(path)
+    if path.suffix == "" and path.name:
+        path = path.with_name(f"{path.name}.zip")
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "the path of a checkpoint must not be a folder", str(path))
+    return path
+
+
+def write_checkpoint(model: OffPolicyAlgorithm, path: str | Path, run: dict[str, Any]) -> None:
     """
     Save a whole training run. A kill or a full disk in the middle leaves the previous checkpoint as it was.
 
     :param model: The model.
     :param path: Path of the file; ``.zip`` is added if it has no suffix.
+    :param run: What belongs to the run rather than to the model.
     :raises OSError: If writing fails.
     """
     model_file = io.BytesIO()
     model.save(model_file)
     vec_normalize = model.get_vec_normalize_env()
-    run = {
-        "n_envs": model.n_envs,
-        "random_states": get_random_states(model.action_space),
-        # VecNormalize leaves them out of its own pickle
-        "normalization_returns": None if vec_normalize is None else vec_normalize.returns,
-    }
-    with atomic_file(path, "zip") as file, zipfile.ZipFile(file, "w") as archive:
+    run = {"n_envs": model.n_envs, **run}
+    with atomic_file(checkpoint_path(path)) as file, zipfile.ZipFile(file, "w") as archive:
         archive.writestr("model.zip", model_file.getbuffer())
         for name, content in (("run", run), ("vec_normalize", vec_normalize), ("replay_buffer", model.replay_buffer)):
             with archive.open(f"{name}.pkl", "w", force_zip64=True) as member:
@@ -102,15 +117,32 @@ def open_checkpoint(path: str | Path) -> Iterator[zipfile.ZipFile]:
     :raises ValueError: If it is not a checkpoint.
     """
     path = Path(path)
-    if not path.exists() and path.suffix == "":
-        path = path.with_name(f"{path.name}.zip")
+    if not path.is_file():
+        path = checkpoint_path(path)
     expected = "path must be a checkpoint of a training run, written by save_checkpoint() or its callback"
-    if path.exists() and not zipfile.is_zipfile(path):
-        raise ValueError(f"{expected}, got {path}, which is not a zip file")
-    with zipfile.ZipFile(path) as archive:
-        if "run.pkl" not in archive.namelist():
-            raise ValueError(f"{expected}, got {path}: load a saved model with load()")
-        yield archive
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if "run.pkl" not in archive.namelist():
+                raise ValueError(f"{expected}, got {path}, which is damaged, or a saved model for load()")
+            yield archive
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"{expected}, got {path}, which is damaged, incomplete or no zip file ({error})") from error
+
+
+def is_checkpoint(path: Any) -> bool:
+    """
+    Whether a file is a checkpoint of a training run, rather than a saved model.
+
+    :param path: Path of the file; ``.zip`` is added if there is no such file. Anything else is no checkpoint.
+    :return: True for a checkpoint.
+    """
+    if not isinstance(path, str | Path):
+        return False
+    try:
+        with open_checkpoint(path):
+            return True
+    except (OSError, ValueError):
+        return False
 
 
 def unpickle(archive: zipfile.ZipFile, name: str) -> Any:
@@ -125,33 +157,49 @@ def unpickle(archive: zipfile.ZipFile, name: str) -> Any:
         return pickle.load(member)
 
 
-def restore_environment(archive: zipfile.ZipFile, env: GymEnv) -> VecEnv:
+NORMALIZATION_SETTINGS = (
+    *("training", "norm_obs", "norm_reward", "clip_obs", "clip_reward", "gamma", "epsilon", "norm_obs_keys"),
+)
+"""What the user chooses of a ``VecNormalize``."""
+
+
+def restore_environment(archive: zipfile.ZipFile, env: GymEnv | str) -> VecEnv:
     """
     Give an environment the saved normalisation: its own ``VecNormalize`` gets the statistics, or it is wrapped in one.
 
     :param archive: The checkpoint.
-    :param env: The environment to continue in.
+    :param env: The environment to continue in, or its name.
     :return: The environment, vectorised and normalised if necessary.
-    :raises ValueError: If the number of environments is another than in the saved run, or it is normalised where the saved
-        run was not.
+    :raises ValueError: If it is no environment, has other spaces or another number of environments than the saved run, or is
+        normalised where the saved run was not.
     """
+    if isinstance(env, str):
+        env = gym.make(env)
+    if not isinstance(env, gym.Env | VecEnv):
+        raise ValueError(f"env must be an environment or the name of one, got {env!r}")
     if not isinstance(env, VecEnv):
         monitored_env = env if is_wrapped(env, Monitor) else Monitor(env)
         env = DummyVecEnv([lambda: monitored_env])
     run, saved = unpickle(archive, "run"), unpickle(archive, "vec_normalize")
     if env.num_envs != run["n_envs"]:
-        raise ValueError(f"env must have {run['n_envs']} environments like the saved run, got {env.num_envs}")
+        raise ValueError(f"env must be {run['n_envs']} environment(s) like the saved run, got {env.num_envs}")
     own = unwrap_vec_normalize(env)
     if saved is None:
         if own is not None:
             raise ValueError("env must not be normalised, because the saved run's was not, got a VecNormalize")
         return env
     if own is None:
-        saved.set_venv(env)
-        saved.returns = run["normalization_returns"]
+        try:
+            saved.set_venv(env)
+        except AssertionError as error:
+            raise ValueError(f"env must have the spaces of the saved run: {error}") from error
         return cast(VecNormalize, saved)
+    changed = {name: getattr(own, name) for name in NORMALIZATION_SETTINGS if getattr(own, name) != getattr(saved, name)}
+    if {"norm_obs", "norm_obs_keys"} & changed.keys():
+        raise ValueError(f"env must normalise the same observations as in the saved run, got {changed}")
+    if changed:
+        warnings.warn(f"env is normalised with other settings than in the saved run: {changed}", stacklevel=3)
     # Without normalised observations there is no obs_rms
     for name in {"obs_rms", "ret_rms"} & vars(saved).keys():
         setattr(own, name, getattr(saved, name))
-    own.returns = run["normalization_returns"]
     return env

@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 import torch as th
@@ -31,7 +31,8 @@ from sb3_qvpo.common.safe_files import atomic_file
 if TYPE_CHECKING:
     from sb3_qvpo.common.policies import DiffusionPolicy
 
-FORMATS = ("onnx", "torch")
+FORMATS = {"onnx": ".onnx", "torch": ".pt2"}
+"""Formats and the suffixes of their files."""
 
 
 class Normalization(nn.Module):
@@ -76,8 +77,7 @@ class Decision(nn.Module):
 
     def __init__(self, policy: "DiffusionPolicy", vec_normalize: VecNormalize | None = None):
         super().__init__()
-        self.policy = copy.deepcopy(policy).to("cpu")
-        self.policy.set_training_mode(False)
+        self.policy = copy.deepcopy(policy).to("cpu").requires_grad_(False)
         action_space = cast(spaces.Box, policy.action_space)
         self.action_shape = action_space.shape
         self.register_buffer("noise_bank", self.policy.noise_bank(policy.n_eval_candidates).contiguous())
@@ -102,8 +102,8 @@ class Decision(nn.Module):
         # Not len(), which would make it a constant
         batch_size = (next(iter(observation.values())) if isinstance(observation, dict) else observation).shape[0]
         noise = self.noise_bank if noise is None else noise
-        # Row i of B rows, or the only one; written so that it can be exported for any B
-        rows = th.arange(batch_size).clamp(max=noise.shape[1] - 1)
+        # Row i, or row 0 if it is the only one; any other number of rows fails. Written so that it can be exported for any B
+        rows = th.arange(batch_size).clamp(max=(noise.shape[1] - 1) * 2**32)
         candidates, q_values = self.policy.rank_candidates(observation, noise.shape[2], noise.index_select(1, rows))
         scaled_actions = best_candidate(candidates, q_values)
         # SB3's unscale_action(), kept within the bounds
@@ -120,7 +120,7 @@ class Decision(nn.Module):
         return observation
 
 
-def example_observation(space: spaces.Space[Any], batch_size: int = 2) -> PyTorchObs:
+def _example_observation(space: spaces.Space[Any], batch_size: int = 2) -> PyTorchObs:
     """
     Observations to trace a policy with, in the space's own types.
 
@@ -129,11 +129,13 @@ def example_observation(space: spaces.Space[Any], batch_size: int = 2) -> PyTorc
     :return: Observations of shape (B, ...).
     """
     if isinstance(space, spaces.Dict):
-        return {key: cast(th.Tensor, example_observation(part, batch_size)) for key, part in space.spaces.items()}
+        return {key: cast(th.Tensor, _example_observation(part, batch_size)) for key, part in space.spaces.items()}
     return th.as_tensor(np.stack([np.asarray(space.sample()) for _ in range(batch_size)]))
 
 
-def export_policy(policy: "DiffusionPolicy", path: str | Path, format: str, vec_normalize: VecNormalize | None) -> None:
+def export_policy(
+    policy: "DiffusionPolicy", path: str | Path, format: str | None, vec_normalize: VecNormalize | Literal[False] | None
+) -> None:
     """
     Write a policy to a file, see the module's docstring.
 
@@ -144,26 +146,49 @@ def export_policy(policy: "DiffusionPolicy", path: str | Path, format: str, vec_
 
     :param policy: The policy.
     :param path: Path of the file; ``.onnx`` or ``.pt2`` is added if it has no suffix.
-    :param format: ``"onnx"`` or ``"torch"``.
-    :param vec_normalize: Normalisation of the observations, None for none.
-    :raises ValueError: If ``format`` is another, or ``vec_normalize`` belongs to other observations.
+    :param format: ``"onnx"`` or ``"torch"``; by the suffix if None.
+    :param vec_normalize: Normalisation of the observations, None if there was none in training, False to leave it out.
+    :raises ValueError: If ``format`` is another or does not go with the suffix, or ``vec_normalize`` belongs to other
+        observations, or it is None and the policy was trained with one.
     :raises ImportError: If the packages of the ``export`` extra are missing.
     :raises OSError: If writing fails. A previous file is intact then.
     """
+    suffix = Path(path).suffix
+    if format is None:
+        format = next((name for name, own_suffix in FORMATS.items() if suffix == own_suffix), "onnx")
     if format not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(map(repr, FORMATS))}, got {format!r}")
-    if vec_normalize is not None and vec_normalize.observation_space.shape != policy.observation_space.shape:
+    if suffix in FORMATS.values() and suffix != FORMATS[format]:
+        raise ValueError(f"path must end in {FORMATS[format]} (or anything unknown) with format={format!r}, got {path}")
+    _check_normalization(policy, vec_normalize)
+    decision = Decision(policy, vec_normalize or None)
+    content = _to_onnx(decision) if format == "onnx" else _to_torch(decision)
+    with atomic_file(path, FORMATS[format].removeprefix(".")) as file:
+        file.write(content)
+
+
+def _check_normalization(policy: "DiffusionPolicy", vec_normalize: VecNormalize | Literal[False] | None) -> None:
+    if vec_normalize is None and policy.normalized_observations:
+        raise ValueError(
+            "vec_normalize must be the VecNormalize that the policy was trained with, got None: without it the decisions "
+            "would be wrong (a loaded model has none unless it is loaded with its environment). False leaves it out"
+        )
+    if vec_normalize is None or vec_normalize is False:
+        return
+    if not isinstance(vec_normalize, VecNormalize):
+        raise ValueError(f"vec_normalize must be a VecNormalize, False or None, got {vec_normalize!r}")
+    if vec_normalize.norm_obs and _shapes(vec_normalize.observation_space) != _shapes(policy.observation_space):
         raise ValueError(
             f"vec_normalize must normalise the policy's observations, {policy.observation_space}, "
             f"got one for {vec_normalize.observation_space}"
         )
-    decision = Decision(policy, vec_normalize)
-    content = to_onnx(decision) if format == "onnx" else to_torch(decision)
-    with atomic_file(path, "onnx" if format == "onnx" else "pt2") as file:
-        file.write(content)
 
 
-def export_program(decision: Decision, with_noise: bool) -> th.export.ExportedProgram:
+def _shapes(space: spaces.Space[Any]) -> Any:
+    return {key: part.shape for key, part in space.spaces.items()} if isinstance(space, spaces.Dict) else space.shape
+
+
+def _export_program(decision: Decision, with_noise: bool) -> th.export.ExportedProgram:
     """
     The decision as a program for any batch size.
 
@@ -171,7 +196,7 @@ def export_program(decision: Decision, with_noise: bool) -> th.export.ExportedPr
     :param with_noise: Whether the program takes the noise too, with any number of candidates.
     :return: The program.
     """
-    observation = example_observation(decision.policy.observation_space)
+    observation = _example_observation(decision.policy.observation_space)
     any_size = th.export.Dim.DYNAMIC
     if isinstance(observation, dict):
         shapes: Any = {key: {0: any_size} for key in observation}
@@ -182,13 +207,22 @@ def export_program(decision: Decision, with_noise: bool) -> th.export.ExportedPr
     if with_noise:
         n_steps, _, _, action_dim = decision.noise_bank.shape
         # Two rows and three candidates: sizes of 1 would be taken for constants
-        arguments += (th.randn(n_steps, 2, 3, action_dim),)
+        arguments += (th.zeros(n_steps, 2, 3, action_dim),)
         dynamic_shapes += ({1: any_size, 2: any_size},)
-    with th.no_grad():
-        return th.export.export(decision, arguments, dynamic_shapes=dynamic_shapes, strict=False)
+    try:
+        with th.no_grad():
+            program = th.export.export(decision, arguments, dynamic_shapes=dynamic_shapes, strict=False)
+    except Exception as error:
+        if hasattr(error, "add_note"):  # Python 3.11
+            error.add_note("A features extractor of your own must take the batch size from x.shape[0], not from len(x).")
+        raise
+    for node in program.graph.nodes:
+        # Paths on the machine of whoever exports
+        node.meta.pop("stack_trace", None)
+    return program
 
 
-def to_torch(decision: Decision) -> bytes:
+def _to_torch(decision: Decision) -> bytes:
     """
     The decision as a ``.pt2`` archive.
 
@@ -198,19 +232,20 @@ def to_torch(decision: Decision) -> bytes:
     # torch.export.save() writes one program and gives it the name "model"; two can only be packed here
     from torch.export.pt2_archive._package import package_pt2
 
-    programs = {"model": export_program(decision, with_noise=False), "with_noise": export_program(decision, with_noise=True)}
+    programs = {"model": _export_program(decision, with_noise=False), "with_noise": _export_program(decision, with_noise=True)}
     file = io.BytesIO()
     package_pt2(file, exported_programs=programs)
     return file.getvalue()
 
 
-def to_onnx(decision: Decision) -> bytes:
+def _to_onnx(decision: Decision) -> bytes:
     """
     The decision as an ONNX model, whose input ``noise`` has the noise bank as its default.
 
     :param decision: The decision.
     :return: Content of the file.
     :raises ImportError: If the packages of the ``export`` extra are missing.
+    :raises ValueError: If observations have the key of another input or output.
     """
     missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
     if missing:
@@ -219,9 +254,11 @@ def to_onnx(decision: Decision) -> bytes:
 
     observation_space = decision.policy.observation_space
     names = list(observation_space.spaces) if isinstance(observation_space, spaces.Dict) else ["observation"]
+    if {"noise", "action"} & set(names):
+        raise ValueError(f'observations must have other keys than "noise" and "action" for format="onnx", got {names}')
     with _quiet("torch.onnx", "onnx_ir", "onnxscript"):
         program = th.onnx.export(
-            export_program(decision, with_noise=True),
+            _export_program(decision, with_noise=True),
             dynamo=True,
             verbose=False,
             input_names=[*names, "noise"],
@@ -230,7 +267,16 @@ def to_onnx(decision: Decision) -> bytes:
     model = cast(th.onnx.ONNXProgram, program).model_proto
     # An input with an initializer of its name is optional
     model.graph.initializer.append(onnx.numpy_helper.from_array(decision.noise_bank.numpy(), "noise"))
+    for node in (*model.graph.node, *(node for function in model.functions for node in function.node)):
+        # Paths on the machine of whoever exports
+        del node.metadata_props[:]
+        node.doc_string = ""
     _name_axes(model.graph)
+    n_steps, _, n_candidates, _ = decision.noise_bank.shape
+    properties = dict(
+        n_diffusion_steps=n_steps, n_eval_candidates=n_candidates, vec_normalize=len(decision.normalizations) > 0
+    )
+    onnx.helper.set_model_props(model, {key: str(value) for key, value in properties.items()})
     model.producer_name, model.producer_version = "sb3_qvpo", ""
     onnx.checker.check_model(model)
     content: bytes = model.SerializeToString()

@@ -20,6 +20,8 @@ from stable_baselines3.common.vec_env import VecEnv
 from sb3_qvpo.common.arguments import check_interval
 from sb3_qvpo.common.checkpoints import (
     RandomStates,
+    get_random_states,
+    is_checkpoint,
     open_checkpoint,
     restore_environment,
     set_random_states,
@@ -29,6 +31,11 @@ from sb3_qvpo.common.checkpoints import (
 from sb3_qvpo.common.finite_checks import FiniteGuard, check_finite_array
 from sb3_qvpo.common.interruptions import Statistics, cut_last_episode, normalization_statistics, restore_statistics
 from sb3_qvpo.common.safe_files import atomic_file
+
+DEAD_WORKER = (
+    " If the environments run in processes of their own (SubprocVecEnv), one of these is dead: set_env() new ones first, or "
+    "save and resume."
+)
 
 SelfGuardedAlgorithm = TypeVar("SelfGuardedAlgorithm", bound="GuardedOffPolicyAlgorithm")
 
@@ -99,7 +106,7 @@ class GuardedOffPolicyAlgorithm(OffPolicyAlgorithm):
 
     def save_replay_buffer(self, path: str | pathlib.Path | io.BufferedIOBase) -> None:
         """
-        Save the replay buffer as a pickle file.
+        Save the replay buffer as a pickle file (like any pickle, only to be loaded by those who trust you).
 
         :param path: Path of the file, or an open file.
         :raises OSError: If writing fails. A previous file is intact then.
@@ -119,13 +126,43 @@ class GuardedOffPolicyAlgorithm(OffPolicyAlgorithm):
         :param path: Path of the file; ``.zip`` is added if it has no suffix.
         :raises OSError: If writing fails. A previous file is intact then.
         """
-        write_checkpoint(self, path)
+        random_states = self._resumed_random_states or get_random_states(self.action_space)
+        write_checkpoint(self, path, {"random_states": random_states, "warm_up_end": self._warm_up_end})
+
+    @classmethod
+    def load(
+        cls: type[SelfGuardedAlgorithm],
+        path: str | pathlib.Path | io.BufferedIOBase,
+        env: GymEnv | None = None,
+        device: th.device | str = "auto",
+        custom_objects: dict[str, Any] | None = None,
+        print_system_info: bool = False,
+        force_reset: bool = True,
+        **kwargs: Any,
+    ) -> SelfGuardedAlgorithm:
+        """
+        Load a model. The file holds pickles, which can run any program when they are loaded: only load files that you trust.
+
+        :param path: Path of a saved model, or an open file. Of a checkpoint only the model is loaded, see :meth:`resume`.
+        :param env: Environment to train on; not needed for predictions.
+        :param device: Device to load to.
+        :param custom_objects: Objects that replace saved ones, for instance if these cannot be unpickled.
+        :param print_system_info: Whether to print versions, those of the saved model included.
+        :param force_reset: Reset the environment before training goes on.
+        :param kwargs: Attributes to change.
+        :return: The model.
+        :raises ValueError: If it is a model of another algorithm, or ``env`` does not fit it.
+        """
+        if is_checkpoint(path):
+            with open_checkpoint(cast(str, path)) as archive:
+                path = io.BytesIO(archive.read("model.zip"))
+        return super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
 
     @classmethod
     def resume(
         cls: type[SelfGuardedAlgorithm],
         path: str | pathlib.Path,
-        env: GymEnv,
+        env: GymEnv | str,
         device: th.device | str = "auto",
         custom_objects: dict[str, Any] | None = None,
         print_system_info: bool = False,
@@ -135,7 +172,7 @@ class GuardedOffPolicyAlgorithm(OffPolicyAlgorithm):
         Everything that :meth:`save_checkpoint` or its callback saved. To train on to the end of the interrupted run::
 
             model = QVPO.resume(path, env)
-            model.learn(model.remaining_timesteps, reset_num_timesteps=False)
+            model.learn(model.remaining_timesteps, callback=callback, reset_num_timesteps=False)
 
         The file holds pickles, which can run any program when they are loaded: only resume from files that you trust.
 
@@ -151,12 +188,13 @@ class GuardedOffPolicyAlgorithm(OffPolicyAlgorithm):
         :raises ValueError: If it is not a checkpoint, or ``env`` does not fit it.
         """
         with open_checkpoint(path) as archive:
-            env = restore_environment(archive, env)
+            vec_env = restore_environment(archive, env)
             model_file = io.BytesIO(archive.read("model.zip"))
-            model = cls.load(model_file, env, device, custom_objects, print_system_info, **kwargs)
+            model = cls.load(model_file, vec_env, device, custom_objects, print_system_info, **kwargs)
             with archive.open("replay_buffer.pkl") as member:
                 model.load_replay_buffer(io.BufferedReader(cast(Any, member)), truncate_last_traj=False)
-            model._resumed_random_states = unpickle(archive, "run")["random_states"]
+            run = unpickle(archive, "run")
+        model._resumed_random_states, model._warm_up_end = run["random_states"], run["warm_up_end"]
         cut_last_episode(cast(ReplayBuffer, model.replay_buffer))
         return model
 
@@ -191,21 +229,33 @@ class GuardedOffPolicyAlgorithm(OffPolicyAlgorithm):
             can continue with a new episode.
         """
         n_steps = int(check_interval("total_timesteps", total_timesteps, 0, math.inf))
+        n_steps_before = self.num_timesteps
         try:
             super().learn(n_steps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
             self._finite_guard.report(self._n_updates)
         except BaseException as error:
             # The environment may have moved on without us, or be broken
             self._abandon_episodes()
-            if isinstance(error, Exception) and hasattr(error, "add_note"):  # Python 3.11
+            started = self.num_timesteps > (0 if reset_num_timesteps else n_steps_before)
+            if started and isinstance(error, Exception) and hasattr(error, "add_note"):  # Python 3.11
                 error.add_note(
-                    f"Training stopped at environment step {self.num_timesteps}. Weights and replay buffer are intact: they "
-                    "can be saved, and learn(..., reset_num_timesteps=False) continues with a new episode."
+                    f"Training stopped after {self.num_timesteps} environment steps. Weights and replay buffer are intact: "
+                    "they can be saved, and learn(..., reset_num_timesteps=False) continues with a new episode."
+                    + (DEAD_WORKER if isinstance(error, EOFError | BrokenPipeError | ConnectionResetError) else "")
                 )
             raise
-        finally:
-            self._warm_up_end = None
+        self._warm_up_end = None
         return self
+
+    def set_random_seed(self, seed: int | None = None) -> None:
+        """
+        Seed all random generators. After :meth:`resume` this takes the place of the saved random states.
+
+        :param seed: The seed; nothing happens if None.
+        """
+        if seed is not None:
+            self._resumed_random_states = None
+        super().set_random_seed(seed)
 
     def restart_episodes(self) -> None:
         """Reset all environments with seeds drawn from NumPy's global generator, so that its state decides what follows."""
@@ -213,7 +263,6 @@ class GuardedOffPolicyAlgorithm(OffPolicyAlgorithm):
         self._reseed_environments()
         env = cast(VecEnv, self.env)
         self._last_obs = cast(np.ndarray, env.reset())
-        self._last_episode_starts = np.ones((env.num_envs,), dtype=bool)
         if self._vec_normalize_env is not None:
             self._last_original_obs = cast(np.ndarray, self._vec_normalize_env.get_original_obs())
 
@@ -242,6 +291,9 @@ class GuardedOffPolicyAlgorithm(OffPolicyAlgorithm):
         result = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
         first_obs = self._last_obs if self._vec_normalize_env is None else self._last_original_obs
         self._check_finite("observation", cast(np.ndarray, first_obs))
+        if self._warm_up_end is not None and not reset_num_timesteps and self.num_timesteps < self._warm_up_end:
+            return result  # broken off while it was refilling the buffer, see below
+        self._warm_up_end = None
         buffer_is_empty = cast(ReplayBuffer, self.replay_buffer).size() == 0
         if not buffer_is_empty and self._n_updates > 0:
             # SB3 would act at random again, because learn() counts from 0; the reason for it, an empty buffer, is gone

@@ -11,14 +11,14 @@ import math
 import pathlib
 import warnings
 from collections.abc import Iterable
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch as th
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule, TensorDict
 from stable_baselines3.common.utils import FloatSchedule, update_learning_rate
-from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
 from sb3_qvpo.common.arguments import check_action_space, check_count, check_interval, check_no_sde, parse_schedule
 from sb3_qvpo.common.guarded_algorithm import GuardedOffPolicyAlgorithm
@@ -150,6 +150,11 @@ class DiffusionOffPolicyAlgorithm(GuardedOffPolicyAlgorithm):
 
     def _resolve_arguments(self) -> None:
         """Check all arguments and prepare those with several forms, before anything large is built."""
+        if not issubclass(self.policy_class, DiffusionPolicy):
+            raise ValueError(
+                f"policy must be a name or a subclass of DiffusionPolicy, got {self.policy_class.__name__}: a policy (or a "
+                "saved model) of another algorithm cannot be used"
+            )
         check_no_sde(self.use_sde, self.policy_kwargs)
         for name in self._count_arguments:
             check_count(name, getattr(self, name))
@@ -182,15 +187,23 @@ class DiffusionOffPolicyAlgorithm(GuardedOffPolicyAlgorithm):
             self.__dict__[name] = self._candidate_count(name)
         super().save(path, exclude, include)
 
-    def export(self, path: str | pathlib.Path, format: str = "onnx") -> None:
+    def export(
+        self,
+        path: str | pathlib.Path,
+        format: str | None = None,
+        vec_normalize: VecNormalize | Literal[False] | None = None,
+    ) -> None:
         """
         Write the whole deterministic decision to a file that runs without this package, with the normalisation of the
         environment if it has one. See :mod:`sb3_qvpo.common.export`.
 
         :param path: Path of the file; ``.onnx`` or ``.pt2`` is added if it has no suffix.
-        :param format: ``"onnx"``, or ``"torch"`` for ``torch.export.load()``.
+        :param format: ``"onnx"``, or ``"torch"`` for ``torch.export.load()``; by the suffix of ``path`` if None.
+        :param vec_normalize: The normalisation that the model was trained with, if it is not its environment's (a loaded model
+            has no environment). False to leave it to whoever runs the file.
+        :raises ValueError: If ``format`` is another, ``vec_normalize`` belongs to other observations, or it is missing.
         """
-        self.policy.export(path, format, self.get_vec_normalize_env())
+        self.policy.export(path, format, self.get_vec_normalize_env() if vec_normalize is None else vec_normalize)
 
     def set_parameters(
         self, load_path_or_dict: str | TensorDict, exact_match: bool = True, device: th.device | str = "auto"
@@ -274,7 +287,8 @@ class DiffusionOffPolicyAlgorithm(GuardedOffPolicyAlgorithm):
     @staticmethod
     def _wrap_env(env: GymEnv, verbose: int = 0, monitor_wrapper: bool = True) -> VecEnv:
         # Checked here because every environment passes here, before SB3's own assertions
-        check_action_space(env.action_space)
+        if hasattr(env, "action_space"):
+            check_action_space(env.action_space)
         return OffPolicyAlgorithm._wrap_env(env, verbose, monitor_wrapper)
 
     def _setup_learn(
@@ -287,6 +301,8 @@ class DiffusionOffPolicyAlgorithm(GuardedOffPolicyAlgorithm):
     ) -> tuple[int, BaseCallback]:
         self._warn_of_few_updates()
         self._metric_sums.clear()
+        vec_normalize = self.get_vec_normalize_env()
+        self.policy.normalized_observations.fill_(vec_normalize is not None and vec_normalize.norm_obs)
         return super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
 
     def _warn_of_few_updates(self) -> None:

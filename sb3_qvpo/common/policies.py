@@ -9,7 +9,7 @@ import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch as th
@@ -284,6 +284,9 @@ class DiffusionPolicy(BasePolicy):
         self.noise_bank_seed = noise_bank_seed
         self.share_features_extractor = share_features_extractor
         self._noise_bank: th.Tensor | None = None
+        # With the weights, so that no way of saving forgets it: an exported policy without its normalisation decides nonsense
+        self.normalized_observations: th.Tensor
+        self.register_buffer("normalized_observations", th.tensor(False))
 
         actor_arch, critic_arch = get_actor_critic_arch([256, 256] if net_arch is None else net_arch)
         common_kwargs = dict(
@@ -474,26 +477,31 @@ class DiffusionPolicy(BasePolicy):
         self.critic.set_training_mode(mode)
         self.training = mode
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: str | Path | io.BufferedIOBase) -> None:
         """
-        Save the policy alone, for ``DiffusionPolicy.load()``. The file holds pickles.
+        Save the policy alone, for ``DiffusionPolicy.load()``. The file holds pickles: only load files that you trust.
 
-        :param path: Path of the file.
+        :param path: Path of the file, or an open file.
         :raises OSError: If writing fails. A previous file is intact then.
         """
-        content = io.BytesIO()
+        content = path if isinstance(path, io.BufferedIOBase) else io.BytesIO()
         super().save(cast(Any, content))
+        if isinstance(path, io.BufferedIOBase):
+            return
         with atomic_file(path) as file:
-            file.write(content.getbuffer())
+            file.write(cast(io.BytesIO, content).getbuffer())
 
-    def export(self, path: str | Path, format: str = "onnx", vec_normalize: VecNormalize | None = None) -> None:
+    def export(
+        self, path: str | Path, format: str | None = None, vec_normalize: VecNormalize | Literal[False] | None = None
+    ) -> None:
         """
         Write the whole deterministic decision to a file that runs without this package, see :mod:`sb3_qvpo.common.export`.
 
         :param path: Path of the file; ``.onnx`` or ``.pt2`` is added if it has no suffix.
-        :param format: ``"onnx"``, or ``"torch"`` for ``torch.export.load()``.
-        :param vec_normalize: The ``VecNormalize`` that the policy was trained with, if any; ``model.export()`` finds it.
-        :raises ValueError: If ``format`` is another, or ``vec_normalize`` belongs to other observations.
+        :param format: ``"onnx"``, or ``"torch"`` for ``torch.export.load()``; by the suffix of ``path`` if None.
+        :param vec_normalize: The ``VecNormalize`` that the policy was trained with, if any; ``model.export()`` finds that of
+            its environment. False to leave the normalisation to whoever runs the file.
+        :raises ValueError: If ``format`` is another, ``vec_normalize`` belongs to other observations, or it is missing.
         :raises ImportError: If the packages of the ``export`` extra are missing.
         :raises OSError: If writing fails. A previous file is intact then.
         """
