@@ -284,9 +284,10 @@ class DiffusionPolicy(BasePolicy):
         self.noise_bank_seed = noise_bank_seed
         self.share_features_extractor = share_features_extractor
         self._noise_bank: th.Tensor | None = None
-        # With the weights, so that no way of saving forgets it: an exported policy without its normalisation decides nonsense
+        # With the weights, so that no way of saving forgets it: an exported policy without its normalisation decides nonsense.
+        # 0 or 1 in float32, like all else among the weights
         self.normalized_observations: th.Tensor
-        self.register_buffer("normalized_observations", th.tensor(False))
+        self.register_buffer("normalized_observations", th.tensor(0.0))
 
         actor_arch, critic_arch = get_actor_critic_arch([256, 256] if net_arch is None else net_arch)
         common_kwargs = dict(
