@@ -30,7 +30,7 @@ test-oldest: $(OLDEST)/.ready
 $(OLDEST)/.ready: pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv $(OLDEST)
 	PIP_CONSTRAINT=constraints-oldest.txt $(OLDEST)/bin/python -m pip install --quiet --editable ".[export,mujoco,progress]" \
-		pytest pytest-timeout tensorboard pyyaml
+		pytest pytest-timeout scipy tensorboard pyyaml
 	touch $@
 
 lint: $(READY)

@@ -73,6 +73,8 @@ class GaussianDiffusion(nn.Module):
             "x_t_coef": (1 - previous_alpha_bars) * alphas.sqrt() / (1 - alpha_bars),
             "posterior_std": (betas * (1 - previous_alpha_bars) / (1 - alpha_bars)).sqrt(),
         }
+        # A reverse step has one t for all samples: numbers cost less there than looking up tensors
+        self._numbers: dict[str, list[float]] = {name: value.float().tolist() for name, value in coefficients.items()}
         for name, value in coefficients.items():
             # Fixed by the schedule, so they stay out of the saved weights; all but one: weights that were trained for another
             # number of steps must not load
@@ -111,7 +113,8 @@ class GaussianDiffusion(nn.Module):
         :param noise: Predicted noise of shape (..., A).
         :return: Estimated clean samples of shape (..., A).
         """
-        x0 = (x_t - self.sqrt_one_minus_alpha_bars[t] * noise) / self.sqrt_alpha_bars[t]
+        sqrt_alpha_bar, sqrt_one_minus = (self._numbers[name][t] for name in ("sqrt_alpha_bars", "sqrt_one_minus_alpha_bars"))
+        x0 = th.sub(x_t, noise, alpha=sqrt_one_minus) / sqrt_alpha_bar
         return x0.clamp(-1, 1) if self.clip_denoised else x0
 
     def posterior_step(self, x0: th.Tensor, x_t: th.Tensor, t: int, noise: th.Tensor | None) -> th.Tensor:
@@ -124,8 +127,9 @@ class GaussianDiffusion(nn.Module):
         :param noise: Standard normal noise of shape (..., A), or None for the mean (the last step, t = 0).
         :return: Samples one step less noisy, shape (..., A).
         """
-        mean = self.x0_coef[t] * x0 + self.x_t_coef[t] * x_t
-        return mean if noise is None else mean + self.posterior_std[t] * noise
+        x0_coef, x_t_coef, posterior_std = (self._numbers[name][t] for name in ("x0_coef", "x_t_coef", "posterior_std"))
+        mean = th.add(x0_coef * x0, x_t, alpha=x_t_coef)
+        return mean if noise is None else th.add(mean, noise, alpha=posterior_std)
 
     def sample(
         self,

@@ -126,6 +126,8 @@ class NoisePredictor(nn.Module):
         :return: Predicted noise of shape (B, K, A).
         """
         action_weight = self.first_layer.weight[:, : self.split_sizes[0]]
-        hidden = F.linear(x_t, action_weight) + (cond.time_parts[t] + cond.state_part)
+        # For a tensor the same as time_parts[t], whose gradient takes five times as long
+        time_part = F.embedding(t, cond.time_parts) if isinstance(t, th.Tensor) else cond.time_parts[t]
+        hidden = F.linear(x_t, action_weight) + (time_part + cond.state_part)
         output: th.Tensor = self.later_layers(hidden)
         return output

@@ -23,6 +23,7 @@ from stable_baselines3.common.vec_env import VecNormalize
 from torch import nn
 from torch.nn import functional as F
 
+import sb3_qvpo.common.fast as fast
 from sb3_qvpo.common.arguments import check_count
 from sb3_qvpo.common.candidates import best_candidate, minimum_q
 from sb3_qvpo.common.diffusion import GaussianDiffusion
@@ -115,18 +116,26 @@ class DiffusionActor(BasePolicy):
         """
         return self.extract_features(observation, self.features_extractor)
 
-    def sample_candidates(self, features: th.Tensor, n_candidates: int, noise: th.Tensor | None = None) -> th.Tensor:
+    def sample_candidates(
+        self, features: th.Tensor, n_candidates: int, noise: th.Tensor | None = None, reduced_precision: bool = False
+    ) -> th.Tensor:
         """
         Draw candidates from pi_theta (Algorithm 1, line 5). The state enters the network once for all candidates and steps.
 
         :param features: State features of shape (B, S).
         :param n_candidates: Candidates K for each state.
         :param noise: Standard normal noise of shape (T, B, K, A), see :meth:`GaussianDiffusion.sample`. Drawn if None.
+        :param reduced_precision: Whether hidden layers may be multiplied in bfloat16, see :mod:`sb3_qvpo.common.fast`.
         :return: Actions of shape (B, K, A) in [-1, 1].
         """
         condition = self.noise_predictor.condition(features)
-        shape = (len(features), n_candidates, self.action_dim) if noise is None else None
-        return self.diffusion.sample(self.noise_predictor, condition, noise, shape)
+        if noise is None:
+            noise = th.randn((self.diffusion.n_steps, len(features), n_candidates, self.action_dim), device=features.device)
+        n_rows, later_layers = features.shape[0] * noise.shape[2], list(self.noise_predictor.later_layers)
+        if fast.pays_off(later_layers, n_rows, features.device) and noise.shape[1] == len(features):
+            dtype = fast.candidate_dtype() if reduced_precision else th.float32
+            return fast.sample_candidates(self.diffusion, self.noise_predictor, condition, noise, dtype)
+        return self.diffusion.sample(self.noise_predictor, condition, noise)
 
     def denoising_loss(
         self,
@@ -199,8 +208,11 @@ class CandidateCritic(ContinuousCritic):
             first_layer, *later_layers = cast(nn.Sequential, q_network)
             first_weight, first_bias = cast(nn.Linear, first_layer).weight, cast(nn.Linear, first_layer).bias
             state_weight, action_weight = th.split(first_weight, [features.shape[-1], candidates.shape[-1]], dim=1)
-            state_part = F.linear(features, state_weight, first_bias)
-            hidden = F.linear(candidates, action_weight) + state_part.unsqueeze(1)
+            state_part = F.linear(features, state_weight, first_bias).unsqueeze(1)
+            if fast.pays_off(later_layers, candidates.shape[0] * candidates.shape[1], features.device):
+                q_values.append(fast.value_candidates(cast(nn.Sequential, q_network), state_part, candidates))
+                continue
+            hidden = F.linear(candidates, action_weight) + state_part
             for layer in later_layers:
                 hidden = layer(hidden)
             q_values.append(hidden.squeeze(-1))
@@ -387,7 +399,12 @@ class DiffusionPolicy(BasePolicy):
         ]
 
     def rank_candidates(
-        self, observation: PyTorchObs, n_candidates: int, noise: th.Tensor | None = None, target: bool = False
+        self,
+        observation: PyTorchObs,
+        n_candidates: int,
+        noise: th.Tensor | None = None,
+        target: bool = False,
+        reduced_precision: bool = False,
     ) -> tuple[th.Tensor, th.Tensor]:
         """
         Draw candidates from the actor and value them by the minimum over critics. Each observation is encoded once.
@@ -398,12 +415,14 @@ class DiffusionPolicy(BasePolicy):
         :param n_candidates: Candidates K for each observation.
         :param noise: Standard normal noise of shape (T, B, K, A), see :meth:`GaussianDiffusion.sample`. Drawn if None.
         :param target: Use the target actor and the target critics.
+        :param reduced_precision: Whether candidates may be drawn in bfloat16, see :mod:`sb3_qvpo.common.fast`. Their values
+            are computed in float32.
         :return: Actions of shape (B, K, A) in [-1, 1] and their values, shape (B, K).
         """
         actor, critic = (self.actor_target, self.critic_target) if target else (self.actor, self.critic)
         with evaluation_mode(actor, critic):
             features = actor.features(observation)
-            candidates = actor.sample_candidates(features, n_candidates, noise)
+            candidates = actor.sample_candidates(features, n_candidates, noise, reduced_precision)
             if not self.share_features_extractor:
                 features = critic.features(observation)
             return candidates, minimum_q(critic.value_candidates(features, candidates))

@@ -241,7 +241,7 @@ class QVPO(DiffusionOffPolicyAlgorithm):
         """
         with th.no_grad():
             _, next_q_values = self.policy.rank_candidates(
-                batch.next_observations, self.n_target_candidates, target_noise, target=True
+                batch.next_observations, self.n_target_candidates, target_noise, target=True, reduced_precision=True
             )
             # The K_t-efficient target policy takes its best candidate; ranked and valued by the same critics
             next_values = next_q_values.max(dim=1, keepdim=True).values
@@ -265,7 +265,9 @@ class QVPO(DiffusionOffPolicyAlgorithm):
         """
         with th.no_grad():
             # Line 5: N_d samples of the policy for each state, valued by the minimum over critics
-            candidates, q_values = self.policy.rank_candidates(observations, self.n_train_candidates, noise.chain)
+            candidates, q_values = self.policy.rank_candidates(
+                observations, self.n_train_candidates, noise.chain, reduced_precision=True
+            )
             # Line 6: weights, Eq. 9 (or Sec. 4.2)
             weights = self._q_weighting(q_values)
             # Line 7: only the sample with the largest weight is trained on

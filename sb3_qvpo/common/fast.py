@@ -1,0 +1,263 @@
+"""
+Many rows through the readable networks, without gradients, at the speed of the processor and with the same numbers.
+
+No mathematics is defined here: :meth:`GaussianDiffusion.sample` runs the chain as always, with a network that returns what
+:class:`NoisePredictor` returns, and critics are valued as :meth:`CandidateCritic.value_candidates` values them. What is
+different:
+
+- Rows go through in blocks that fit into the processor's caches, which also bounds memory.
+- Mish costs five vectorised passes instead of torch's ``log1p`` and ``tanh`` one number at a time, see :func:`negated_mish`.
+- Products of matrices go to oneDNN. In float32 torch takes MKL by default, which is half as fast on AMD processors.
+- Candidates that only serve training may have their hidden layers multiplied in bfloat16 where the processor has it in
+  hardware. No gradient flows through them; their values, and all that is trained, stay in float32.
+
+Few rows, other devices than the CPU, and passes with gradients take the readable path: :func:`pays_off`.
+
+Shapes: B batch, K candidates for each state, A action dimensions, R rows of a block, H width of a hidden layer.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch as th
+from torch import nn
+from torch.nn import functional as F
+
+from sb3_qvpo.common.diffusion import GaussianDiffusion
+from sb3_qvpo.common.networks import Condition, NoisePredictor
+
+BLOCK_SIZES = {th.float32: 2**19, th.bfloat16: 2**20}
+"""Numbers in a hidden layer of a block, for each type: 2048 and 4096 rows of width 256 were the fastest."""
+
+SMALLEST_SIZE = 2**14
+"""Numbers in a hidden layer, 64 rows of width 256, below which the readable path is as fast."""
+
+CANDIDATE_DTYPES = ("auto", "float32", "bfloat16")
+
+
+@dataclass
+class SpeedSettings:
+    """
+    How the fast paths work in this process. No saved file holds anything of them.
+
+    :param enabled: Whether they are used at all.
+    :param candidate_dtype: In what candidates for training are drawn: ``"float32"``, ``"bfloat16"`` or ``"auto"``, bfloat16
+        where the processor multiplies it in hardware.
+    """
+
+    enabled: bool = True
+    candidate_dtype: str = "auto"
+
+
+settings = SpeedSettings()
+
+
+def has_bfloat16() -> bool:
+    """
+    Whether the processor multiplies bfloat16 in hardware.
+
+    :return: True for AVX-512 BF16 and AMX.
+    """
+    if hasattr(th.cpu, "get_capabilities"):
+        capabilities = th.cpu.get_capabilities()
+        return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+    return bool(th.cpu._is_avx512_bf16_supported())  # torch 2.8
+
+
+def candidate_dtype() -> th.dtype:
+    """
+    In what candidates for training are drawn, by ``settings.candidate_dtype``.
+
+    :return: ``torch.float32`` or ``torch.bfloat16``.
+    :raises ValueError: If the setting is unknown.
+    """
+    if settings.candidate_dtype not in CANDIDATE_DTYPES:
+        known = ", ".join(map(repr, CANDIDATE_DTYPES))
+        raise ValueError(f"settings.candidate_dtype must be one of {known}, got {settings.candidate_dtype!r}")
+    reduced = settings.candidate_dtype == "bfloat16" or (settings.candidate_dtype == "auto" and has_bfloat16())
+    return th.bfloat16 if reduced else th.float32
+
+
+def pays_off(layers: Sequence[nn.Module], n_rows: int, device: th.device) -> bool:
+    """
+    Whether rows should go through :class:`FastLayers`.
+
+    :param layers: What follows a network's first linear layer.
+    :param n_rows: Number of rows.
+    :param device: The network's device.
+    :return: False with gradients, while a graph is traced, off the CPU, for few rows, and for layers that are unknown here.
+    """
+    if not settings.enabled or th.is_grad_enabled() or device.type != "cpu" or th.compiler.is_compiling():
+        return False
+    alternating = len(layers) >= 2 and all(isinstance(layer, nn.Linear) == bool(i % 2) for i, layer in enumerate(layers))
+    return alternating and n_rows * cast(nn.Linear, layers[1]).in_features >= SMALLEST_SIZE
+
+
+class Scratch:
+    """Memory for intermediate results that is used again in every block and step."""
+
+    def __init__(self) -> None:
+        self.tensors: dict[tuple[str, th.dtype], th.Tensor] = {}
+
+    def __call__(self, name: str, shape: tuple[int, ...], dtype: th.dtype = th.float32) -> th.Tensor:
+        """
+        An uninitialised tensor. Its content lasts until the same name is asked for again.
+
+        :param name: What it is for.
+        :param shape: Its shape.
+        :param dtype: Its type.
+        :return: The tensor.
+        """
+        size = th.Size(shape).numel()
+        tensor = self.tensors.get((name, dtype))
+        if tensor is None or len(tensor) < size:
+            tensor = self.tensors[name, dtype] = th.empty(size, dtype=dtype)
+        return tensor[:size].view(shape)
+
+
+def negated_mish(x: th.Tensor, scratch: Scratch) -> th.Tensor:
+    """
+    ``-mish(x) = -x tanh(log(1 + e^x))``, to 2e-6 for any x.
+
+    With the sigmoid v of x: ``e^x = v / (1 - v)``, so ``tanh(log(1 + e^x)) = (1 - (1-v)^2) / (1 + (1-v)^2)`` and
+    ``-mish(x) = x - 2 x / (2 - 2 v + v^2)``. Each pass is vectorised in torch, which ``F.mish`` is not. The sign saves a
+    pass; it goes into the weights of the layer that follows.
+
+    :param x: Pre-activations in float32.
+    :param scratch: Memory for the result.
+    :return: A tensor of the shape of x, valid until the next call.
+    """
+    sigmoid, result = scratch("sigmoid", x.shape), scratch("mish", x.shape)
+    th.sigmoid(x, out=sigmoid)
+    th.sub(sigmoid, 2, out=result)
+    th.addcmul(_TWO, result, sigmoid, out=result)
+    return th.addcdiv(x, x, result, value=-2, out=result)
+
+
+_TWO = th.tensor(2.0)
+
+
+class FastLayers:
+    """
+    The layers behind a network's first linear one: activation, linear layer, activation, ..., linear layer.
+
+    A snapshot: weights that change later are not seen.
+
+    :param layers: The readable layers.
+    :param dtype: In what the hidden layers are multiplied, float32 or bfloat16. The last layer is multiplied in float32.
+    :param scratch: Memory for intermediate results.
+    """
+
+    def __init__(self, layers: Sequence[nn.Module], dtype: th.dtype, scratch: Scratch):
+        self.dtype, self.scratch = dtype, scratch
+        self.activations = layers[::2]
+        self.weights: list[th.Tensor] = []
+        self.biases: list[th.Tensor] = []
+        for activation, layer in zip(self.activations, cast(Sequence[nn.Linear], layers[1::2]), strict=True):
+            weight, bias = layer.weight.detach(), layer.bias.detach()
+            self.weights.append(-weight if type(activation) is nn.Mish else weight)
+            self.biases.append(bias)
+        for i in range(len(self.weights) - 1):
+            self.weights[i], self.biases[i] = (self._prepare(tensor) for tensor in (self.weights[i], self.biases[i]))
+
+    def _prepare(self, tensor: th.Tensor) -> th.Tensor:
+        if self.dtype == th.float32:
+            has_onednn: bool = th.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+            return tensor.to_mkldnn() if has_onednn else tensor
+        return tensor.to(self.dtype)
+
+    def __call__(self, hidden: th.Tensor) -> th.Tensor:
+        """
+        Go through the layers.
+
+        :param hidden: Output of the first linear layer, shape (R, H). It is overwritten.
+        :return: Output of the last layer, shape (R, outputs).
+        """
+        for activation, weight, bias in zip(self.activations[:-1], self.weights[:-1], self.biases[:-1], strict=True):
+            hidden = self._linear(self._activate(activation, hidden), weight, bias, hidden)
+        return F.linear(self._activate(self.activations[-1], hidden), self.weights[-1], self.biases[-1])
+
+    def _activate(self, activation: nn.Module, hidden: th.Tensor) -> th.Tensor:
+        return negated_mish(hidden, self.scratch) if type(activation) is nn.Mish else cast(th.Tensor, activation(hidden))
+
+    def _linear(self, x: th.Tensor, weight: th.Tensor, bias: th.Tensor, out: th.Tensor) -> th.Tensor:
+        if self.dtype != th.float32:
+            reduced = self.scratch("reduced", tuple(x.shape), self.dtype).copy_(x)
+            product = F.linear(reduced, weight, bias)
+            return out.copy_(product) if out.shape == product.shape else product.float()
+        if weight.is_mkldnn:
+            return F.linear(x.to_mkldnn(), weight, bias).to_dense()
+        return F.linear(x, weight, bias)
+
+
+def blocks(n_states: int, n_candidates: int, width: int, dtype: th.dtype) -> list[slice]:
+    """
+    States whose candidates go through together.
+
+    :param n_states: B.
+    :param n_candidates: K.
+    :param width: H.
+    :param dtype: In what hidden layers are multiplied.
+    :return: Slices that cover all states.
+    """
+    step = max(1, BLOCK_SIZES[dtype] // (n_candidates * width))
+    return [slice(start, start + step) for start in range(0, n_states, step)]
+
+
+def sample_candidates(
+    diffusion: GaussianDiffusion, predictor: NoisePredictor, condition: Condition, noise: th.Tensor, dtype: th.dtype
+) -> th.Tensor:
+    """
+    What ``diffusion.sample(predictor, condition, noise)`` returns.
+
+    :param diffusion: The diffusion.
+    :param predictor: The noise predictor.
+    :param condition: Its condition for B states.
+    :param noise: Noise of shape (T, B, K, A).
+    :param dtype: In what hidden layers are multiplied.
+    :return: Actions of shape (B, K, A).
+    """
+    _, n_states, n_candidates, action_dim = noise.shape
+    width = predictor.first_layer.out_features
+    scratch = Scratch()
+    action_weight = predictor.first_layer.weight.detach()[:, :action_dim].t().contiguous()
+    later_layers = FastLayers(list(predictor.later_layers), dtype, scratch)
+
+    def network(x_t: th.Tensor, t: int, cond: Condition) -> th.Tensor:
+        hidden = scratch("hidden", (x_t.shape[0] * n_candidates, width))
+        th.mm(x_t.reshape(-1, action_dim), action_weight, out=hidden)
+        hidden.view(-1, n_candidates, width).add_(cond.time_parts[t] + cond.state_part)
+        return later_layers(hidden).view(x_t.shape)
+
+    return th.cat(
+        [
+            diffusion.sample(network, Condition(condition.state_part[states], condition.time_parts), noise[:, states])
+            for states in blocks(n_states, n_candidates, width, dtype)
+        ]
+    )
+
+
+def value_candidates(q_network: nn.Sequential, state_part: th.Tensor, candidates: th.Tensor) -> th.Tensor:
+    """
+    Values of candidates by one critic, in float32.
+
+    :param q_network: The critic.
+    :param state_part: State part of its first layer, with the bias, shape (B, 1, H).
+    :param candidates: Actions of shape (B, K, A).
+    :return: Values of shape (B, K).
+    """
+    n_states, n_candidates, action_dim = candidates.shape
+    first_layer, *later_modules = cast(Any, q_network)
+    width = first_layer.out_features
+    scratch = Scratch()
+    action_weight = first_layer.weight.detach()[:, -action_dim:].t().contiguous()
+    later_layers = FastLayers(later_modules, th.float32, scratch)
+    values = []
+    for states in blocks(n_states, n_candidates, width, th.float32):
+        rows = candidates[states].reshape(-1, action_dim)
+        hidden = scratch("hidden", (len(rows), width))
+        th.mm(rows, action_weight, out=hidden)
+        hidden.view(-1, n_candidates, width).add_(state_part[states])
+        values.append(later_layers(hidden).view(-1, n_candidates))
+    return th.cat(values)

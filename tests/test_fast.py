@@ -1,0 +1,171 @@
+"""The fast paths compute what the readable functions compute, and only where they pay off."""
+
+import numpy as np
+import pytest
+import torch as th
+from helpers import BanditEnv, same_weights, tiny_qvpo, weights_of
+from scipy.stats import ks_2samp
+from torch import nn
+from torch.nn import functional as F
+
+from sb3_qvpo.common import fast
+
+
+@pytest.fixture
+def settings():
+    """The settings of this process, put back afterwards."""
+    before = vars(fast.settings).copy()
+    yield fast.settings
+    vars(fast.settings).update(before)
+
+
+def model_with(**policy_kwargs):
+    model = tiny_qvpo(n_diffusion_steps=6, policy_kwargs=policy_kwargs)
+    for parameter in model.policy.parameters():  # away from the initial zeros of the biases
+        parameter.data.add_(0.05 * th.randn_like(parameter))
+    return model
+
+
+NETWORKS = {
+    "the paper's": dict(net_arch=[256, 256]),
+    "three uneven layers": dict(net_arch=[96, 64, 130]),
+    "one layer": dict(net_arch=[64]),
+    "relu": dict(net_arch=[128, 128], activation_fn=nn.ReLU),
+    "silu": dict(net_arch=[128, 128], activation_fn=nn.SiLU),
+}
+
+
+def test_negated_mish():
+    x = th.cat([th.linspace(-120, 120, 20_001), th.linspace(-3, 3, 20_001), th.tensor([0.0, 1e-30, -1e-30])])
+    np.testing.assert_allclose(-fast.negated_mish(x.clone(), fast.Scratch()), F.mish(x.double()), atol=3e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("block_size", [2**19, 2**15])
+def test_candidates_and_values_are_those_of_the_readable_functions(name, block_size, settings, monkeypatch):
+    """With the same noise, in one block or in several."""
+    monkeypatch.setitem(fast.BLOCK_SIZES, th.float32, block_size)
+    policy = model_with(**NETWORKS[name]).policy
+    observations, noise = th.randn(37, 3), th.randn(6, 37, 64, 1)
+    results = []
+    for enabled in (False, True):
+        settings.enabled = enabled
+        with th.no_grad():
+            assert fast.pays_off(list(policy.actor.noise_predictor.later_layers), 37 * 64, th.device("cpu")) == enabled
+            results.append(policy.rank_candidates(observations, 64, noise))
+    (readable_actions, readable_values), (actions, values) = results
+    np.testing.assert_allclose(actions, readable_actions, atol=1e-5)
+    np.testing.assert_allclose(values, readable_values, atol=1e-5)
+    assert actions.std() > 0.01
+
+
+def test_blocks_cover_all_states_once():
+    for n_states, n_candidates, width in [(256, 64, 256), (37, 64, 96), (5, 100_000, 256), (1, 1, 8)]:
+        states = np.arange(n_states)
+        covered = [states[block] for block in fast.blocks(n_states, n_candidates, width, th.float32)]
+        np.testing.assert_array_equal(np.concatenate(covered), states)
+    assert len(fast.blocks(256, 64, 256, th.float32)) == 8  # 2048 rows each
+
+
+@pytest.mark.parametrize("n_rows", [255, 256, 300])
+def test_few_rows_take_the_readable_path(n_rows):
+    layers = list(model_with(net_arch=[64, 64]).actor.noise_predictor.later_layers)
+    with th.no_grad():
+        assert fast.pays_off(layers, n_rows, th.device("cpu")) == (n_rows >= 256)  # of width 64
+        assert not fast.pays_off(layers, n_rows, th.device("meta"))
+        assert not fast.pays_off([], n_rows, th.device("cpu"))
+        assert not fast.pays_off([nn.Linear(64, 64), nn.Mish()], n_rows, th.device("cpu"))
+    assert not fast.pays_off(layers, n_rows, th.device("cpu")), "gradients need the readable path"
+
+
+def test_gradients_flow_through_the_chain():
+    actor = model_with(net_arch=[256, 256]).actor
+    actor.sample_candidates(actor.features(th.randn(8, 3)), 64).sum().backward()
+    assert all(parameter.grad is not None for parameter in actor.noise_predictor.parameters())
+
+
+LARGE = dict(n_train_candidates=64, batch_size=64, policy_kwargs=dict(net_arch=[64, 64]))
+"""Large enough for the fast path in the policy step, the TD target being small."""
+
+
+def test_updates_in_float32_are_the_readable_ones(settings):
+    """The same weights after five updates, but for rounding; one that chose another best candidate would be far away."""
+    settings.candidate_dtype = "float32"
+    results = []
+    for enabled in (False, True):
+        settings.enabled = enabled
+        results.append(weights_of(tiny_qvpo(**LARGE).learn(10)))
+    assert not same_weights(*results), "the fast path was not taken"
+    for name in results[0]:
+        np.testing.assert_allclose(results[0][name], results[1][name], atol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_same_seed_same_run(dtype, settings):
+    settings.candidate_dtype = dtype
+    first, second = (weights_of(tiny_qvpo(**LARGE).learn(15)) for _ in range(2))
+    assert same_weights(first, second)
+
+
+def test_the_type_of_candidates(settings, monkeypatch):
+    monkeypatch.setattr(fast, "has_bfloat16", lambda: True)
+    assert fast.candidate_dtype() == th.bfloat16
+    monkeypatch.setattr(fast, "has_bfloat16", lambda: False)
+    assert fast.candidate_dtype() == th.float32
+    settings.candidate_dtype = "bfloat16"
+    assert fast.candidate_dtype() == th.bfloat16
+    settings.candidate_dtype = "float16"
+    with pytest.raises(ValueError, match=r"candidate_dtype must be one of 'auto', 'float32', 'bfloat16', got 'float16'"):
+        fast.candidate_dtype()
+
+
+def test_reduced_precision_is_for_training_candidates_only(settings, monkeypatch):
+    """Actions, predictions and all values are in float32."""
+    settings.candidate_dtype = "bfloat16"
+    dtypes, sample, value = [], fast.sample_candidates, fast.value_candidates
+    monkeypatch.setattr(fast, "sample_candidates", lambda *args: (dtypes.append(args[-1]), sample(*args))[1])
+    monkeypatch.setattr(fast, "value_candidates", lambda *args: (dtypes.append("value"), value(*args))[1])
+    model = tiny_qvpo(**LARGE, n_target_candidates=8)
+    model.learn(6)
+    assert dtypes == [th.bfloat16, "value", "value", th.bfloat16, "value", "value"]  # TD target, policy step
+    dtypes.clear()
+    model.n_eval_candidates = model.n_behavior_candidates = 512
+    for deterministic in (True, False):
+        model.predict(np.zeros(3, np.float32), deterministic=deterministic)
+    assert dtypes == [th.float32, "value", "value"] * 2
+
+
+TRAINED = {
+    "two peaks": dict(env=BanditEnv(lambda action: -min((action[0] - 0.6) ** 2, (action[0] + 0.6) ** 2)), ent_coef=0.1),
+    "narrow": dict(env=BanditEnv(lambda action: -10 * (action[0] - 0.3) ** 2), ent_coef=0.0),
+    "two dimensions": dict(env=BanditEnv(lambda action: action[0] * action[1], action_dim=2), ent_coef=0.02),
+}
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_bfloat16_does_not_change_the_distribution_of_a_policy(name):
+    """
+    Two samples of 40 000 actions, one drawn in each type, cannot be told apart by the Kolmogorov-Smirnov test, in any
+    dimension or in their sum; nor the mean distance of the two actions that the same noise gives, from float32's 0.
+    """
+    settings = dict(n_diffusion_steps=10, batch_size=64, n_train_candidates=16, learning_rate=3e-3)
+    model = tiny_qvpo(**TRAINED[name], **settings, policy_kwargs=dict(net_arch=[64, 64])).learn(300)
+    features = th.zeros(40, 2)
+    shape = (10, 40, 1000, model.actor.action_dim)
+    dtypes = (th.float32, th.bfloat16)
+
+    def draw(dtype, noise):
+        with th.no_grad():
+            condition = model.actor.noise_predictor.condition(features)
+            actions = fast.sample_candidates(model.actor.diffusion, model.actor.noise_predictor, condition, noise, dtype)
+        return actions.flatten(0, 1).double().numpy()
+
+    exact, reduced = (draw(dtype, th.randn(shape)) for dtype in dtypes)
+    for direction in (*np.eye(exact.shape[1]), np.ones(exact.shape[1])):
+        assert ks_2samp(exact @ direction, reduced @ direction).pvalue > 0.01
+    assert 0.01 < exact.std() < 1.01, "a policy worth comparing"
+    noise = th.randn(shape)
+    distances = np.abs(draw(th.float32, noise) - draw(th.bfloat16, noise))
+    assert 0 < distances.mean() < 2e-3
+    shifted = exact + 0.1 * exact.std()
+    assert ks_2samp(shifted[:, 0], reduced[:, 0]).pvalue < 1e-6, "the test would notice a tenth of a standard deviation"
