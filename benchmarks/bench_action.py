@@ -1,0 +1,42 @@
+"""
+How long one action for one observation takes: best of K_b = 4 while collecting, best of 32 in deterministic predictions.
+
+``python benchmarks/bench_action.py [--threads 1] [--repeats 50]``
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch as th
+from stable_baselines3 import SAC, TD3
+from timing import Rows, interleaved, parse_arguments, ratio, reference_of, report, summary, trained
+
+from sb3_qvpo import QVPO
+
+
+def main() -> None:
+    arguments = parse_arguments(str(__doc__), "action.csv")
+    hidden = [16, 16] if arguments.quick else [256, 256]
+    model = trained(QVPO, 11, 3, policy_kwargs=dict(net_arch=hidden))
+    reference, others = reference_of(model, hidden), [trained(algorithm, 11, 3) for algorithm in (SAC, TD3)]
+    observation = np.random.default_rng(0).normal(size=11).astype(np.float32)
+    state = th.as_tensor(observation).unsqueeze(0)
+    rows: Rows = []
+    for name, n_candidates, deterministic in (("best of 4", 4, False), ("best of 32", 32, True)):
+        functions: dict[str, Callable[[], Any]] = {
+            "eager reference": lambda n=n_candidates: reference.act(state, n),
+            "QVPO.predict": lambda d=deterministic: model.predict(observation, deterministic=d),
+        }
+        for other in others:
+            name_of_other = f"SB3 {type(other).__name__}.predict"
+            functions[name_of_other] = lambda o=other, d=deterministic: o.predict(observation, deterministic=d)
+        times = interleaved(functions, arguments.repeats, calls=2 if arguments.quick else 20)
+        for what, values in times.items():
+            row = {"setting": name, "what": what, **summary(values)}
+            rows.append(row | (ratio(times["eager reference"], values) if what.startswith("QVPO") else {}))
+    report(rows, arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""
+Where ``learn()`` spends its time with the paper's settings: update, environment, action, and all the rest.
+
+``python benchmarks/bench_learn.py [--threads 2] [--repeats 3]``; needs ``pip install "sb3-qvpo[mujoco]"``.
+"""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from stable_baselines3 import SAC, TD3
+from stable_baselines3.common.env_util import make_vec_env
+from timing import Rows, parse_arguments, report, summary
+
+from sb3_qvpo import QVPO
+
+
+def timed(function: Callable[..., Any], times: dict[str, float], name: str) -> Callable[..., Any]:
+    """The function, adding its seconds to ``times[name]``."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        start = time.perf_counter()
+        result = function(*args, **kwargs)
+        times[name] += time.perf_counter() - start
+        return result
+
+    return run
+
+
+def shares(algorithm: type, env_name: str, n_steps: int, **kwargs: Any) -> dict[str, float]:
+    """Milliseconds of a step in each part, after a warm-up."""
+    env = make_vec_env(env_name, seed=0)
+    model = algorithm("MlpPolicy", env, learning_starts=300, buffer_size=10_000, seed=0, device="cpu", **kwargs)
+    model.learn(302)
+    times = dict.fromkeys(("update", "environment", "action"), 0.0)
+    model.train = timed(model.train, times, "update")
+    model.predict = timed(model.predict, times, "action")
+    env.step_wait = timed(env.step_wait, times, "environment")
+    start = time.perf_counter()
+    model.learn(n_steps, reset_num_timesteps=False, log_interval=1)
+    total = time.perf_counter() - start
+    times["rest"] = total - sum(times.values())
+    return {name: 1e3 * value / n_steps for name, value in (*times.items(), ("step", total))}
+
+
+def main() -> None:
+    arguments = parse_arguments(str(__doc__), "learn.csv")
+    quick = dict(n_train_candidates=4, n_diffusion_steps=3, policy_kwargs=dict(net_arch=[16, 16])) if arguments.quick else {}
+    n_steps, repeats = (20, 1) if arguments.quick else (100, min(arguments.repeats, 3))
+    runs: dict[str, list[dict[str, float]]] = {"QVPO": [], "SB3 SAC": [], "SB3 TD3": []}
+    for _ in range(repeats):
+        runs["QVPO"].append(shares(QVPO, "Hopper-v5", n_steps, **quick))
+        runs["SB3 SAC"].append(shares(SAC, "Hopper-v5", 5 * n_steps))
+        runs["SB3 TD3"].append(shares(TD3, "Hopper-v5", 5 * n_steps))
+    rows: Rows = []
+    for name, results in runs.items():
+        for part in results[0]:
+            of_the_step = sum(run[part] / run["step"] for run in results) / len(results)
+            rows.append({"setting": name, "what": part, **summary([run[part] for run in results]), "share": of_the_step})
+    report(rows, arguments)
+
+
+if __name__ == "__main__":
+    main()

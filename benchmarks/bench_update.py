@@ -1,0 +1,152 @@
+"""
+How long an update takes: by setting against the eager reference, SB3's SAC and TD3, and part by part.
+
+``python benchmarks/bench_update.py [--threads 2] [--repeats 7]``
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch as th
+from stable_baselines3 import SAC, TD3
+from timing import Rows, interleaved, parse_arguments, ratio, reference_of, report, summary, trained
+from torch.nn import functional as F
+
+from sb3_qvpo import QVPO
+from sb3_qvpo.common import fast
+
+PAPER = dict(obs_dim=11, action_dim=3, batch_size=256, n_train_candidates=64, n_diffusion_steps=20, hidden=[256, 256])
+SETTINGS = {
+    "paper (Hopper)": {},
+    "three layers": dict(hidden=[256, 256, 256]),
+    "Humanoid": dict(obs_dim=348, action_dim=17),
+    "N_d 16": dict(n_train_candidates=16),
+    "T 10": dict(n_diffusion_steps=10),
+    "batch 128": dict(batch_size=128),
+}
+QUICK = dict(batch_size=16, n_train_candidates=4, n_diffusion_steps=3, hidden=[16, 16])
+
+
+def with_settings(enabled: bool, function: Callable[[], Any]) -> Callable[[], Any]:
+    """The function with the fast paths on or off."""
+
+    def run() -> None:
+        fast.settings.enabled = enabled
+        try:
+            function()
+        finally:
+            fast.settings.enabled = True
+
+    return run
+
+
+def by_setting(name: str, changes: dict[str, Any], repeats: int) -> Rows:
+    """One row for each implementation of one setting."""
+    setting: dict[str, Any] = PAPER | changes
+    hidden, batch_size = setting.pop("hidden"), setting["batch_size"]
+    model = trained(QVPO, **setting, policy_kwargs=dict(net_arch=hidden))
+    reference = reference_of(model, hidden)
+    functions: dict[str, Callable[[], Any]] = {
+        "eager reference": lambda: reference.update(model.replay_buffer.sample(batch_size)),
+        "QVPO, readable": with_settings(False, lambda: model.train(1, batch_size)),
+        "QVPO": with_settings(True, lambda: model.train(1, batch_size)),
+    }
+    if not changes or "batch_size" in changes:
+        for algorithm in (SAC, TD3):
+            other = trained(
+                algorithm,
+                setting["obs_dim"],
+                setting["action_dim"],
+                batch_size=batch_size,
+                policy_kwargs=dict(net_arch=hidden),
+            )
+            functions[f"SB3 {algorithm.__name__}"] = lambda other=other: other.train(1, batch_size)
+    times = interleaved(functions, repeats)
+    rows = []
+    for implementation, values in times.items():
+        row = {"setting": name, "what": implementation, **summary(values)}
+        rows.append(row | (ratio(times["eager reference"], values) if implementation.startswith("QVPO") else {}))
+    return rows
+
+
+def by_part(changes: dict[str, Any], repeats: int) -> Rows:
+    """One row for each part of an update with the paper's settings."""
+    setting: dict[str, Any] = PAPER | changes
+    hidden, batch_size = setting.pop("hidden"), setting["batch_size"]
+    model = trained(QVPO, **setting, policy_kwargs=dict(net_arch=hidden))
+    policy, batch = model.policy, model.replay_buffer.sample(batch_size)
+    noise = model._draw_actor_noise(batch_size)
+    actions = 2 * th.rand(batch_size, 1 + model.n_uniform_actions, model.actor.action_dim) - 1
+    with th.no_grad():
+        features = policy.actor.features(batch.observations)
+        candidates = policy.actor.sample_candidates(features, model.n_train_candidates, noise.chain)
+
+    def target() -> None:
+        policy.rank_candidates(batch.next_observations, model.n_target_candidates, target=True, reduced_precision=True)
+
+    def critic() -> None:
+        loss = th.stack([F.mse_loss(q, batch.rewards) for q in model.critic(batch.observations, batch.actions)]).sum()
+        model._optimize(model.critic.optimizer, "critic_loss", loss)
+
+    def actor() -> None:
+        loss = model.actor.denoising_loss(batch.observations, actions, noise.timesteps, noise.denoising).mean()
+        model._optimize(model.actor.optimizer, "actor_loss", loss)
+
+    parts: dict[str, Callable[[], Any]] = {
+        "buffer": lambda: model.replay_buffer.sample(batch_size),
+        "random numbers": lambda: model._draw_actor_noise(batch_size),
+        "target": th.no_grad()(target),
+        "critic": critic,
+        "candidates": th.no_grad()(
+            lambda: policy.actor.sample_candidates(features, model.n_train_candidates, noise.chain, reduced_precision=True)
+        ),
+        "candidates in float32": th.no_grad()(
+            lambda: policy.actor.sample_candidates(features, model.n_train_candidates, noise.chain)
+        ),
+        "scoring": th.no_grad()(lambda: policy.critic.value_candidates(features, candidates)),
+        "actor": actor,
+        "targets": lambda: policy.update_targets(0.005),
+    }
+    return [{"setting": "part", "what": name, **summary(values)} for name, values in interleaved(parts, repeats).items()]
+
+
+def candidates_peak_mb(changes: dict[str, Any]) -> float | None:
+    """Memory that drawing and valuing the candidates adds at its peak, in MB; None where the kernel does not say."""
+    status, clear = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    if not clear.exists():
+        return None
+    setting: dict[str, Any] = PAPER | changes
+    hidden, batch_size = setting.pop("hidden"), setting["batch_size"]
+    model = trained(QVPO, **setting, policy_kwargs=dict(net_arch=hidden))
+    observations = model.replay_buffer.sample(batch_size).observations
+
+    def resident(field: str) -> int:
+        return int(next(line for line in status.read_text().splitlines() if line.startswith(field)).split()[1])
+
+    clear.write_text("5")  # the peak starts at what is resident now
+    before = resident("VmRSS")
+    with th.no_grad():
+        noise = model._draw_chain_noise(batch_size, model.n_train_candidates)
+        model.policy.rank_candidates(observations, model.n_train_candidates, noise, reduced_precision=True)
+    return (resident("VmHWM") - before) / 1e3
+
+
+def main() -> None:
+    arguments = parse_arguments(str(__doc__), "update.csv")
+    quick = QUICK if arguments.quick else {}
+    rows: Rows = []
+    peaks = {
+        name: candidates_peak_mb(changes | quick)
+        for name, changes in SETTINGS.items()
+        if name in ("paper (Hopper)", "Humanoid")
+    }
+    for name, changes in SETTINGS.items():
+        rows += by_setting(name, changes | quick, arguments.repeats)
+    rows += by_part(quick, arguments.repeats)
+    rows += [{"setting": name, "what": "peak memory of the candidates", "MB": peak} for name, peak in peaks.items()]
+    report(rows, arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,128 @@
+"""What the benchmarks share: models on an environment that costs nothing, interleaved timing, tables and CSV files."""
+
+import argparse
+import csv
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import stable_baselines3 as sb3
+import torch as th
+from eager_reference import EagerReference
+from gymnasium import spaces
+
+from sb3_qvpo import QVPO, __version__
+
+Rows = list[dict[str, Any]]
+
+
+class NoiseEnv(gym.Env):
+    """Random float32 observations and rewards; episodes of 100 steps."""
+
+    def __init__(self, obs_dim: int, action_dim: int):
+        self.observation_space = spaces.Box(-np.inf, np.inf, (obs_dim,), np.float32)
+        self.action_space = spaces.Box(-1, 1, (action_dim,), np.float32)
+        self.steps = 0
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.steps = 0
+        return self.np_random.normal(size=self.observation_space.shape).astype(np.float32), {}
+
+    def step(self, action):
+        self.steps += 1
+        observation = self.np_random.normal(size=self.observation_space.shape).astype(np.float32)
+        return observation, float(self.np_random.normal()), False, self.steps == 100, {}
+
+
+def trained(algorithm: type, obs_dim: int, action_dim: int, n_steps: int = 1_000, **kwargs: Any):
+    """A model with a filled replay buffer and an optimiser step behind it."""
+    kwargs = dict(buffer_size=10_000, learning_starts=n_steps, batch_size=256, seed=0, device="cpu") | kwargs
+    model = algorithm("MlpPolicy", NoiseEnv(obs_dim, action_dim), **kwargs)
+    return model.learn(n_steps)
+
+
+def reference_of(model: QVPO, hidden: list[int]) -> EagerReference:
+    """The eager reference with the settings of a model."""
+    return EagerReference(
+        model.observation_space.shape[0],
+        model.actor.action_dim,
+        model.actor.diffusion.betas.clone(),
+        hidden,
+        model.n_train_candidates,
+        model.n_uniform_actions,
+        model.n_target_candidates,
+    )
+
+
+def interleaved(functions: dict[str, Callable[[], Any]], repeats: int, calls: int = 1) -> dict[str, list[float]]:
+    """Milliseconds of each function, one after the other in each repeat, so that all see the same state of the machine."""
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for repeat in range(repeats + 1):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            for _ in range(calls):
+                function()
+            if repeat > 0:  # the first warms up
+                times[name].append(1e3 * (time.perf_counter() - start) / calls)
+    return times
+
+
+def summary(times: list[float]) -> dict[str, float]:
+    """Median and spread."""
+    return {"median_ms": statistics.median(times), "min_ms": min(times), "max_ms": max(times)}
+
+
+def ratio(slow: list[float], fast: list[float]) -> dict[str, float]:
+    """How many times faster: median and spread of the ratios within the repeats."""
+    ratios = [a / b for a, b in zip(slow, fast, strict=True)]
+    return {"ratio": statistics.median(ratios), "ratio_min": min(ratios), "ratio_max": max(ratios)}
+
+
+def parse_arguments(description: str, csv_name: str) -> argparse.Namespace:
+    """Arguments that all benchmarks take; sets the number of threads."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--threads", type=int, default=th.get_num_threads())
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--quick", action="store_true", help="toy sizes, to see that it runs")
+    parser.add_argument("--csv", type=Path, default=Path(__file__).parent / "results" / csv_name)
+    arguments = parser.parse_args()
+    th.set_num_threads(arguments.threads)
+    return arguments
+
+
+def processor() -> str:
+    """Name of the processor."""
+    cpuinfo = Path("/proc/cpuinfo")
+    names = [line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def report(rows: Rows, arguments: argparse.Namespace) -> None:
+    """Print a table with what it was measured on, and write it to a CSV file."""
+    setup = {
+        "threads": arguments.threads,
+        "cpu": processor(),
+        "torch": th.__version__,
+        "stable_baselines3": sb3.__version__,
+        "sb3_qvpo": __version__,
+    }
+    print("; ".join(f"{name} {value}" for name, value in setup.items()), "\n")
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
+    for row in rows:
+        cells = (row.get(column, "") for column in columns)
+        print("| " + " | ".join(f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in cells) + " |")
+    arguments.csv.parent.mkdir(parents=True, exist_ok=True)
+    with arguments.csv.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*columns, *setup], lineterminator="\n")
+        writer.writeheader()
+        for row in rows:
+            rounded = {name: round(value, 4) if isinstance(value, float) else value for name, value in row.items()}
+            writer.writerow(rounded | setup)
+    print(f"\nWritten to {arguments.csv}")

@@ -1,0 +1,81 @@
+"""The benchmarks run, what they compare with computes the same losses, and the package is several times faster."""
+
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch as th
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+from timing import interleaved, ratio, reference_of, trained  # noqa: E402  # benchmarks/ is no package
+
+from sb3_qvpo import QVPO  # noqa: E402
+
+
+def copy_layers(source, target):
+    """The weights of linear layers, in order."""
+    pairs = [[layer for layer in module.modules() if isinstance(layer, th.nn.Linear)] for module in (source, target)]
+    for first, second in zip(*pairs, strict=True):
+        second.load_state_dict(first.state_dict())
+
+
+@pytest.mark.parametrize("hidden", [[32, 24], [16, 16, 16]])
+def test_the_reference_computes_the_same_losses(hidden):
+    model = trained(QVPO, 5, 2, 300, n_train_candidates=6, n_diffusion_steps=7, policy_kwargs=dict(net_arch=hidden))
+    reference = reference_of(model, hidden)
+    for name in ("actor", "actor_target"):
+        own, theirs = getattr(model, name).noise_predictor, getattr(reference, name)
+        copy_layers(own.time_mlp, theirs.time_mlp)
+        copy_layers(th.nn.ModuleList([own.first_layer, own.later_layers]), theirs.network)
+        # The package orders the first layer's inputs in the same way: action, time, state
+    for name in ("critic", "critic_target"):
+        for own, theirs in zip(getattr(model, name).q_networks, getattr(reference, name).critics, strict=True):
+            copy_layers(own, theirs)
+    batch = model.replay_buffer.sample(16)
+    target_noise, noise = model._draw_chain_noise(16, 2), model._draw_actor_noise(16)
+    critic_loss, _ = model._critic_loss(batch, target_noise)
+    th.testing.assert_close(reference.critic_loss(batch, target_noise.flatten(1, 2)), critic_loss, atol=1e-5, rtol=1e-5)
+    actor_loss, _ = model._actor_loss(batch.observations, 0.01, noise)
+    # Here the best action's row comes first for each state, there for all states
+    rows = [th.cat([part[:, 0], part[:, 1:].flatten(0, 1)]) for part in (noise.timesteps, noise.denoising)]
+    draws = (noise.chain.flatten(1, 2), noise.uniform_actions.flatten(0, 1), *rows)
+    th.testing.assert_close(reference.actor_loss(batch.observations, draws), actor_loss, atol=1e-6, rtol=1e-4)
+
+
+def test_an_update_is_several_times_faster_than_the_reference():
+    """Half of what is aimed at, so that a regression cannot slip in and a busy machine does not matter."""
+    model = trained(QVPO, 11, 3, 300)
+    reference = reference_of(model, [256, 256])
+    functions = {
+        "reference": lambda: reference.update(model.replay_buffer.sample(256)),
+        "QVPO": lambda: model.train(1, 256),
+    }
+    times = interleaved(functions, repeats=3)
+    assert ratio(times["reference"], times["QVPO"])["ratio"] > 4
+
+
+@pytest.mark.parametrize("name", ["bench_update", "bench_action", "bench_learn"])
+def test_benchmark(name, tmp_path):
+    file = tmp_path / "results.csv"
+    command = [
+        sys.executable,
+        str(BENCHMARKS / f"{name}.py"),
+        "--quick",
+        "--repeats",
+        "2",
+        "--threads",
+        "1",
+        "--csv",
+        str(file),
+    ]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "torch" in result.stdout
+    rows = list(csv.DictReader(file.open()))
+    assert len(rows) > 7
+    assert all(float(row["median_ms"]) >= 0 for row in rows if row["median_ms"])
+    assert all(row["cpu"] and row["threads"] == "1" for row in rows)
