@@ -86,6 +86,26 @@ def reverse_chain(predict_noise, noise, betas, clip=True):
     return np.clip(x, -1, 1) if clip else x
 
 
+def respaced_chain(predict_noise, noise, betas, steps, eta, clip=True):
+    """
+    Song et al. (2021), Eq. 12 with the sigma of Eq. 16, over a few of the trained steps. The direction to x_t is computed from
+    the clamped x_0. ``noise`` is as in :func:`reverse_chain`, one draw for each of ``steps``, which ascend.
+    """
+    x = noise[0]
+    for i in range(len(steps) - 1, -1, -1):
+        bar = alpha_bar(betas, steps[i])
+        bar_before = alpha_bar(betas, steps[i - 1]) if i > 0 else 1.0
+        x0 = (x - math.sqrt(1 - bar) * predict_noise(x, steps[i])) / math.sqrt(bar)
+        if clip:
+            x0 = np.clip(x0, -1, 1)
+        direction = (x - math.sqrt(bar) * x0) / math.sqrt(1 - bar)
+        sigma = eta * math.sqrt((1 - bar_before) / (1 - bar) * (1 - bar / bar_before))
+        x = math.sqrt(bar_before) * x0 + math.sqrt(max(0.0, 1 - bar_before - sigma**2)) * direction
+        if i > 0 and sigma > 0:
+            x = x + sigma * noise[len(steps) - i]
+    return np.clip(x, -1, 1) if clip else x
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Networks: a list of (weight, bias), Mish between the layers
 # ---------------------------------------------------------------------------------------------------------------------

@@ -126,6 +126,8 @@ POLICY_ALIVE = {
     "optimizer_kwargs": dict(eps=1e-1),
     "n_critics": 3,
     "noise_schedule": "vp",
+    "n_sampling_steps": 2,
+    "sampling_eta": 0.5,
     "time_embedding_dim": 8,
     "noise_bank_seed": 1,
 }
@@ -173,6 +175,14 @@ BAD = [
     (dict(policy_kwargs=dict(noise_schedule=lambda n: th.ones(n))), r"noise_schedule must return 3 values in \(0, 1\)"),
     (dict(policy_kwargs=dict(noise_schedule=lambda n: th.full((n + 1,), 0.1))), "noise_schedule must return 3 values"),
     (dict(policy_kwargs=dict(time_embedding_dim=5)), "time_embedding_dim must be an even number of at least 4, got 5"),
+    (
+        dict(policy_kwargs=dict(n_sampling_steps=4)),
+        "n_sampling_steps must be a whole number from 1 to n_diffusion_steps = 3, got 4",
+    ),
+    (dict(policy_kwargs=dict(n_sampling_steps=0)), "n_sampling_steps must be a whole number from 1 .*, got 0"),
+    (dict(policy_kwargs=dict(n_sampling_steps=1.5)), "n_sampling_steps must be a whole number from 1 .*, got 1.5"),
+    (dict(policy_kwargs=dict(sampling_eta=-0.1)), r"sampling_eta must be a number in \[0, 1\], got -0.1"),
+    (dict(policy_kwargs=dict(sampling_eta=float("nan"))), r"sampling_eta must be a number in \[0, 1\], got nan"),
     (dict(policy_kwargs=dict(n_critics=0)), "n_critics must be a whole number of at least 1, got 0"),
     (
         dict(policy_kwargs=dict(n_diffusion_steps=5)),

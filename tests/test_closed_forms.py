@@ -66,6 +66,30 @@ def test_chain_returns_the_known_mean_and_variance(schedule, n_steps):
         assert abs(clipped.var().item() - variance) > five_sigma_variance
 
 
+@pytest.mark.parametrize(("eta", "known_variance"), [(0.0, 0.2126), (1.0, 0.1847)])
+def test_few_steps_of_a_long_chain(eta, known_variance):
+    """
+    20 of 1000 steps with the optimal predictor: every step is linear, so mean and variance follow from a recursion. Without
+    noise (DDIM) the variance is closer to the data's 0.25 than with it.
+    """
+    betas = make_betas("cosine", 1000)
+    diffusion = GaussianDiffusion(betas, clip_denoised=False, n_sampling_steps=20, sampling_eta=eta)
+    mean, variance, bars = 0.0, 1.0, [reference.alpha_bar(betas.numpy(), t) for t in range(1000)]
+    steps = diffusion.sampling_steps
+    for i in range(19, -1, -1):
+        bar, before = bars[steps[i]], bars[steps[i - 1]] if i > 0 else 1.0
+        gain = math.sqrt(bar) * STD**2 / (bar * STD**2 + 1 - bar)
+        sigma2 = eta**2 * (1 - before) / (1 - bar) * (1 - bar / before)
+        c2 = math.sqrt((1 - before - sigma2) / (1 - bar)) if i > 0 else 0.0
+        c1 = math.sqrt(before) - c2 * math.sqrt(bar)
+        mean = c1 * (MEAN + gain * (mean - math.sqrt(bar) * MEAN)) + c2 * mean
+        variance = (c1 * gain + c2) ** 2 * variance + sigma2
+    assert variance == pytest.approx(known_variance, abs=1e-4)
+    samples = diffusion.sample(OptimalPredictor(betas), None, shape=(100_000, 1)).double()
+    assert samples.mean().item() == pytest.approx(mean, abs=5 * math.sqrt(variance / 100_000))
+    assert samples.var().item() == pytest.approx(variance, rel=5 * math.sqrt(2 / 100_000))
+
+
 @pytest.mark.parametrize(("schedule", "variance_at_20"), [("cosine", 0.187), ("vp", 0.172), ("linear", 0.153)])
 def test_chain_approaches_the_data_with_more_steps(schedule, variance_at_20):
     """Variance of the result; the data's is 0.25. Few steps are too narrow, by what the posterior form leaves out."""

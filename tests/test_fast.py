@@ -59,6 +59,36 @@ def test_candidates_and_values_are_those_of_the_readable_functions(name, block_s
     assert actions.std() > 0.01
 
 
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("n_candidates", [1, 4, 70])
+def test_candidates_of_one_state(name, n_candidates, settings):
+    """An action: few rows have a path of their own."""
+    actor = model_with(**NETWORKS[name]).actor
+    features, noise = th.randn(1, 3), th.randn(6, 1, n_candidates, 1)
+    results = []
+    for enabled in (False, True):
+        settings.enabled = enabled
+        with th.no_grad():
+            results.append(actor.sample_candidates(features, n_candidates, noise))
+    np.testing.assert_allclose(*results, atol=1e-5)
+    assert results[0].shape == (1, n_candidates, 1)
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_fewer_sampling_steps(eta, settings):
+    """A whole run, and predictions that are the same after loading."""
+    settings.candidate_dtype = "float32"
+    kwargs = dict(net_arch=[64, 64], n_sampling_steps=2, sampling_eta=eta)
+    results = []
+    for enabled in (False, True):
+        settings.enabled = enabled
+        model = tiny_qvpo(n_diffusion_steps=8, **{**LARGE, "policy_kwargs": kwargs}).learn(10)
+        results.append(weights_of(model))
+    for name in results[0]:
+        np.testing.assert_allclose(results[0][name], results[1][name], atol=1e-5, err_msg=name)
+    assert model.policy.noise_bank(4).shape == (1 if eta == 0 else 2, 1, 4, 1)
+
+
 def test_blocks_cover_all_states_once():
     for n_states, n_candidates, width in [(256, 64, 256), (37, 64, 96), (5, 100_000, 256), (1, 1, 8)]:
         states = np.arange(n_states)
@@ -131,8 +161,9 @@ def test_reduced_precision_is_for_training_candidates_only(settings, monkeypatch
     dtypes.clear()
     model.n_eval_candidates = model.n_behavior_candidates = 512
     for deterministic in (True, False):
-        model.predict(np.zeros(3, np.float32), deterministic=deterministic)
-    assert dtypes == [th.float32, "value", "value"] * 2
+        model.predict(np.zeros((2, 3), np.float32), deterministic=deterministic)
+    # One observation at a time has a path of its own, in float32
+    assert dtypes == ["value"] * 4 + [th.float32, "value", "value"]
 
 
 TRAINED = {

@@ -248,6 +248,33 @@ def test_loss_draws_timesteps_and_noise_when_not_given():
     assert seen[0].unique().tolist() == list(range(policy.n_diffusion_steps))  # uniform over 0 ... T-1, nothing beyond
 
 
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize(("n_steps", "n_sampling_steps"), [(20, 5), (20, 19), (20, 20), (20, 2), (20, 1), (1, 1), (7, 3)])
+def test_fewer_and_less_noisy_steps(n_steps, n_sampling_steps, eta):
+    betas = make_betas("cosine", n_steps)
+    diffusion = GaussianDiffusion(betas, n_sampling_steps=n_sampling_steps, sampling_eta=eta)
+    seen = []
+
+    def network(x_t, t, cond):
+        seen.append(t)
+        return th.sin(3 * x_t + t)
+
+    noise = th.randn(diffusion.n_noises, 6, 2)
+    samples = diffusion.sample(network, None, noise)
+    steps = seen[::-1]
+    assert len(steps) == n_sampling_steps and steps[-1] == n_steps - 1 and sorted(set(steps)) == steps
+    assert n_sampling_steps == 1 or steps[0] == 0
+    assert max(np.diff(steps), default=0) - min(np.diff(steps), default=0) <= 1  # evenly spaced
+    assert diffusion.n_noises == (n_sampling_steps if eta > 0 else 1)
+    for i in range(6):
+        draws = noise[:, i].numpy().astype(np.float64)
+        expected = reference.respaced_chain(lambda x, t: np.sin(3 * x + t), draws, betas.numpy(), steps, eta)
+        np.testing.assert_allclose(samples[i], expected, **TOLERANCE)
+        if eta == 1 and n_sampling_steps == n_steps:  # two ways to the same chain
+            posterior_form = reference.reverse_chain(lambda x, t: np.sin(3 * x + t), draws, betas.numpy())
+            np.testing.assert_allclose(expected, posterior_form, atol=1e-9)
+
+
 def test_sampling_rejects_unclear_noise():
     diffusion = GaussianDiffusion(make_betas("cosine", 4))
     network = lambda x_t, t, cond: th.zeros_like(x_t)  # noqa: E731

@@ -20,6 +20,7 @@ variable                symbol in the paper                    shape
 ======================  =====================================  ==========
 """
 
+from itertools import zip_longest
 from typing import Any, Protocol
 
 import torch as th
@@ -40,13 +41,58 @@ class NoiseNetwork(Protocol):
         """
 
 
+def sampling_steps(n_steps: int, n_sampling_steps: int | None) -> list[int]:
+    """
+    The steps of a chain that has fewer of them than were trained: evenly spaced, the first and the last among them.
+
+    :param n_steps: T.
+    :param n_sampling_steps: S; T if None.
+    :return: Steps in ascending order.
+    :raises ValueError: If S is not in 1 ... T.
+    """
+    count = n_steps if n_sampling_steps is None else n_sampling_steps
+    if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count <= n_steps:
+        raise ValueError(f"n_sampling_steps must be a whole number from 1 to n_diffusion_steps = {n_steps}, got {count!r}")
+    # A single step must start from pure noise
+    return [n_steps - 1] if count == 1 else [round(i * (n_steps - 1) / (count - 1)) for i in range(count)]
+
+
+def respaced_coefficients(alpha_bars: th.Tensor, steps: list[int], eta: float) -> dict[str, th.Tensor]:
+    """
+    Coefficients of a reverse step from each sampling step t to the one before it, s (Song et al. 2021, Eqs. 12 and 16):
+    ``x_s = sqrt(bar_s) x_0 + sqrt(1 - bar_s - sigma^2) (x_t - sqrt(bar_t) x_0) / sqrt(1 - bar_t) + sigma noise`` with
+    ``sigma^2 = eta^2 (1 - bar_s) / (1 - bar_t) (1 - bar_t / bar_s)``, sorted by x_0 and x_t.
+
+    :param alpha_bars: bar alpha_t for all steps, shape (T,).
+    :param steps: The sampling steps, ascending.
+    :param eta: Factor of the noise.
+    :return: ``x0_coef``, ``x_t_coef`` and ``posterior_std``, shape (T,), 0 for steps that are left out.
+    """
+    x0_coef, x_t_coef, std = (th.zeros_like(alpha_bars) for _ in range(3))
+    before = th.ones((), dtype=alpha_bars.dtype)
+    for t in steps:
+        bar = alpha_bars[t]
+        std[t] = eta * ((1 - before) / (1 - bar) * (1 - bar / before)).sqrt()
+        x_t_coef[t] = ((1 - before - std[t] ** 2).clamp(min=0) / (1 - bar)).sqrt()
+        x0_coef[t] = before.sqrt() - x_t_coef[t] * bar.sqrt()
+        before = bar
+    return {"x0_coef": x0_coef, "x_t_coef": x_t_coef, "posterior_std": std}
+
+
 class GaussianDiffusion(nn.Module):
     """
     Denoising diffusion (Ho et al. 2020) with noise prediction, in posterior form, for samples in [-1, 1].
 
+    Samples may be drawn in fewer steps than are trained: S of the T steps, evenly spaced from 0 to T-1, as in Nichol and
+    Dhariwal (2021), *Improved Denoising Diffusion Probabilistic Models*, Sec. 4. Between DDPM and the deterministic DDIM
+    stands the factor eta of Song et al. (2021), *Denoising Diffusion Implicit Models*, Eqs. 12 and 16.
+
     :param betas: Variances beta_t of the forward steps (Eq. 1), shape (T,), each in (0, 1).
     :param clip_denoised: Clamp the estimate of the clean sample to [-1, 1] at every reverse step, and the result.
         Only useful to switch off for unbounded data.
+    :param n_sampling_steps: S, reverse steps of a sample; T if None.
+    :param sampling_eta: eta in [0, 1]: 1 draws from the posterior (DDPM), 0 adds no noise after the start (DDIM).
+    :raises ValueError: If S is not in 1 ... T, or eta not in [0, 1].
     """
 
     betas: th.Tensor
@@ -56,10 +102,20 @@ class GaussianDiffusion(nn.Module):
     x_t_coef: th.Tensor
     posterior_std: th.Tensor
 
-    def __init__(self, betas: th.Tensor, clip_denoised: bool = True):
+    def __init__(
+        self,
+        betas: th.Tensor,
+        clip_denoised: bool = True,
+        n_sampling_steps: int | None = None,
+        sampling_eta: float = 1.0,
+    ):
         super().__init__()
         self.n_steps = len(betas)
         self.clip_denoised = clip_denoised
+        self.sampling_steps = sampling_steps(self.n_steps, n_sampling_steps)
+        if not 0 <= sampling_eta <= 1:
+            raise ValueError(f"sampling_eta must be a number in [0, 1], got {sampling_eta!r}")
+        self.n_noises = len(self.sampling_steps) if sampling_eta > 0 else 1
         betas = betas.double()
         alphas = 1 - betas
         alpha_bars = th.cumprod(alphas, dim=0)
@@ -73,6 +129,8 @@ class GaussianDiffusion(nn.Module):
             "x_t_coef": (1 - previous_alpha_bars) * alphas.sqrt() / (1 - alpha_bars),
             "posterior_std": (betas * (1 - previous_alpha_bars) / (1 - alpha_bars)).sqrt(),
         }
+        if len(self.sampling_steps) < self.n_steps or sampling_eta < 1:
+            coefficients.update(respaced_coefficients(alpha_bars, self.sampling_steps, sampling_eta))
         # A reverse step has one t for all samples: numbers cost less there than looking up tensors
         self._numbers: dict[str, list[float]] = {name: value.float().tolist() for name, value in coefficients.items()}
         for name, value in coefficients.items():
@@ -119,7 +177,8 @@ class GaussianDiffusion(nn.Module):
 
     def posterior_step(self, x0: th.Tensor, x_t: th.Tensor, t: int, noise: th.Tensor | None) -> th.Tensor:
         """
-        One reverse step, a draw from q(x_{t-1} | x_t, x_0): ``x_{t-1} = c1_t x_0 + c2_t x_t + sqrt(tilde beta_t) noise``.
+        One reverse step, a draw from q(x_{t-1} | x_t, x_0): ``x_{t-1} = c1_t x_0 + c2_t x_t + sqrt(tilde beta_t) noise``; with
+        fewer sampling steps from q(x_s | x_t, x_0) for the step s before t among them.
 
         :param x0: Estimated clean samples of shape (..., A).
         :param x_t: Noisy samples of shape (..., A).
@@ -139,27 +198,27 @@ class GaussianDiffusion(nn.Module):
         shape: tuple[int, ...] | None = None,
     ) -> th.Tensor:
         """
-        The reverse chain: x_T from N(0, I), then T posterior steps, the last one without noise, and a final clamp.
+        The reverse chain: x_T from N(0, I), then S posterior steps, the last one without noise, and a final clamp.
 
         :param network: Noise predictor, see the module's docstring.
         :param cond: Passed to the network at every step.
-        :param noise: Standard normal noise of shape (T, ..., A): ``noise[0]`` is x_T, ``noise[i]`` enters the i-th reverse
-            step. Drawn if None.
+        :param noise: Standard normal noise of shape (N, ..., A), N = ``n_noises``: ``noise[0]`` is x_T, ``noise[i]`` enters
+            the i-th reverse step. N is S, or 1 if no step adds noise (``sampling_eta=0``). Drawn if None.
         :param shape: Shape (..., A) of the samples, needed if ``noise`` is None.
         :return: Clean samples of shape (..., A), in [-1, 1] if ``clip_denoised``.
-        :raises ValueError: If neither or both of ``noise`` and ``shape`` are given, or ``noise`` has not T entries.
+        :raises ValueError: If neither or both of ``noise`` and ``shape`` are given, or ``noise`` has not N entries.
         """
         if (noise is None) == (shape is None):
-            raise ValueError("sample() needs either noise of shape (T, ..., A) or the shape (..., A) of the samples")
+            raise ValueError("sample() needs either noise of shape (N, ..., A) or the shape (..., A) of the samples")
         if noise is None:
             assert shape is not None
-            noise = th.randn((self.n_steps, *shape), dtype=self.betas.dtype, device=self.betas.device)
-        if len(noise) != self.n_steps:
-            raise ValueError(f"noise must have {self.n_steps} entries, one for each diffusion step, got {len(noise)}")
-        x_t = noise[0]
-        for i, t in enumerate(reversed(range(self.n_steps)), start=1):
+            noise = th.randn((self.n_noises, *shape), dtype=self.betas.dtype, device=self.betas.device)
+        if len(noise) != self.n_noises:
+            raise ValueError(f"noise must have {self.n_noises} entries, one for each step that adds noise, got {len(noise)}")
+        x_t, *step_noise = noise.unbind()
+        for t, z in zip_longest(reversed(self.sampling_steps), step_noise):
             x0 = self.predict_x0(x_t, t, network(x_t, t, cond))
-            x_t = self.posterior_step(x0, x_t, t, noise[i] if t > 0 else None)
+            x_t = self.posterior_step(x0, x_t, t, z)
         return x_t.clamp(-1, 1) if self.clip_denoised else x_t
 
     def loss(

@@ -11,7 +11,9 @@ different:
 - Candidates that only serve training may have their hidden layers multiplied in bfloat16 where the processor has it in
   hardware. No gradient flows through them; their values, and all that is trained, stay in float32.
 
-Few rows, other devices than the CPU, and passes with gradients take the readable path: :func:`pays_off`.
+Few rows of several states, other devices than the CPU, and passes with gradients take the readable path: :func:`pays_off`. The
+candidates of one state, an action, are few: there the calls cost more than the numbers, and :func:`sample_for_one_state` makes
+five calls a step for the network instead of a dozen.
 
 Shapes: B batch, K candidates for each state, A action dimensions, R rows of a block, H width of a hidden layer.
 """
@@ -32,6 +34,9 @@ BLOCK_SIZES = {th.float32: 2**19, th.bfloat16: 2**20}
 
 SMALLEST_SIZE = 2**14
 """Numbers in a hidden layer, 64 rows of width 256, below which the readable path is as fast."""
+
+SMALLEST_VECTORIZED = 2**12
+"""Numbers, 16 rows of width 256, for which five vectorised calls are faster than one that is not."""
 
 CANDIDATE_DTYPES = ("auto", "float32", "bfloat16")
 
@@ -86,12 +91,22 @@ def pays_off(layers: Sequence[nn.Module], n_rows: int, device: th.device) -> boo
     :param layers: What follows a network's first linear layer.
     :param n_rows: Number of rows.
     :param device: The network's device.
-    :return: False with gradients, while a graph is traced, off the CPU, for few rows, and for layers that are unknown here.
+    :return: True for many rows where :func:`applies` is.
+    """
+    return applies(layers, device) and n_rows * cast(nn.Linear, layers[1]).in_features >= SMALLEST_SIZE
+
+
+def applies(layers: Sequence[nn.Module], device: th.device) -> bool:
+    """
+    Whether there are fast paths here.
+
+    :param layers: What follows a network's first linear layer.
+    :param device: The network's device.
+    :return: False with gradients, while a graph is traced, off the CPU, and for layers that are unknown here.
     """
     if not settings.enabled or th.is_grad_enabled() or device.type != "cpu" or th.compiler.is_compiling():
         return False
-    alternating = len(layers) >= 2 and all(isinstance(layer, nn.Linear) == bool(i % 2) for i, layer in enumerate(layers))
-    return alternating and n_rows * cast(nn.Linear, layers[1]).in_features >= SMALLEST_SIZE
+    return len(layers) >= 2 and all(isinstance(layer, nn.Linear) == bool(i % 2) for i, layer in enumerate(layers))
 
 
 class Scratch:
@@ -236,6 +251,37 @@ def sample_candidates(
             for states in blocks(n_states, n_candidates, width, dtype)
         ]
     )
+
+
+def sample_for_one_state(
+    diffusion: GaussianDiffusion, predictor: NoisePredictor, condition: Condition, noise: th.Tensor
+) -> th.Tensor:
+    """
+    What ``diffusion.sample(predictor, condition, noise)`` returns, for one state.
+
+    :param diffusion: The diffusion.
+    :param predictor: The noise predictor.
+    :param condition: Its condition for the state.
+    :param noise: Noise of shape (T, 1, K, A).
+    :return: Actions of shape (1, K, A).
+    """
+    action_weight = predictor.first_layer.weight.detach()[:, : noise.shape[-1]].t()
+    first_biases = (condition.time_parts + condition.state_part[0]).unbind()
+    *activations_and_layers, activation, last_layer = cast(Any, predictor.later_layers)
+    pairs = [(activations_and_layers[i], activations_and_layers[i + 1]) for i in range(0, len(activations_and_layers), 2)]
+    pairs.append((activation, last_layer))
+    later = [(activation.forward, layer.bias.detach(), layer.weight.detach().t(), 1) for activation, layer in pairs]
+    if noise.shape[2] * len(first_biases[0]) >= SMALLEST_VECTORIZED and all(type(pair[0]) is nn.Mish for pair in pairs):
+        scratch = Scratch()
+        later = [(lambda x: negated_mish(x, scratch), bias, weight, -1) for _, bias, weight, _ in later]
+
+    def network(x_t: th.Tensor, t: int, cond: None) -> th.Tensor:
+        hidden = th.addmm(first_biases[t], x_t, action_weight)
+        for activate, bias, weight, sign in later:
+            hidden = th.addmm(bias, activate(hidden), weight, alpha=sign)
+        return hidden
+
+    return diffusion.sample(network, None, noise.squeeze(1)).unsqueeze(0)
 
 
 def value_candidates(q_network: nn.Sequential, state_part: th.Tensor, candidates: th.Tensor) -> th.Tensor:

@@ -20,9 +20,10 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedul
 from stable_baselines3.common.utils import FloatSchedule, update_learning_rate
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
+from sb3_qvpo.common.actor_critic import CandidateCritic, DiffusionActor
 from sb3_qvpo.common.arguments import check_action_space, check_count, check_interval, check_no_sde, parse_schedule
 from sb3_qvpo.common.guarded_algorithm import GuardedOffPolicyAlgorithm
-from sb3_qvpo.common.policies import CandidateCritic, DiffusionActor, DiffusionPolicy
+from sb3_qvpo.common.policies import DiffusionPolicy
 
 Metrics = dict[str, th.Tensor]
 """Named scalars of a loss, still on the device."""
@@ -245,9 +246,9 @@ class DiffusionOffPolicyAlgorithm(GuardedOffPolicyAlgorithm):
 
         :param batch_size: B.
         :param n_candidates: Candidates K of each state.
-        :return: Standard normal noise of shape (T, B, K, A).
+        :return: Standard normal noise of shape (N, B, K, A); N is T unless samples take fewer steps.
         """
-        return th.randn(self.n_diffusion_steps, batch_size, n_candidates, self.actor.action_dim, device=self.device)
+        return th.randn(self.actor.diffusion.n_noises, batch_size, n_candidates, self.actor.action_dim, device=self.device)
 
     def _update_learning_rates(self) -> None:
         self._update_learning_rate(self.actor.optimizer)

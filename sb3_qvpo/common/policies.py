@@ -1,5 +1,5 @@
 """
-Diffusion actor-critic policies for Stable-Baselines3: the networks, their targets, their optimisers and ``predict``.
+Diffusion actor-critic policies for Stable-Baselines3: networks with their targets and optimisers, and ``predict``.
 
 Shapes: B batch, K candidates for each state, A action dimensions, S state features, T diffusion steps, C critics.
 Actions are scaled to [-1, 1] everywhere here; ``predict`` unscales them.
@@ -14,21 +14,17 @@ from typing import Any, Literal, cast
 import numpy as np
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common.policies import BasePolicy, ContinuousCritic
-from stable_baselines3.common.preprocessing import get_action_dim
+from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, FlattenExtractor, get_actor_critic_arch
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from stable_baselines3.common.utils import get_parameters_by_name, polyak_update
 from stable_baselines3.common.vec_env import VecNormalize
 from torch import nn
-from torch.nn import functional as F
 
-import sb3_qvpo.common.fast as fast
+from sb3_qvpo.common.actor_critic import CandidateCritic, DiffusionActor
 from sb3_qvpo.common.arguments import check_count
 from sb3_qvpo.common.candidates import best_candidate, minimum_q
-from sb3_qvpo.common.diffusion import GaussianDiffusion
 from sb3_qvpo.common.export import export_policy
-from sb3_qvpo.common.networks import NoisePredictor, init_linear_layers
 from sb3_qvpo.common.noise_schedules import FixedSchedule, NoiseSchedule, make_betas
 from sb3_qvpo.common.safe_files import atomic_file
 
@@ -40,14 +36,15 @@ def evaluation_mode(*modules: nn.Module) -> Iterator[None]:
 
     :param modules: The modules; their mode is restored at the end.
     """
-    modes = [module.training for module in modules]
-    for module in modules:
+    # Going through all layers costs as much as two steps of a chain: not where nothing is to be done
+    training = [module for module in modules if module.training]
+    for module in training:
         module.train(False)
     try:
         yield
     finally:
-        for module, mode in zip(modules, modes, strict=True):
-            module.train(mode)
+        for module in training:
+            module.train(True)
 
 
 def split_rows(observation: PyTorchObs) -> list[PyTorchObs]:
@@ -61,162 +58,6 @@ def split_rows(observation: PyTorchObs) -> list[PyTorchObs]:
         batch_size = len(next(iter(observation.values())))
         return [{key: value[i : i + 1] for key, value in observation.items()} for i in range(batch_size)]
     return [observation[i : i + 1] for i in range(len(observation))]
-
-
-class DiffusionActor(BasePolicy):
-    """
-    The diffusion policy pi_theta(a | s): a features extractor, a noise predictor and the chain that turns noise into actions.
-
-    :param observation_space: Observation space.
-    :param action_space: Action space, a finite ``Box``.
-    :param net_arch: Widths of the noise predictor's hidden layers.
-    :param features_extractor: Network that turns an observation into features.
-    :param features_dim: Number of features S.
-    :param activation_fn: Activation function.
-    :param normalize_images: Whether to divide images by 255.
-    :param n_diffusion_steps: Number of diffusion steps T.
-    :param noise_schedule: Name of a noise schedule or a function T -> betas, see :mod:`sb3_qvpo.common.noise_schedules`.
-    :param time_embedding_dim: Size of the time embedding.
-    """
-
-    def __init__(
-        self,
-        observation_space: spaces.Space[Any],
-        action_space: spaces.Box,
-        net_arch: list[int],
-        features_extractor: BaseFeaturesExtractor,
-        features_dim: int,
-        activation_fn: type[nn.Module] = nn.Mish,
-        normalize_images: bool = True,
-        n_diffusion_steps: int = 20,
-        noise_schedule: str | NoiseSchedule = "cosine",
-        time_embedding_dim: int = 32,
-    ):
-        constructor_arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
-        super().__init__(
-            observation_space,
-            action_space,
-            features_extractor=features_extractor,
-            normalize_images=normalize_images,
-            squash_output=True,
-        )
-        self._constructor_arguments = constructor_arguments
-        self.action_dim = get_action_dim(action_space)
-        self.diffusion = GaussianDiffusion(make_betas(noise_schedule, n_diffusion_steps))
-        self.noise_predictor = NoisePredictor(
-            self.action_dim, features_dim, n_diffusion_steps, net_arch, activation_fn, time_embedding_dim
-        )
-
-    def features(self, observation: PyTorchObs) -> th.Tensor:
-        """
-        Encode observations.
-
-        :param observation: B observations.
-        :return: Features of shape (B, S).
-        """
-        return self.extract_features(observation, self.features_extractor)
-
-    def sample_candidates(
-        self, features: th.Tensor, n_candidates: int, noise: th.Tensor | None = None, reduced_precision: bool = False
-    ) -> th.Tensor:
-        """
-        Draw candidates from pi_theta (Algorithm 1, line 5). The state enters the network once for all candidates and steps.
-
-        :param features: State features of shape (B, S).
-        :param n_candidates: Candidates K for each state.
-        :param noise: Standard normal noise of shape (T, B, K, A), see :meth:`GaussianDiffusion.sample`. Drawn if None.
-        :param reduced_precision: Whether hidden layers may be multiplied in bfloat16, see :mod:`sb3_qvpo.common.fast`.
-        :return: Actions of shape (B, K, A) in [-1, 1].
-        """
-        condition = self.noise_predictor.condition(features)
-        if noise is None:
-            noise = th.randn((self.diffusion.n_steps, len(features), n_candidates, self.action_dim), device=features.device)
-        n_rows, later_layers = features.shape[0] * noise.shape[2], list(self.noise_predictor.later_layers)
-        if fast.pays_off(later_layers, n_rows, features.device) and noise.shape[1] == len(features):
-            dtype = fast.candidate_dtype() if reduced_precision else th.float32
-            return fast.sample_candidates(self.diffusion, self.noise_predictor, condition, noise, dtype)
-        return self.diffusion.sample(self.noise_predictor, condition, noise)
-
-    def denoising_loss(
-        self,
-        observation: PyTorchObs,
-        actions: th.Tensor,
-        timesteps: th.Tensor | None = None,
-        noise: th.Tensor | None = None,
-    ) -> th.Tensor:
-        """
-        Unweighted denoising loss of each action, the norm in Eqs. 6 and 10.
-
-        :param observation: B observations.
-        :param actions: Clean actions of shape (B, K, A) in [-1, 1].
-        :param timesteps: Diffusion steps in 0 ... T-1, shape (B, K). Drawn uniformly if None.
-        :param noise: Standard normal noise of shape (B, K, A). Drawn if None.
-        :return: Losses of shape (B, K).
-        """
-        condition = self.noise_predictor.condition(self.features(observation))
-        return self.diffusion.loss(self.noise_predictor, actions, condition, timesteps, noise)
-
-    def forward(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
-        """
-        One action for each observation, not chosen among candidates.
-
-        :param observation: B observations.
-        :param deterministic: Not used: a single draw of a diffusion policy is always random.
-        :return: Actions of shape (B, A) in [-1, 1].
-        """
-        return self._predict(observation, deterministic)
-
-    def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
-        return self.sample_candidates(self.features(observation), n_candidates=1).squeeze(1)
-
-    def _get_constructor_parameters(self) -> dict[str, Any]:
-        return self._constructor_arguments
-
-
-class CandidateCritic(ContinuousCritic):
-    """
-    SB3's critics, able to value many candidates of a state without repeating the state. Parameters as in SB3.
-
-    :param args: Positional arguments of SB3's ``ContinuousCritic``.
-    :param kwargs: Keyword arguments of SB3's ``ContinuousCritic``.
-    """
-
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        for q_network in self.q_networks:
-            init_linear_layers(q_network)
-
-    def features(self, observation: PyTorchObs) -> th.Tensor:
-        """
-        Encode observations.
-
-        :param observation: B observations.
-        :return: Features of shape (B, S).
-        """
-        return self.extract_features(observation, self.features_extractor)
-
-    def value_candidates(self, features: th.Tensor, candidates: th.Tensor) -> th.Tensor:
-        """
-        Values of all candidates. The first layer is split: the state's part is computed once for all its candidates.
-
-        :param features: State features of shape (B, S).
-        :param candidates: Actions of shape (B, K, A) in [-1, 1].
-        :return: Values of shape (C, B, K).
-        """
-        q_values = []
-        for q_network in self.q_networks:
-            first_layer, *later_layers = cast(nn.Sequential, q_network)
-            first_weight, first_bias = cast(nn.Linear, first_layer).weight, cast(nn.Linear, first_layer).bias
-            state_weight, action_weight = th.split(first_weight, [features.shape[-1], candidates.shape[-1]], dim=1)
-            state_part = F.linear(features, state_weight, first_bias).unsqueeze(1)
-            if fast.pays_off(later_layers, candidates.shape[0] * candidates.shape[1], features.device):
-                q_values.append(fast.value_candidates(cast(nn.Sequential, q_network), state_part, candidates))
-                continue
-            hidden = F.linear(candidates, action_weight) + state_part
-            for layer in later_layers:
-                hidden = layer(hidden)
-            q_values.append(hidden.squeeze(-1))
-        return th.stack(q_values)
 
 
 class DiffusionPolicy(BasePolicy):
@@ -244,6 +85,8 @@ class DiffusionPolicy(BasePolicy):
     :param noise_schedule: ``"cosine"``, ``"vp"``, ``"linear"`` or a function T -> betas,
         see :mod:`sb3_qvpo.common.noise_schedules`.
     :param time_embedding_dim: Size of the time embedding, even and at least 4.
+    :param n_sampling_steps: Reverse steps of every sample, 1 ... T: fewer steps than are trained, evenly spaced. T if None.
+    :param sampling_eta: Noise of the reverse steps, in [0, 1]: 1 for the paper's (DDPM), 0 for none after the start (DDIM).
     :param n_behavior_candidates: K_b, candidates of the behaviour policy (Algorithm 1, line 2).
     :param n_eval_candidates: K, candidates of deterministic predictions (Sec. 5.1).
     :param noise_bank_seed: Seed of the noise of deterministic predictions.
@@ -272,6 +115,8 @@ class DiffusionPolicy(BasePolicy):
         n_diffusion_steps: int = 20,
         noise_schedule: str | NoiseSchedule = "cosine",
         time_embedding_dim: int = 32,
+        n_sampling_steps: int | None = None,
+        sampling_eta: float = 1.0,
         n_behavior_candidates: int = 4,
         n_eval_candidates: int = 32,
         noise_bank_seed: int = 0,
@@ -314,6 +159,8 @@ class DiffusionPolicy(BasePolicy):
             n_diffusion_steps=n_diffusion_steps,
             noise_schedule=noise_schedule,
             time_embedding_dim=time_embedding_dim,
+            n_sampling_steps=n_sampling_steps,
+            sampling_eta=sampling_eta,
         )
         self.critic_kwargs = dict(
             common_kwargs,
@@ -432,7 +279,7 @@ class DiffusionPolicy(BasePolicy):
         The noise of deterministic predictions. The first K entries are the same however many more are asked for.
 
         :param n_candidates: Number of candidates K.
-        :return: Standard normal noise of shape (T, 1, K, A), on the policy's device.
+        :return: Standard normal noise of shape (N, 1, K, A), on the policy's device; N is T unless samples take fewer steps.
         """
         bank = self._noise_bank
         if bank is None or bank.shape[2] < n_candidates or bank.device != self.device:
@@ -442,7 +289,7 @@ class DiffusionPolicy(BasePolicy):
             draws = generator.standard_normal((n_candidates, self.n_diffusion_steps, self.actor.action_dim))
             bank = th.as_tensor(draws, dtype=th.float32, device=self.device).transpose(0, 1).unsqueeze(1)
             self._noise_bank = bank
-        return bank[:, :, :n_candidates]
+        return bank[: self.actor.diffusion.n_noises, :, :n_candidates]
 
     def update_targets(self, tau: float) -> None:
         """
