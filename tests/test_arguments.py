@@ -60,6 +60,7 @@ ALIVE = {
     "n_uniform_actions": (5, trained_weights),
     "q_weighting": ("qcut", trained_weights),
     "n_diffusion_steps": (5, trained_weights),
+    "n_shared_steps": (1, trained_weights),
     "policy_delay": (2, trained_weights),
     "max_grad_norm": (1e-3, trained_weights),
     "use_sde": (True, None),  # refused: test below
@@ -183,6 +184,9 @@ BAD = [
     (dict(policy_kwargs=dict(n_sampling_steps=1.5)), "n_sampling_steps must be a whole number from 1 .*, got 1.5"),
     (dict(policy_kwargs=dict(sampling_eta=-0.1)), r"sampling_eta must be a number in \[0, 1\], got -0.1"),
     (dict(policy_kwargs=dict(sampling_eta=float("nan"))), r"sampling_eta must be a number in \[0, 1\], got nan"),
+    (dict(n_shared_steps=-1), "n_shared_steps must be a whole number of at least 0, got -1"),
+    (dict(n_shared_steps=3), "n_shared_steps must be below 3, .* got 3"),
+    (dict(n_shared_steps=1, policy_kwargs=dict(sampling_eta=0.0)), "n_shared_steps must be below 1, .* got 1"),
     (dict(policy_kwargs=dict(n_critics=0)), "n_critics must be a whole number of at least 1, got 0"),
     (
         dict(policy_kwargs=dict(n_diffusion_steps=5)),

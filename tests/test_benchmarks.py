@@ -79,3 +79,39 @@ def test_benchmark(name, tmp_path):
     assert len(rows) > 7
     assert all(float(row["median_ms"]) >= 0 for row in rows if row["median_ms"])
     assert all(row["cpu"] and row["threads"] == "1" for row in rows)
+
+
+def test_learning_curves_are_resumed(tmp_path):
+    """Through RL Zoo; finished runs are skipped, those that were broken off start again."""
+    file = tmp_path / "results.csv"
+    options = [
+        "--tasks",
+        "Pendulum-v1",
+        "--algos",
+        "sac",
+        "qvpo_ddim5",
+        "--seeds",
+        "3",
+        "--steps",
+        "620",
+        "--eval-freq",
+        "310",
+    ]
+    command = [sys.executable, str(BENCHMARKS / "learning" / "run.py"), *options, "--episodes", "2", "--csv", str(file)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    rows = list(csv.DictReader(file.open()))
+    assert sorted((row["algo"], row["step"]) for row in rows) == [
+        *(("qvpo_ddim5", "310"), ("qvpo_ddim5", "620")),
+        *(("sac", "310"), ("sac", "620")),
+    ]
+    assert all(-2000 < float(row["mean_return"]) < 0 and row["episodes"] == "2" and row["torch"] for row in rows)
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(line for line in lines if ",qvpo_ddim5,3,620," not in line))  # broken off
+    result = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
+    started = [line for line in result.stdout.splitlines() if "started" in line]
+    assert started == ["Pendulum-v1 qvpo_ddim5 seed 3: started"]
+    again = list(csv.DictReader(file.open()))
+    assert [(row["step"], row["mean_return"]) for row in again if row["algo"] == "qvpo_ddim5"] == [
+        (row["step"], row["mean_return"]) for row in rows if row["algo"] == "qvpo_ddim5"
+    ]

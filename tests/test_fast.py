@@ -89,6 +89,37 @@ def test_fewer_sampling_steps(eta, settings):
     assert model.policy.noise_bank(4).shape == (1 if eta == 0 else 2, 1, 4, 1)
 
 
+@pytest.mark.parametrize("n_shared_steps", [1, 3, 5])
+def test_shared_steps(n_shared_steps, settings):
+    """
+    As if the candidates had the same start and the same noise up to the step that parts them, in either path; each alone is
+    distributed as without, and all that are shared are taken once.
+    """
+    settings.candidate_dtype = "float32"
+    actor = model_with(net_arch=[64, 64]).actor
+    features, noise = th.randn(5, 3), th.randn(6, 5, 300, 1)
+    same = noise.clone()
+    same[:n_shared_steps] = noise[:n_shared_steps, :, :1]
+    results = []
+    with th.no_grad():
+        for enabled in (False, True):
+            settings.enabled = enabled
+            results.append(actor.sample_candidates(features, 300, noise, n_shared_steps=n_shared_steps))
+        expected = actor.sample_candidates(features, 300, same)
+    for result in results:
+        np.testing.assert_allclose(result, expected, atol=1e-5)
+    rows = []
+    settings.enabled = False
+    actor.noise_predictor.register_forward_hook(lambda module, args, output: rows.append(output.shape[1]))
+    with th.no_grad():
+        actor.sample_candidates(features, 300, noise, n_shared_steps=n_shared_steps)
+        assert rows == [1] * n_shared_steps + [300] * (6 - n_shared_steps)
+        one_state = th.zeros(4000, 3)
+        alone = actor.sample_candidates(one_state, 2, n_shared_steps=n_shared_steps)[:, 0]
+        independent = actor.sample_candidates(one_state, 2)[:, 0]
+    assert ks_2samp(alone.flatten(), independent.flatten()).pvalue > 0.01
+
+
 def test_blocks_cover_all_states_once():
     for n_states, n_candidates, width in [(256, 64, 256), (37, 64, 96), (5, 100_000, 256), (1, 1, 8)]:
         states = np.arange(n_states)
@@ -153,7 +184,7 @@ def test_reduced_precision_is_for_training_candidates_only(settings, monkeypatch
     """Actions, predictions and all values are in float32."""
     settings.candidate_dtype = "bfloat16"
     dtypes, sample, value = [], fast.sample_candidates, fast.value_candidates
-    monkeypatch.setattr(fast, "sample_candidates", lambda *args: (dtypes.append(args[-1]), sample(*args))[1])
+    monkeypatch.setattr(fast, "sample_candidates", lambda *args: (dtypes.append(args[4]), sample(*args))[1])
     monkeypatch.setattr(fast, "value_candidates", lambda *args: (dtypes.append("value"), value(*args))[1])
     model = tiny_qvpo(**LARGE, n_target_candidates=8)
     model.learn(6)

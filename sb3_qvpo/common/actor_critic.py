@@ -81,7 +81,12 @@ class DiffusionActor(BasePolicy):
         return self.extract_features(observation, self.features_extractor)
 
     def sample_candidates(
-        self, features: th.Tensor, n_candidates: int, noise: th.Tensor | None = None, reduced_precision: bool = False
+        self,
+        features: th.Tensor,
+        n_candidates: int,
+        noise: th.Tensor | None = None,
+        reduced_precision: bool = False,
+        n_shared_steps: int = 0,
     ) -> th.Tensor:
         """
         Draw candidates from pi_theta (Algorithm 1, line 5). The state enters the network once for all candidates and steps.
@@ -90,18 +95,19 @@ class DiffusionActor(BasePolicy):
         :param n_candidates: Candidates K for each state.
         :param noise: Standard normal noise of shape (T, B, K, A), see :meth:`GaussianDiffusion.sample`. Drawn if None.
         :param reduced_precision: Whether hidden layers may be multiplied in bfloat16, see :mod:`sb3_qvpo.common.fast`.
+        :param n_shared_steps: First steps that are shared by all candidates of a state, see :meth:`GaussianDiffusion.sample`.
         :return: Actions of shape (B, K, A) in [-1, 1].
         """
         condition = self.noise_predictor.condition(features)
         if noise is None:
             noise = th.randn((self.diffusion.n_noises, len(features), n_candidates, self.action_dim), device=features.device)
         n_rows, later_layers = features.shape[0] * noise.shape[2], list(self.noise_predictor.later_layers)
-        if noise.shape[1] == features.shape[0] == 1 and fast.applies(later_layers, features.device):
+        if noise.shape[1] == features.shape[0] == 1 and n_shared_steps == 0 and fast.applies(later_layers, features.device):
             return fast.sample_for_one_state(self.diffusion, self.noise_predictor, condition, noise)
         if fast.pays_off(later_layers, n_rows, features.device) and noise.shape[1] == len(features):
             dtype = fast.candidate_dtype() if reduced_precision else th.float32
-            return fast.sample_candidates(self.diffusion, self.noise_predictor, condition, noise, dtype)
-        return self.diffusion.sample(self.noise_predictor, condition, noise)
+            return fast.sample_candidates(self.diffusion, self.noise_predictor, condition, noise, dtype, n_shared_steps)
+        return self.diffusion.sample(self.noise_predictor, condition, noise, n_shared_steps=n_shared_steps)
 
     def denoising_loss(
         self,

@@ -196,6 +196,7 @@ class GaussianDiffusion(nn.Module):
         cond: Any,
         noise: th.Tensor | None = None,
         shape: tuple[int, ...] | None = None,
+        n_shared_steps: int = 0,
     ) -> th.Tensor:
         """
         The reverse chain: x_T from N(0, I), then S posterior steps, the last one without noise, and a final clamp.
@@ -205,6 +206,8 @@ class GaussianDiffusion(nn.Module):
         :param noise: Standard normal noise of shape (N, ..., A), N = ``n_noises``: ``noise[0]`` is x_T, ``noise[i]`` enters
             the i-th reverse step. N is S, or 1 if no step adds noise (``sampling_eta=0``). Drawn if None.
         :param shape: Shape (..., A) of the samples, needed if ``noise`` is None.
+        :param n_shared_steps: How many of the first steps are taken once for all K samples of shape (..., K, A), which part
+            afterwards. Each of them alone is distributed as without, but they are no longer independent.
         :return: Clean samples of shape (..., A), in [-1, 1] if ``clip_denoised``.
         :raises ValueError: If neither or both of ``noise`` and ``shape`` are given, or ``noise`` has not N entries.
         """
@@ -216,6 +219,10 @@ class GaussianDiffusion(nn.Module):
         if len(noise) != self.n_noises:
             raise ValueError(f"noise must have {self.n_noises} entries, one for each step that adds noise, got {len(noise)}")
         x_t, *step_noise = noise.unbind()
+        if n_shared_steps > 0:
+            # One start, and one noise in all shared steps but the last, whose noise parts the samples
+            x_t = x_t[..., :1, :]
+            step_noise = [z[..., :1, :] if i < n_shared_steps else z for i, z in enumerate(step_noise, start=1)]
         for t, z in zip_longest(reversed(self.sampling_steps), step_noise):
             x0 = self.predict_x0(x_t, t, network(x_t, t, cond))
             x_t = self.posterior_step(x0, x_t, t, z)

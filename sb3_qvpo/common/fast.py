@@ -221,16 +221,22 @@ def blocks(n_states: int, n_candidates: int, width: int, dtype: th.dtype) -> lis
 
 
 def sample_candidates(
-    diffusion: GaussianDiffusion, predictor: NoisePredictor, condition: Condition, noise: th.Tensor, dtype: th.dtype
+    diffusion: GaussianDiffusion,
+    predictor: NoisePredictor,
+    condition: Condition,
+    noise: th.Tensor,
+    dtype: th.dtype,
+    n_shared_steps: int = 0,
 ) -> th.Tensor:
     """
-    What ``diffusion.sample(predictor, condition, noise)`` returns.
+    What ``diffusion.sample(predictor, condition, noise, n_shared_steps=n_shared_steps)`` returns.
 
     :param diffusion: The diffusion.
     :param predictor: The noise predictor.
     :param condition: Its condition for B states.
     :param noise: Noise of shape (T, B, K, A).
     :param dtype: In what hidden layers are multiplied.
+    :param n_shared_steps: First steps that are shared by all candidates of a state.
     :return: Actions of shape (B, K, A).
     """
     _, n_states, n_candidates, action_dim = noise.shape
@@ -240,17 +246,16 @@ def sample_candidates(
     later_layers = FastLayers(list(predictor.later_layers), dtype, scratch)
 
     def network(x_t: th.Tensor, t: int, cond: Condition) -> th.Tensor:
-        hidden = scratch("hidden", (x_t.shape[0] * n_candidates, width))
+        hidden = scratch("hidden", (x_t.shape[0] * x_t.shape[1], width))
         th.mm(x_t.reshape(-1, action_dim), action_weight, out=hidden)
-        hidden.view(-1, n_candidates, width).add_(cond.time_parts[t] + cond.state_part)
+        hidden.view(*x_t.shape[:2], width).add_(cond.time_parts[t] + cond.state_part)
         return later_layers(hidden).view(x_t.shape)
 
-    return th.cat(
-        [
-            diffusion.sample(network, Condition(condition.state_part[states], condition.time_parts), noise[:, states])
-            for states in blocks(n_states, n_candidates, width, dtype)
-        ]
-    )
+    parts = []
+    for states in blocks(n_states, n_candidates, width, dtype):
+        part = Condition(condition.state_part[states], condition.time_parts)
+        parts.append(diffusion.sample(network, part, noise[:, states], n_shared_steps=n_shared_steps))
+    return th.cat(parts)
 
 
 def sample_for_one_state(

@@ -252,6 +252,7 @@ class DiffusionPolicy(BasePolicy):
         noise: th.Tensor | None = None,
         target: bool = False,
         reduced_precision: bool = False,
+        n_shared_steps: int = 0,
     ) -> tuple[th.Tensor, th.Tensor]:
         """
         Draw candidates from the actor and value them by the minimum over critics. Each observation is encoded once.
@@ -264,12 +265,13 @@ class DiffusionPolicy(BasePolicy):
         :param target: Use the target actor and the target critics.
         :param reduced_precision: Whether candidates may be drawn in bfloat16, see :mod:`sb3_qvpo.common.fast`. Their values
             are computed in float32.
+        :param n_shared_steps: First steps that are shared by all candidates of a state, see :meth:`GaussianDiffusion.sample`.
         :return: Actions of shape (B, K, A) in [-1, 1] and their values, shape (B, K).
         """
         actor, critic = (self.actor_target, self.critic_target) if target else (self.actor, self.critic)
         with evaluation_mode(actor, critic):
             features = actor.features(observation)
-            candidates = actor.sample_candidates(features, n_candidates, noise, reduced_precision)
+            candidates = actor.sample_candidates(features, n_candidates, noise, reduced_precision, n_shared_steps)
             if not self.share_features_extractor:
                 features = critic.features(observation)
             return candidates, minimum_q(critic.value_candidates(features, candidates))

@@ -28,7 +28,7 @@ from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, PyTorchObs, ReplayBufferSamples, Schedule
 from torch.nn import functional as F
 
-from sb3_qvpo.common.arguments import check_interval, parse_schedule
+from sb3_qvpo.common.arguments import check_count, check_interval, parse_schedule
 from sb3_qvpo.common.candidates import candidate_std, critic_contrast
 from sb3_qvpo.common.off_policy_algorithm import DiffusionOffPolicyAlgorithm, Metrics
 from sb3_qvpo.common.policies import DiffusionPolicy
@@ -92,6 +92,8 @@ class QVPO(DiffusionOffPolicyAlgorithm):
     :param q_weighting: omega_eq: ``"qadv"`` (Eq. 9), ``"qcut"`` (Sec. 4.2) or a function from values (B, N_d) to weights
         (B, N_d) of at least 0, which is tried once on construction.
     :param n_diffusion_steps: T, steps of the diffusion, at least 1.
+    :param n_shared_steps: First reverse steps that the N_d candidates of a state share when they are drawn for training: less
+        work, the same distribution for each, but they are no longer independent. 0 (the paper) to one less than the steps.
     :param policy_delay: Update actor and targets every this many critic updates.
     :param max_grad_norm: Largest Euclidean norm of the gradients of actor and of critics; None for no clipping.
     :param use_sde: Must be False: gSDE belongs to Gaussian policies. Here, with the next two, for scripts that name it.
@@ -143,6 +145,7 @@ class QVPO(DiffusionOffPolicyAlgorithm):
         n_uniform_actions: int = 10,
         q_weighting: str | Callable[[th.Tensor], th.Tensor] = "qadv",
         n_diffusion_steps: int = 20,
+        n_shared_steps: int = 0,
         policy_delay: int = 1,
         max_grad_norm: float | None = None,
         use_sde: bool = False,
@@ -193,6 +196,7 @@ class QVPO(DiffusionOffPolicyAlgorithm):
         self.n_train_candidates = n_train_candidates
         self.n_uniform_actions = n_uniform_actions
         self.q_weighting = q_weighting
+        self.n_shared_steps = n_shared_steps
 
         if _init_setup_model:
             self._setup_model()
@@ -266,7 +270,11 @@ class QVPO(DiffusionOffPolicyAlgorithm):
         with th.no_grad():
             # Line 5: N_d samples of the policy for each state, valued by the minimum over critics
             candidates, q_values = self.policy.rank_candidates(
-                observations, self.n_train_candidates, noise.chain, reduced_precision=True
+                observations,
+                self.n_train_candidates,
+                noise.chain,
+                reduced_precision=True,
+                n_shared_steps=self.n_shared_steps,
             )
             # Line 6: weights, Eq. 9 (or Sec. 4.2)
             weights = self._q_weighting(q_values)
@@ -319,6 +327,16 @@ class QVPO(DiffusionOffPolicyAlgorithm):
                 "is the weight of uniform actions here (Eq. 10), not a temperature that could be learnt as in SAC"
             )
         self._ent_coef_schedule = parse_schedule("ent_coef", self.ent_coef)
+
+    def _setup_model(self) -> None:
+        super()._setup_model()
+        diffusion = self.actor.diffusion
+        check_count("n_shared_steps", self.n_shared_steps, 0)
+        if self.n_shared_steps > 0 and self.n_shared_steps >= diffusion.n_noises:
+            raise ValueError(
+                f"n_shared_steps must be below {diffusion.n_noises}, because candidates part by the noise of the last step they "
+                f"share, and only {diffusion.n_noises - 1} steps of these chains add noise, got {self.n_shared_steps}"
+            )
 
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), "_q_weighting", "_ent_coef_schedule"]
