@@ -334,8 +334,8 @@ class QVPO(DiffusionOffPolicyAlgorithm):
         check_count("n_shared_steps", self.n_shared_steps, 0)
         if self.n_shared_steps > 0 and self.n_shared_steps >= diffusion.n_noises:
             raise ValueError(
-                f"n_shared_steps must be below {diffusion.n_noises}, because candidates part by the noise of the last step they "
-                f"share, and only {diffusion.n_noises - 1} steps of these chains add noise, got {self.n_shared_steps}"
+                f"n_shared_steps must be below {diffusion.n_noises}, because candidates part by the noise of the last step "
+                f"they share, and only {diffusion.n_noises - 1} steps of these chains add noise, got {self.n_shared_steps}"
             )
 
     def _excluded_save_params(self) -> list[str]:
