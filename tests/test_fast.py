@@ -120,6 +120,34 @@ def test_shared_steps(n_shared_steps, settings):
     assert ks_2samp(alone.flatten(), independent.flatten()).pvalue > 0.01
 
 
+def test_trainable_mish():
+    """Values, gradients, and gradients against finite differences in float64."""
+    x = th.cat([th.linspace(-60, 60, 4001), th.linspace(-4, 4, 4001)]).requires_grad_()
+    gradient = th.randn_like(x)
+    results = [(function(x), *th.autograd.grad(function(x), x, gradient)) for function in (F.mish, fast.TrainableMish.apply)]
+    for expected, result in zip(*results, strict=True):
+        np.testing.assert_allclose(result.detach(), expected.detach(), atol=6e-6)
+    assert th.autograd.gradcheck(fast.TrainableMish.apply, th.randn(20, dtype=th.float64, requires_grad=True))
+
+
+@pytest.mark.parametrize("name", ["the paper's", "three uneven layers", "relu"])
+def test_the_loss_and_its_gradients_are_the_readable_ones(name, settings):
+    actor = model_with(**NETWORKS[name]).actor
+    observations, actions, noise = th.randn(64, 3), th.rand(64, 11, 1) * 2 - 1, th.randn(64, 11, 1)
+    timesteps, results = th.randint(6, (64, 11)), []
+    for enabled in (False, True):
+        settings.enabled = enabled
+        actor.zero_grad()
+        loss = actor.denoising_loss(observations, actions, timesteps, noise)
+        loss.mean().backward()
+        results.append([loss.detach(), *(parameter.grad.clone() for parameter in actor.parameters())])
+        is_fast = fast.trainable(actor.noise_predictor, 64 * 11) is not actor.noise_predictor
+        assert is_fast == (enabled and name != "relu")
+    for expected, result in zip(*results, strict=True):
+        np.testing.assert_allclose(result, expected, atol=1e-5)
+    assert fast.trainable(actor.noise_predictor, 10) is actor.noise_predictor
+
+
 def test_blocks_cover_all_states_once():
     for n_states, n_candidates, width in [(256, 64, 256), (37, 64, 96), (5, 100_000, 256), (1, 1, 8)]:
         states = np.arange(n_states)

@@ -236,13 +236,13 @@ def test_loss_draws_timesteps_and_noise_when_not_given():
     policy, observation, _ = random_policy(5)
     actions = th.rand(len(observation), 400, policy.actor.action_dim) * 2 - 1
     seen = []
-    original = policy.actor.noise_predictor.forward
+    original = policy.actor.noise_predictor.first_output
 
     def spy(x_t, t, cond):
         seen.append(t)
         return original(x_t, t, cond)
 
-    policy.actor.noise_predictor.forward = spy
+    policy.actor.noise_predictor.first_output = spy
     first, second = (policy.actor.denoising_loss(observation, actions) for _ in range(2))
     assert not th.equal(first, second)
     assert seen[0].unique().tolist() == list(range(policy.n_diffusion_steps))  # uniform over 0 ... T-1, nothing beyond

@@ -126,7 +126,8 @@ class DiffusionActor(BasePolicy):
         :return: Losses of shape (B, K).
         """
         condition = self.noise_predictor.condition(self.features(observation))
-        return self.diffusion.loss(self.noise_predictor, actions, condition, timesteps, noise)
+        network = fast.trainable(self.noise_predictor, actions.shape[0] * actions.shape[1])
+        return self.diffusion.loss(network, actions, condition, timesteps, noise)
 
     def forward(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
         """

@@ -26,7 +26,7 @@ import torch as th
 from torch import nn
 from torch.nn import functional as F
 
-from sb3_qvpo.common.diffusion import GaussianDiffusion
+from sb3_qvpo.common.diffusion import GaussianDiffusion, NoiseNetwork
 from sb3_qvpo.common.networks import Condition, NoisePredictor
 
 BLOCK_SIZES = {th.float32: 2**19, th.bfloat16: 2**20}
@@ -151,6 +151,67 @@ def negated_mish(x: th.Tensor, scratch: Scratch) -> th.Tensor:
 
 
 _TWO = th.tensor(2.0)
+
+
+class TrainableMish(th.autograd.Function):
+    """
+    Mish and its derivative in vectorised passes, see :func:`negated_mish`. With the sigmoid v of x and ``w = (1 - v)^2``:
+    ``mish'(x) = (1 - w) / (1 + w) + 4 x v w / (1 + w)^2``.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: th.Tensor) -> th.Tensor:
+        """
+        Mish.
+
+        :param ctx: Torch's store for the backward pass.
+        :param x: Pre-activations.
+        :return: A tensor of the same shape.
+        """
+        ctx.save_for_backward(x)
+        sigmoid = th.sigmoid(x)
+        one_plus_w = (sigmoid - 2).mul_(sigmoid).add_(2)
+        return th.div(x, one_plus_w).mul_(2).sub_(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: th.Tensor) -> th.Tensor:
+        """
+        Gradient of the input.
+
+        :param ctx: Torch's store.
+        :param gradient: Gradient of the output.
+        :return: A tensor of the same shape.
+        """
+        (x,) = ctx.saved_tensors
+        sigmoid = th.sigmoid(x)
+        w = (1 - sigmoid).square_()
+        reciprocal = (w + 1).reciprocal_()
+        derivative: th.Tensor = (sigmoid * x).mul_(w).mul_(reciprocal).mul_(4).sub_(w).add_(1).mul_(reciprocal)
+        return derivative.mul_(gradient)
+
+
+def trainable(predictor: NoisePredictor, n_rows: int) -> NoiseNetwork:
+    """
+    The noise predictor for a loss: the same numbers and gradients, with :class:`TrainableMish` where many rows pay for it.
+
+    :param predictor: The noise predictor.
+    :param n_rows: Number of rows.
+    :return: The predictor itself, or what computes the same.
+    """
+    layers = list(predictor.later_layers)
+    vectorized_mish = cast(Any, TrainableMish.apply)
+    on_cpu = predictor.first_layer.weight.device.type == "cpu"
+    many = n_rows * predictor.first_layer.out_features >= SMALLEST_SIZE
+    if not (settings.enabled and on_cpu and many and any(type(layer) is nn.Mish for layer in layers)):
+        return predictor
+
+    def network(x_t: th.Tensor, t: int | th.Tensor, cond: Condition) -> th.Tensor:
+        hidden = predictor.first_output(x_t, t, cond)
+        for layer in layers:
+            hidden = vectorized_mish(hidden) if type(layer) is nn.Mish else layer(hidden)
+        return hidden
+
+    return network
 
 
 class FastLayers:

@@ -125,9 +125,19 @@ class NoisePredictor(nn.Module):
         :param cond: Result of :meth:`condition` for the B states.
         :return: Predicted noise of shape (B, K, A).
         """
+        output: th.Tensor = self.later_layers(self.first_output(x_t, t, cond))
+        return output
+
+    def first_output(self, x_t: th.Tensor, t: int | th.Tensor, cond: Condition) -> th.Tensor:
+        """
+        Output of the first layer, the sum of its action, time and state parts.
+
+        :param x_t: Noisy actions of shape (B, K, A).
+        :param t: Step in 0 ... T-1: an int for all actions or a tensor of shape (B, K).
+        :param cond: Result of :meth:`condition` for the B states.
+        :return: Pre-activations of shape (B, K, H).
+        """
         action_weight = self.first_layer.weight[:, : self.split_sizes[0]]
         # For a tensor the same as time_parts[t], whose gradient takes five times as long
         time_part = F.embedding(t, cond.time_parts) if isinstance(t, th.Tensor) else cond.time_parts[t]
-        hidden = F.linear(x_t, action_weight) + (time_part + cond.state_part)
-        output: th.Tensor = self.later_layers(hidden)
-        return output
+        return F.linear(x_t, action_weight) + (time_part + cond.state_part)
