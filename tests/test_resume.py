@@ -222,7 +222,8 @@ def test_where_the_callback_cannot_work_is_found_out_at_the_start(tmp_path):
     with pytest.raises(IsADirectoryError, match="the path of a checkpoint must not be a folder"):
         tiny_qvpo().learn(5, ResumableCheckpointCallback(10, tmp_path / "folder"))
     (tmp_path / "run").mkdir()  # a folder of the name without the suffix is no obstacle
-    tiny_qvpo(DummyVecEnv([lambda: CountdownEnv()])).learn(25, callback())
+    for vec_env_class in (SubprocVecEnv, DummyVecEnv):
+        tiny_qvpo(vec_env_class([CountdownEnv])).learn(25, callback())
     assert QVPO.resume(tmp_path / "run", CountdownEnv()).num_timesteps == 25
 
 

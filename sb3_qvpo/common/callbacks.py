@@ -57,16 +57,11 @@ class ResumableCheckpointCallback(BaseCallback):
     def _on_training_start(self) -> None:
         # Now rather than hours later
         check_writable(checkpoint_path(self.save_path))
-        if self.at_episode_end and not all(self._may_be_reset()):
+        name = "allow_early_resets"  # of Monitor; asking a process for an attribute that it has not kills it
+        if self.at_episode_end and self.training_env.has_attr(name) and not all(self.training_env.get_attr(name)):
             raise ValueError("at_episode_end must be False for environments with Monitor(allow_early_resets=False), got True")
         self.last_saved = self.model.num_timesteps
         self._episodes_ended = False
-
-    def _may_be_reset(self) -> list[bool]:
-        try:
-            return self.training_env.get_attr("allow_early_resets")
-        except AttributeError:  # no Monitor
-            return []
 
     def _on_step(self) -> bool:
         self._episodes_ended = bool(self.locals["dones"].all())
