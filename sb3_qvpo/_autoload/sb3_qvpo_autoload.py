@@ -52,7 +52,7 @@ def register() -> None:
         from sb3_qvpo.zoo import register_loaded
 
         register_loaded()
-    except Exception as error:
+    except Exception as error:  # rl_zoo3 must be usable without QVPO
         import warnings
 
         warnings.warn(f"sb3_qvpo could not add QVPO to rl_zoo3: {type(error).__name__}: {error}", stacklevel=2)

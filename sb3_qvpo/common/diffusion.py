@@ -98,9 +98,6 @@ class GaussianDiffusion(nn.Module):
     betas: th.Tensor
     sqrt_alpha_bars: th.Tensor
     sqrt_one_minus_alpha_bars: th.Tensor
-    x0_coef: th.Tensor
-    x_t_coef: th.Tensor
-    posterior_std: th.Tensor
 
     def __init__(
         self,
@@ -133,10 +130,10 @@ class GaussianDiffusion(nn.Module):
             coefficients.update(respaced_coefficients(alpha_bars, self.sampling_steps, sampling_eta))
         # A reverse step has one t for all samples: numbers cost less there than looking up tensors
         self._numbers: dict[str, list[float]] = {name: value.float().tolist() for name, value in coefficients.items()}
-        for name, value in coefficients.items():
+        for name in ("betas", "sqrt_alpha_bars", "sqrt_one_minus_alpha_bars"):  # looked up for many t at once
             # Fixed by the schedule, so they stay out of the saved weights; all but one: weights that were trained for another
             # number of steps must not load
-            self.register_buffer(name, value.float(), persistent=name == "betas")
+            self.register_buffer(name, coefficients[name].float(), persistent=name == "betas")
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         saved, own, error_messages = state_dict.get(f"{prefix}betas"), self.betas, args[-1]

@@ -212,7 +212,7 @@ def _export_program(decision: Decision, with_noise: bool) -> th.export.ExportedP
     try:
         with th.no_grad():
             program = th.export.export(decision, arguments, dynamic_shapes=dynamic_shapes, strict=False)
-    except Exception as error:
+    except Exception as error:  # whatever torch raises goes on, with a hint
         if hasattr(error, "add_note"):  # Python 3.11
             error.add_note("A features extractor of your own must take the batch size from x.shape[0], not from len(x).")
         raise

@@ -333,9 +333,8 @@ def sample_for_one_state(
     """
     action_weight = predictor.first_layer.weight.detach()[:, : noise.shape[-1]].t()
     first_biases = (condition.time_parts + condition.state_part[0]).unbind()
-    *activations_and_layers, activation, last_layer = cast(Any, predictor.later_layers)
-    pairs = [(activations_and_layers[i], activations_and_layers[i + 1]) for i in range(0, len(activations_and_layers), 2)]
-    pairs.append((activation, last_layer))
+    layers = list(cast(Any, predictor.later_layers))
+    pairs = list(zip(layers[::2], layers[1::2], strict=True))
     later = [(activation.forward, layer.bias.detach(), layer.weight.detach().t(), 1) for activation, layer in pairs]
     if noise.shape[2] * len(first_biases[0]) >= SMALLEST_VECTORIZED and all(type(pair[0]) is nn.Mish for pair in pairs):
         scratch = Scratch()

@@ -221,7 +221,7 @@ class DiffusionOffPolicyAlgorithm(GuardedOffPolicyAlgorithm):
         before = copy.deepcopy(self.get_parameters())
         try:
             super().set_parameters(load_path_or_dict, exact_match, device)
-        except Exception as error:
+        except Exception as error:  # whatever is wrong, the model must be as it was
             super().set_parameters(cast(Any, before), exact_match=True, device=self.device)
             if "size mismatch for actor.diffusion.betas" not in str(error):
                 raise
