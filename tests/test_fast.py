@@ -1,5 +1,10 @@
 """The fast paths compute what the readable functions compute, and only where they pay off."""
 
+import inspect
+import platform
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch as th
@@ -35,9 +40,9 @@ NETWORKS = {
 }
 
 
-def test_negated_mish():
+def test_mish_of_negated():
     x = th.cat([th.linspace(-120, 120, 20_001), th.linspace(-3, 3, 20_001), th.tensor([0.0, 1e-30, -1e-30])])
-    np.testing.assert_allclose(-fast.negated_mish(x.clone(), fast.Scratch()), F.mish(x.double()), atol=3e-6, rtol=1e-6)
+    np.testing.assert_allclose(fast.mish_of_negated(-x, fast.Scratch()), F.mish(x.double()), atol=3e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -148,12 +153,104 @@ def test_the_loss_and_its_gradients_are_the_readable_ones(name, settings):
     assert fast.trainable(actor.noise_predictor, 10) is actor.noise_predictor
 
 
-def test_blocks_cover_all_states_once():
+@pytest.mark.parametrize("share_features_extractor", [False, True])
+def test_the_critics_and_their_gradients_are_the_readable_ones(share_features_extractor, settings):
+    """SB3's own critics, which the readable path is, on the same weights."""
+    model = model_with(net_arch=[256, 256], share_features_extractor=share_features_extractor)
+    observations, actions = th.randn(100, 3), th.rand(100, 1)
+    parameters, results = [p for q_network in model.critic.q_networks for p in q_network.parameters()], []
+    for enabled in (False, True):
+        settings.enabled = enabled
+        values = model.critic(observations, actions)
+        sb3_values = super(type(model.critic), model.critic).forward(observations, actions)
+        np.testing.assert_allclose(*(th.stack(each).detach() for each in (values, sb3_values)), atol=1e-5)
+        names = {type(value.grad_fn).__name__ for value in values}
+        results.append(th.autograd.grad(th.stack(values).square().sum(), parameters))
+        assert names == {"AddmmBackward0"}
+    for readable, gradient in zip(*results, strict=True):
+        np.testing.assert_allclose(gradient, readable, atol=1e-5 * float(readable.abs().max()))
+
+
+def precision() -> str:
+    return th.backends.mkldnn.matmul.fp32_precision
+
+
+@pytest.mark.skipif(not hasattr(th.backends.mkldnn, "matmul"), reason="torch before 2.9 has no such setting")
+def test_onednn_multiplies_where_it_costs_no_precision(settings, monkeypatch):
+    """Within ``train()`` only, put back after an error, not against a user's setting, and not where bits would be lost."""
+    model = tiny_qvpo(n_diffusion_steps=2)
+    model.learn(4)
+    seen, sample = [], model.replay_buffer.sample
+
+    def watched(*args, **kwargs):
+        seen.append(precision())
+        if len(seen) == 2:
+            raise RuntimeError("broken buffer")
+        return sample(*args, **kwargs)
+
+    monkeypatch.setattr(model.replay_buffer, "sample", watched)
+    before = precision()
+    model.train(1, 4)
+    assert seen == ["bf16" if fast.onednn_keeps_float32() else before] and precision() == before
+    with pytest.raises(RuntimeError, match="broken buffer"):
+        model.train(1, 4)
+    assert precision() == before
+    settings.enabled = False
+    model.train(1, 4)
+    settings.enabled = True
+    monkeypatch.setattr(fast, "onednn_keeps_float32", lambda: False)
+    model.train(1, 4)
+    assert seen[2:] == [before, before]
+    monkeypatch.setattr(fast, "onednn_keeps_float32", lambda: True)
+    th.backends.mkldnn.matmul.fp32_precision = "tf32"
+    try:
+        model.train(1, 4)
+        assert seen[4:] == ["tf32"] and precision() == "tf32"
+    finally:
+        th.backends.mkldnn.matmul.fp32_precision = before
+
+
+def test_whether_onednn_keeps_float32_is_seen_from_a_product(monkeypatch):
+    """A processor that really multiplies in bfloat16 there is found out."""
+    linear = F.linear
+    probe = inspect.unwrap(fast.onednn_keeps_float32)  # without its memory
+    assert probe() == fast.onednn_keeps_float32()
+    monkeypatch.setattr(F, "linear", lambda x, weight: linear(x.bfloat16(), weight.bfloat16()).float())
+    assert not probe()
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have other rules")
+def test_freed_memory_is_kept():
+    """Large results are written to memory that the process has already, in a process of its own."""
+    code = """
+import resource, torch as th
+from sb3_qvpo.common import fast
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        [th.ones(700_000) + 1 for _ in range(8)]
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+th.set_num_threads(1)
+before = faults()
+fast.keep_freed_memory()
+faults()
+print(before, faults())
+"""
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    before, after = map(int, output.split())
+    assert after < before / 10
+
+
+@pytest.mark.parametrize(("n_threads", "n_blocks"), [(1, 16), (2, 8), (64, 1)])
+def test_blocks_cover_all_states_once(n_threads, n_blocks, monkeypatch):
+    """1024 rows of width 256 for each thread, until a block is large."""
+    monkeypatch.setattr(th, "get_num_threads", lambda: n_threads)
     for n_states, n_candidates, width in [(256, 64, 256), (37, 64, 96), (5, 100_000, 256), (1, 1, 8)]:
         states = np.arange(n_states)
         covered = [states[block] for block in fast.blocks(n_states, n_candidates, width, th.float32)]
         np.testing.assert_array_equal(np.concatenate(covered), states)
-    assert len(fast.blocks(256, 64, 256, th.float32)) == 8  # 2048 rows each
+    assert len(fast.blocks(256, 64, 256, th.float32)) == n_blocks
+    assert len(fast.blocks(2560, 64, 256, th.float32)) == (5 if n_threads == 64 else 10 * n_blocks)
 
 
 @pytest.mark.parametrize("n_rows", [255, 256, 300])
@@ -235,13 +332,14 @@ TRAINED = {
 @pytest.mark.parametrize("name", TRAINED)
 def test_bfloat16_does_not_change_the_distribution_of_a_policy(name):
     """
-    Two samples of 40 000 actions, one drawn in each type, cannot be told apart by the Kolmogorov-Smirnov test, in any
-    dimension or in their sum; nor the mean distance of the two actions that the same noise gives, from float32's 0.
+    The Kolmogorov-Smirnov distance of two samples of 400 000 actions, one drawn in each type, is below a hundredth, in each
+    dimension and in their sum; chance alone gives up to 0.0036 (one in a hundred). With three million actions the "narrow"
+    policy shows 0.005, a shift of its mean by a hundredth of its standard deviation, the others nothing beyond chance.
     """
     settings = dict(n_diffusion_steps=10, batch_size=64, n_train_candidates=16, learning_rate=3e-3)
     model = tiny_qvpo(**TRAINED[name], **settings, policy_kwargs=dict(net_arch=[64, 64])).learn(300)
-    features = th.zeros(40, 2)
-    shape = (10, 40, 1000, model.actor.action_dim)
+    features = th.zeros(400, 2)
+    shape = (10, 400, 1000, model.actor.action_dim)
     dtypes = (th.float32, th.bfloat16)
 
     def draw(dtype, noise):
@@ -252,10 +350,10 @@ def test_bfloat16_does_not_change_the_distribution_of_a_policy(name):
 
     exact, reduced = (draw(dtype, th.randn(shape)) for dtype in dtypes)
     for direction in (*np.eye(exact.shape[1]), np.ones(exact.shape[1])):
-        assert ks_2samp(exact @ direction, reduced @ direction).pvalue > 0.01
+        assert ks_2samp(exact @ direction, reduced @ direction).statistic < 0.01
     assert 0.01 < exact.std() < 1.01, "a policy worth comparing"
     noise = th.randn(shape)
     distances = np.abs(draw(th.float32, noise) - draw(th.bfloat16, noise))
     assert 0 < distances.mean() < 2e-3
-    shifted = exact + 0.1 * exact.std()
-    assert ks_2samp(shifted[:, 0], reduced[:, 0]).pvalue < 1e-6, "the test would notice a tenth of a standard deviation"
+    shifted = exact + 0.05 * exact.std()
+    assert ks_2samp(shifted[:, 0], reduced[:, 0]).statistic > 0.01, "the test would notice a twentieth of a standard deviation"

@@ -5,6 +5,7 @@ Shapes: B batch, K candidates for each state, A action dimensions, S state featu
 Actions are scaled to [-1, 1].
 """
 
+import functools
 from typing import Any, cast
 
 import torch as th
@@ -167,6 +168,20 @@ class CandidateCritic(ContinuousCritic):
         :return: Features of shape (B, S).
         """
         return self.extract_features(observation, self.features_extractor)
+
+    def forward(self, obs: PyTorchObs, actions: th.Tensor) -> tuple[th.Tensor, ...]:
+        """
+        Values of one action for each observation, for the critics' loss.
+
+        :param obs: B observations.
+        :param actions: Actions of shape (B, A) in [-1, 1].
+        :return: Values of shape (B, 1) for each critic.
+        """
+        with th.set_grad_enabled(not self.share_features_extractor):  # shared ones are trained by the actor's loss
+            features = self.features(obs)
+        rows = th.cat([features, actions], dim=1)
+        networks = [fast.trainable_layers(list(cast(nn.Sequential, q_network)), len(rows)) for q_network in self.q_networks]
+        return tuple(functools.reduce(lambda hidden, layer: layer(hidden), layers, rows) for layers in networks)
 
     def value_candidates(self, features: th.Tensor, candidates: th.Tensor) -> th.Tensor:
         """

@@ -5,20 +5,24 @@ No mathematics is defined here: :meth:`GaussianDiffusion.sample` runs the chain 
 :class:`NoisePredictor` returns, and critics are valued as :meth:`CandidateCritic.value_candidates` values them. What is
 different:
 
-- Rows go through in blocks that fit into the processor's caches, which also bounds memory.
-- Mish costs five vectorised passes instead of torch's ``log1p`` and ``tanh`` one number at a time, see :func:`negated_mish`.
-- Products of matrices go to oneDNN. In float32 torch takes MKL by default, which is half as fast on AMD processors.
+- Rows go through in blocks that fit into the processor's caches, which also bounds memory. Freed memory is kept:
+  :func:`keep_freed_memory`.
+- Mish costs three vectorised passes instead of torch's ``log1p`` and ``tanh`` one number at a time: :func:`mish_of_negated`.
+- Products of matrices go to oneDNN, see :class:`OneDnnProducts`: in float32 torch takes MKL by default, which is half as fast
+  on AMD processors. This and Mish also serve the losses.
 - Candidates that only serve training may have their hidden layers multiplied in bfloat16 where the processor has it in
   hardware. No gradient flows through them; their values, and all that is trained, stay in float32.
 
-Few rows of several states, other devices than the CPU, and passes with gradients take the readable path: :func:`pays_off`. The
-candidates of one state, an action, are few: there the calls cost more than the numbers, and :func:`sample_for_one_state` makes
-five calls a step for the network instead of a dozen.
+Few rows of several states and other devices than the CPU take the readable path: :func:`pays_off`. The candidates of one
+state, an action, are few: there the calls cost more than the numbers, and :func:`sample_for_one_state` makes five calls a step
+for the network instead of a dozen.
 
 Shapes: B batch, K candidates for each state, A action dimensions, R rows of a block, H width of a hidden layer.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
+from contextlib import ContextDecorator
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -29,8 +33,11 @@ from torch.nn import functional as F
 from sb3_qvpo.common.diffusion import GaussianDiffusion, NoiseNetwork
 from sb3_qvpo.common.networks import Condition, NoisePredictor
 
-BLOCK_SIZES = {th.float32: 2**19, th.bfloat16: 2**20}
-"""Numbers in a hidden layer of a block, for each type: 2048 and 4096 rows of width 256 were the fastest."""
+BLOCK_SIZES = {th.float32: 2**18, th.bfloat16: 2**19}
+"""Numbers in a hidden layer of a block for each thread, by type: 1024 and 2048 rows of width 256 were the fastest."""
+
+LARGEST_BLOCK = 2**23
+"""Numbers in a hidden layer of a block on many threads, 32 MB in float32: what bounds memory there."""
 
 SMALLEST_SIZE = 2**14
 """Numbers in a hidden layer, 64 rows of width 256, below which the readable path is as fast."""
@@ -109,6 +116,63 @@ def applies(layers: Sequence[nn.Module], device: th.device) -> bool:
     return len(layers) >= 2 and all(isinstance(layer, nn.Linear) == bool(i % 2) for i, layer in enumerate(layers))
 
 
+@functools.cache
+def onednn_keeps_float32() -> bool:
+    """
+    Whether oneDNN, where torch lets it multiply float32 in bfloat16, multiplies in float32 all the same.
+
+    It does on processors that have no faster way, those without AMX. Seen from the error of a product, once in a process.
+
+    :return: False also if torch has no such setting (before 2.9) or was built without oneDNN.
+    """
+    has_onednn: bool = th.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    matmul: Any = getattr(th.backends.mkldnn, "matmul", None)
+    if not (has_onednn and hasattr(matmul, "fp32_precision")):
+        return False
+    generator = th.Generator().manual_seed(0)
+    x, weight = th.randn(512, 256, generator=generator), th.randn(256, 256, generator=generator)
+    exact = x.double() @ weight.double().t()
+    before, matmul.fp32_precision = matmul.fp32_precision, "bf16"
+    try:
+        error = (F.linear(x, weight) - exact).abs().max()
+    finally:
+        matmul.fp32_precision = before
+    return bool(error < 1e-3)  # about 5e-5 in float32, 0.2 in bfloat16, for values up to 80
+
+
+class OneDnnProducts(ContextDecorator):
+    """
+    Products of float32 matrices by oneDNN while it lasts, if that costs no precision (:func:`onednn_keeps_float32`).
+
+    Torch only offers this as a setting of the process, which is put back at the end; a user's own setting stays.
+    """
+
+    def __enter__(self) -> None:
+        """Start."""
+        self.before: str | None = None
+        if settings.enabled and onednn_keeps_float32():
+            matmul = cast(Any, th.backends.mkldnn).matmul
+            if matmul.fp32_precision in ("none", "ieee"):
+                self.before, matmul.fp32_precision = matmul.fp32_precision, "bf16"
+
+    def __exit__(self, *_: object) -> None:
+        """End."""
+        if self.before is not None:
+            cast(Any, th.backends.mkldnn).matmul.fp32_precision = self.before
+
+
+@functools.cache
+def keep_freed_memory() -> None:
+    """
+    Let the C library keep up to 62 MB of freed memory instead of handing it back to the kernel.
+
+    Every large intermediate result is new memory otherwise, which costs more than the arithmetic on it. By default glibc
+    adapts what it keeps to the largest block that was freed so far, up to 32 MB: freeing one such block, which was never
+    touched, is enough. Other C libraries take no notice.
+    """
+    th.empty(31 * 2**20, dtype=th.uint8)
+
+
 class Scratch:
     """Memory for intermediate results that is used again in every block and step."""
 
@@ -131,32 +195,31 @@ class Scratch:
         return tensor[:size].view(shape)
 
 
-def negated_mish(x: th.Tensor, scratch: Scratch) -> th.Tensor:
+def mish_of_negated(x: th.Tensor, scratch: Scratch) -> th.Tensor:
     """
-    ``-mish(x) = -x tanh(log(1 + e^x))``, to 2e-6 for any x.
+    ``mish(-x)``, to 2e-6 for any x, where ``mish(x) = x tanh(log(1 + e^x))``.
 
-    With the sigmoid v of x: ``e^x = v / (1 - v)``, so ``tanh(log(1 + e^x)) = (1 - (1-v)^2) / (1 + (1-v)^2)`` and
-    ``-mish(x) = x - 2 x / (2 - 2 v + v^2)``. Each pass is vectorised in torch, which ``F.mish`` is not. The sign saves a
-    pass; it goes into the weights of the layer that follows.
+    With u the sigmoid of x: ``e^-x = (1 - u) / u``, so ``tanh(log(1 + e^-x)) = (1 - u^2) / (1 + u^2)`` and
+    ``mish(-x) = x - 2 x / (1 + u^2)``. Each pass is vectorised in torch, which ``F.mish`` is not. The sign goes into the
+    weights of the layer before.
 
-    :param x: Pre-activations in float32.
+    :param x: Negated pre-activations in float32.
     :param scratch: Memory for the result.
     :return: A tensor of the shape of x, valid until the next call.
     """
-    sigmoid, result = scratch("sigmoid", x.shape), scratch("mish", x.shape)
-    th.sigmoid(x, out=sigmoid)
-    th.sub(sigmoid, 2, out=result)
-    th.addcmul(_TWO, result, sigmoid, out=result)
+    result = scratch("mish", x.shape)
+    th.sigmoid(x, out=result)
+    th.addcmul(_ONE, result, result, out=result)
     return th.addcdiv(x, x, result, value=-2, out=result)
 
 
-_TWO = th.tensor(2.0)
+_ONE = th.tensor(1.0)
 
 
 class TrainableMish(th.autograd.Function):
     """
-    Mish and its derivative in vectorised passes, see :func:`negated_mish`. With the sigmoid v of x and ``w = (1 - v)^2``:
-    ``mish'(x) = (1 - w) / (1 + w) + 4 x v w / (1 + w)^2``.
+    Mish and its derivative in vectorised passes, see :func:`mish_of_negated`. With the sigmoid u of -x and
+    ``r = 1 / (1 + u^2)``: ``mish(x) = 2 x r - x`` and ``mish'(x) = (1 - u^2 + 4 x r u^2 (1 - u)) r``.
     """
 
     @staticmethod
@@ -168,10 +231,14 @@ class TrainableMish(th.autograd.Function):
         :param x: Pre-activations.
         :return: A tensor of the same shape.
         """
-        ctx.save_for_backward(x)
-        sigmoid = th.sigmoid(x)
-        one_plus_w = (sigmoid - 2).mul_(sigmoid).add_(2)
-        return th.div(x, one_plus_w).mul_(2).sub_(x)
+        sigmoid = th.neg(x).sigmoid_()
+        reciprocal = th.addcmul(_ONE.to(x.dtype), sigmoid, sigmoid).reciprocal_()
+        double = th.mul(x, reciprocal).mul_(2)
+        # u^2 (1 - u), then the rest of the bracket
+        derivative = th.addcmul(sigmoid, sigmoid, sigmoid, value=-1).mul_(sigmoid)
+        derivative.mul_(double).mul_(2).addcmul_(sigmoid, sigmoid, value=-1).add_(1).mul_(reciprocal)
+        ctx.save_for_backward(derivative)
+        return double.sub_(x)
 
     @staticmethod
     def backward(ctx: Any, gradient: th.Tensor) -> th.Tensor:
@@ -182,12 +249,22 @@ class TrainableMish(th.autograd.Function):
         :param gradient: Gradient of the output.
         :return: A tensor of the same shape.
         """
-        (x,) = ctx.saved_tensors
-        sigmoid = th.sigmoid(x)
-        w = (1 - sigmoid).square_()
-        reciprocal = (w + 1).reciprocal_()
-        derivative: th.Tensor = (sigmoid * x).mul_(w).mul_(reciprocal).mul_(4).sub_(w).add_(1).mul_(reciprocal)
-        return derivative.mul_(gradient)
+        (derivative,) = ctx.saved_tensors
+        return cast(th.Tensor, derivative * gradient)
+
+
+def trainable_layers(layers: Sequence[nn.Module], n_rows: int) -> Sequence[Callable[[th.Tensor], th.Tensor]]:
+    """
+    Layers for a loss: the same numbers and gradients, with :class:`TrainableMish` where many rows pay for it.
+
+    :param layers: Layers of a network.
+    :param n_rows: Number of rows.
+    :return: The layers themselves, or what computes the same.
+    """
+    widths = [layer.out_features for layer in layers if isinstance(layer, nn.Linear) and layer.weight.device.type == "cpu"]
+    if not (settings.enabled and widths and n_rows * max(widths) >= SMALLEST_SIZE):
+        return layers
+    return [cast(Any, TrainableMish.apply) if type(layer) is nn.Mish else layer for layer in layers]
 
 
 def trainable(predictor: NoisePredictor, n_rows: int) -> NoiseNetwork:
@@ -198,17 +275,14 @@ def trainable(predictor: NoisePredictor, n_rows: int) -> NoiseNetwork:
     :param n_rows: Number of rows.
     :return: The predictor itself, or what computes the same.
     """
-    layers = list(predictor.later_layers)
-    vectorized_mish = cast(Any, TrainableMish.apply)
-    on_cpu = predictor.first_layer.weight.device.type == "cpu"
-    many = n_rows * predictor.first_layer.out_features >= SMALLEST_SIZE
-    if not (settings.enabled and on_cpu and many and any(type(layer) is nn.Mish for layer in layers)):
+    layers = trainable_layers(list(predictor.later_layers), n_rows)
+    if all(isinstance(layer, nn.Module) for layer in layers):
         return predictor
 
     def network(x_t: th.Tensor, t: int | th.Tensor, cond: Condition) -> th.Tensor:
         hidden = predictor.first_output(x_t, t, cond)
         for layer in layers:
-            hidden = vectorized_mish(hidden) if type(layer) is nn.Mish else layer(hidden)
+            hidden = layer(hidden)
         return hidden
 
     return network
@@ -220,6 +294,8 @@ class FastLayers:
 
     A snapshot: weights that change later are not seen.
 
+    Mish takes its input negated, so that the layers before it get other signs. ``sign`` is the one of the first layer.
+
     :param layers: The readable layers.
     :param dtype: In what the hidden layers are multiplied, float32 or bfloat16. The last layer is multiplied in float32.
     :param scratch: Memory for intermediate results.
@@ -228,26 +304,18 @@ class FastLayers:
     def __init__(self, layers: Sequence[nn.Module], dtype: th.dtype, scratch: Scratch):
         self.dtype, self.scratch = dtype, scratch
         self.activations = layers[::2]
-        self.weights: list[th.Tensor] = []
-        self.biases: list[th.Tensor] = []
-        for activation, layer in zip(self.activations, cast(Sequence[nn.Linear], layers[1::2]), strict=True):
-            weight, bias = layer.weight.detach(), layer.bias.detach()
-            self.weights.append(-weight if type(activation) is nn.Mish else weight)
-            self.biases.append(bias)
+        self.sign, *signs = [-1 if type(activation) is nn.Mish else 1 for activation in self.activations] + [1]
+        linears = cast(Sequence[nn.Linear], layers[1::2])
+        self.weights = [sign * layer.weight.detach() for sign, layer in zip(signs, linears, strict=True)]
+        self.biases = [sign * layer.bias.detach() for sign, layer in zip(signs, linears, strict=True)]
         for i in range(len(self.weights) - 1):
-            self.weights[i], self.biases[i] = (self._prepare(tensor) for tensor in (self.weights[i], self.biases[i]))
-
-    def _prepare(self, tensor: th.Tensor) -> th.Tensor:
-        if self.dtype == th.float32:
-            has_onednn: bool = th.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-            return tensor.to_mkldnn() if has_onednn else tensor
-        return tensor.to(self.dtype)
+            self.weights[i], self.biases[i] = self.weights[i].to(dtype), self.biases[i].to(dtype)
 
     def __call__(self, hidden: th.Tensor) -> th.Tensor:
         """
         Go through the layers.
 
-        :param hidden: Output of the first linear layer, shape (R, H). It is overwritten.
+        :param hidden: Output of the first linear layer times ``sign``, shape (R, H). It is overwritten.
         :return: Output of the last layer, shape (R, outputs).
         """
         for activation, weight, bias in zip(self.activations[:-1], self.weights[:-1], self.biases[:-1], strict=True):
@@ -255,16 +323,14 @@ class FastLayers:
         return F.linear(self._activate(self.activations[-1], hidden), self.weights[-1], self.biases[-1])
 
     def _activate(self, activation: nn.Module, hidden: th.Tensor) -> th.Tensor:
-        return negated_mish(hidden, self.scratch) if type(activation) is nn.Mish else cast(th.Tensor, activation(hidden))
+        return mish_of_negated(hidden, self.scratch) if type(activation) is nn.Mish else cast(th.Tensor, activation(hidden))
 
     def _linear(self, x: th.Tensor, weight: th.Tensor, bias: th.Tensor, out: th.Tensor) -> th.Tensor:
-        if self.dtype != th.float32:
-            reduced = self.scratch("reduced", tuple(x.shape), self.dtype).copy_(x)
-            product = F.linear(reduced, weight, bias)
-            return out.copy_(product) if out.shape == product.shape else product.float()
-        if weight.is_mkldnn:
-            return F.linear(x.to_mkldnn(), weight, bias).to_dense()
-        return F.linear(x, weight, bias)
+        if self.dtype == th.float32:
+            return th.addmm(bias, x, weight.t(), out=out) if out.shape[1] == len(weight) else F.linear(x, weight, bias)
+        reduced = self.scratch("reduced", tuple(x.shape), self.dtype).copy_(x)
+        product = F.linear(reduced, weight, bias)
+        return out.copy_(product) if out.shape == product.shape else product.float()
 
 
 def blocks(n_states: int, n_candidates: int, width: int, dtype: th.dtype) -> list[slice]:
@@ -277,10 +343,12 @@ def blocks(n_states: int, n_candidates: int, width: int, dtype: th.dtype) -> lis
     :param dtype: In what hidden layers are multiplied.
     :return: Slices that cover all states.
     """
-    step = max(1, BLOCK_SIZES[dtype] // (n_candidates * width))
+    size = min(BLOCK_SIZES[dtype] * th.get_num_threads(), LARGEST_BLOCK)
+    step = max(1, size // (n_candidates * width))
     return [slice(start, start + step) for start in range(0, n_states, step)]
 
 
+@OneDnnProducts()
 def sample_candidates(
     diffusion: GaussianDiffusion,
     predictor: NoisePredictor,
@@ -303,8 +371,9 @@ def sample_candidates(
     _, n_states, n_candidates, action_dim = noise.shape
     width = predictor.first_layer.out_features
     scratch = Scratch()
-    action_weight = predictor.first_layer.weight.detach()[:, :action_dim].t().contiguous()
     later_layers = FastLayers(list(predictor.later_layers), dtype, scratch)
+    action_weight = later_layers.sign * predictor.first_layer.weight.detach()[:, :action_dim].t().contiguous()
+    condition = Condition(later_layers.sign * condition.state_part, later_layers.sign * condition.time_parts)
 
     def network(x_t: th.Tensor, t: int, cond: Condition) -> th.Tensor:
         hidden = scratch("hidden", (x_t.shape[0] * x_t.shape[1], width))
@@ -336,19 +405,25 @@ def sample_for_one_state(
     layers = list(cast(Any, predictor.later_layers))
     pairs = list(zip(layers[::2], layers[1::2], strict=True))
     later = [(activation.forward, layer.bias.detach(), layer.weight.detach().t(), 1) for activation, layer in pairs]
+    first_sign = 1
     if noise.shape[2] * len(first_biases[0]) >= SMALLEST_VECTORIZED and all(type(pair[0]) is nn.Mish for pair in pairs):
         scratch = Scratch()
-        later = [(lambda x: negated_mish(x, scratch), bias, weight, -1) for _, bias, weight, _ in later]
+        first_sign, last = -1, len(pairs) - 1
+        later = [
+            (lambda x: mish_of_negated(x, scratch), bias, weight, 1 if i == last else -1)
+            for i, (_, bias, weight, _) in enumerate(later)
+        ]
 
     def network(x_t: th.Tensor, t: int, cond: None) -> th.Tensor:
-        hidden = th.addmm(first_biases[t], x_t, action_weight)
+        hidden = th.addmm(first_biases[t], x_t, action_weight, beta=first_sign, alpha=first_sign)
         for activate, bias, weight, sign in later:
-            hidden = th.addmm(bias, activate(hidden), weight, alpha=sign)
+            hidden = th.addmm(bias, activate(hidden), weight, beta=sign, alpha=sign)
         return hidden
 
     return diffusion.sample(network, None, noise.squeeze(1)).unsqueeze(0)
 
 
+@OneDnnProducts()
 def value_candidates(q_network: nn.Sequential, state_part: th.Tensor, candidates: th.Tensor) -> th.Tensor:
     """
     Values of candidates by one critic, in float32.
@@ -362,8 +437,9 @@ def value_candidates(q_network: nn.Sequential, state_part: th.Tensor, candidates
     first_layer, *later_modules = cast(Any, q_network)
     width = first_layer.out_features
     scratch = Scratch()
-    action_weight = first_layer.weight.detach()[:, -action_dim:].t().contiguous()
     later_layers = FastLayers(later_modules, th.float32, scratch)
+    action_weight = later_layers.sign * first_layer.weight.detach()[:, -action_dim:].t().contiguous()
+    state_part = later_layers.sign * state_part
     values = []
     for states in blocks(n_states, n_candidates, width, th.float32):
         rows = candidates[states].reshape(-1, action_dim)

@@ -20,6 +20,7 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedul
 from stable_baselines3.common.utils import FloatSchedule, update_learning_rate
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
+import sb3_qvpo.common.fast as fast
 from sb3_qvpo.common.actor_critic import CandidateCritic, DiffusionActor
 from sb3_qvpo.common.arguments import check_action_space, check_count, check_interval, check_no_sde, parse_schedule
 from sb3_qvpo.common.guarded_algorithm import GuardedOffPolicyAlgorithm
@@ -141,6 +142,8 @@ class DiffusionOffPolicyAlgorithm(GuardedOffPolicyAlgorithm):
             super()._setup_model()
         finally:
             self.policy_kwargs = policy_kwargs
+        if self.device.type == "cpu":
+            fast.keep_freed_memory()
         if n_step_kwargs is not None:
             # SB3 has put its n-step buffer here: saved like that, a loaded model would ignore its own n_steps and gamma
             self.replay_buffer_class, self.replay_buffer_kwargs = None, n_step_kwargs

@@ -28,6 +28,7 @@ from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, PyTorchObs, ReplayBufferSamples, Schedule
 from torch.nn import functional as F
 
+import sb3_qvpo.common.fast as fast
 from sb3_qvpo.common.arguments import check_count, check_interval, parse_schedule
 from sb3_qvpo.common.candidates import candidate_std, critic_contrast
 from sb3_qvpo.common.off_policy_algorithm import DiffusionOffPolicyAlgorithm, Metrics
@@ -201,6 +202,7 @@ class QVPO(DiffusionOffPolicyAlgorithm):
         if _init_setup_model:
             self._setup_model()
 
+    @fast.OneDnnProducts()
     def train(self, gradient_steps: int, batch_size: int = 256) -> None:
         """
         Algorithm 1, lines 4-11. The critic comes first, as in the authors' code, then the actor and the targets.
