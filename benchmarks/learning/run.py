@@ -40,6 +40,9 @@ ALGOS: dict[str, list[str]] = {
     "qvpo_ddim10": qvpo(n_train_candidates=16, policy_kwargs=dict(n_sampling_steps=10, sampling_eta=0.0)),
     "qvpo_ddim5": qvpo(n_train_candidates=16, policy_kwargs=dict(n_sampling_steps=5, sampling_eta=0.0)),
     "qvpo_ddim5_delay2": qvpo(n_train_candidates=16, policy_kwargs=dict(n_sampling_steps=5, sampling_eta=0.0), policy_delay=2),
+    # Fewer candidates alone, and candidates that share the first half of the chain
+    "qvpo_nd16": qvpo(n_train_candidates=16),
+    "qvpo_shared10": qvpo(n_train_candidates=16, n_shared_steps=10),
     **{name: ["--algo", name] for name in ("sac", "td3", "tqc", "crossq")},
 }
 
