@@ -101,7 +101,7 @@ class DiffusionActor(BasePolicy):
         """
         condition = self.noise_predictor.condition(features)
         if noise is None:
-            noise = th.randn((self.diffusion.n_noises, len(features), n_candidates, self.action_dim), device=features.device)
+            noise = self.draw_noise(len(features), n_candidates)
         n_rows, later_layers = features.shape[0] * noise.shape[2], list(self.noise_predictor.later_layers)
         if noise.shape[1] == features.shape[0] == 1 and n_shared_steps == 0 and fast.applies(later_layers, features.device):
             return fast.sample_for_one_state(self.diffusion, self.noise_predictor, condition, noise)
@@ -109,6 +109,16 @@ class DiffusionActor(BasePolicy):
             dtype = fast.candidate_dtype() if reduced_precision else th.float32
             return fast.sample_candidates(self.diffusion, self.noise_predictor, condition, noise, dtype, n_shared_steps)
         return self.diffusion.sample(self.noise_predictor, condition, noise, n_shared_steps=n_shared_steps)
+
+    def draw_noise(self, n_states: int, n_candidates: int) -> th.Tensor:
+        """
+        Noise of reverse chains.
+
+        :param n_states: B.
+        :param n_candidates: Candidates K of each state.
+        :return: Standard normal noise of shape (N, B, K, A); N is T unless samples take fewer steps.
+        """
+        return th.randn(self.diffusion.n_noises, n_states, n_candidates, self.action_dim, device=self.device)
 
     def denoising_loss(
         self,

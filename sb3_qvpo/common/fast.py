@@ -54,11 +54,13 @@ class SpeedSettings:
     How the fast paths work in this process. No saved file holds anything of them.
 
     :param enabled: Whether they are used at all.
+    :param compile_actions: Whether long runs compile their actions, see :mod:`sb3_qvpo.common.compiled`.
     :param candidate_dtype: In what candidates for training are drawn: ``"float32"``, ``"bfloat16"`` or ``"auto"``, bfloat16
         where the processor multiplies it in hardware.
     """
 
     enabled: bool = True
+    compile_actions: bool = True
     candidate_dtype: str = "auto"
 
 

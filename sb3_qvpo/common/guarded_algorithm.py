@@ -51,13 +51,21 @@ class GuardedOffPolicyAlgorithm(OffPolicyAlgorithm):
 
     def _setup_model(self) -> None:
         self._warm_up_end: int | None = None
+        self._first_timestep = 0  # of the current learn(), resumed ones counted as one
         self._resumed_random_states: RandomStates | None = None
         self._statistics: Statistics = []
         self._finite_guard = FiniteGuard(deferred=self.device.type != "cpu")
         super()._setup_model()
 
     def _excluded_save_params(self) -> list[str]:
-        of_the_process = ["_finite_guard", "_warm_up_end", "_resumed_random_states", "_statistics", "start_time"]
+        of_the_process = [
+            "_finite_guard",
+            "_warm_up_end",
+            "_first_timestep",
+            "_resumed_random_states",
+            "_statistics",
+            "start_time",
+        ]
         return [*super()._excluded_save_params(), *of_the_process]
 
     @property
@@ -127,7 +135,8 @@ class GuardedOffPolicyAlgorithm(OffPolicyAlgorithm):
         :raises OSError: If writing fails. A previous file is intact then.
         """
         random_states = self._resumed_random_states or get_random_states(self.action_space)
-        write_checkpoint(self, path, {"random_states": random_states, "warm_up_end": self._warm_up_end})
+        run = {"warm_up_end": self._warm_up_end, "first_timestep": self._first_timestep}
+        write_checkpoint(self, path, {"random_states": random_states, **run})
 
     @classmethod
     def load(
@@ -195,6 +204,7 @@ class GuardedOffPolicyAlgorithm(OffPolicyAlgorithm):
                 model.load_replay_buffer(io.BufferedReader(cast(Any, member)), truncate_last_traj=False)
             run = unpickle(archive, "run")
         model._resumed_random_states, model._warm_up_end = run["random_states"], run["warm_up_end"]
+        model._first_timestep = run["first_timestep"]
         cut_last_episode(cast(ReplayBuffer, model.replay_buffer))
         return model
 
@@ -283,12 +293,15 @@ class GuardedOffPolicyAlgorithm(OffPolicyAlgorithm):
         tb_log_name: str = "run",
         progress_bar: bool = False,
     ) -> tuple[int, BaseCallback]:
+        is_resumed = self._resumed_random_states is not None and not reset_num_timesteps
         if self._resumed_random_states is not None:
             set_random_states(self._resumed_random_states, self.action_space)
             self._resumed_random_states = None
             self._reseed_environments()
         self._statistics = normalization_statistics(self._vec_normalize_env)
         result = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
+        if not is_resumed:
+            self._first_timestep = self.num_timesteps
         first_obs = self._last_obs if self._vec_normalize_env is None else self._last_original_obs
         self._check_finite("observation", cast(np.ndarray, first_obs))
         if self._warm_up_end is not None and not reset_num_timesteps and self.num_timesteps < self._warm_up_end:

@@ -13,8 +13,10 @@ import warnings
 from collections.abc import Iterable
 from typing import Any, ClassVar, Literal, cast
 
+import numpy as np
 import torch as th
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule, TensorDict
 from stable_baselines3.common.utils import FloatSchedule, update_learning_rate
@@ -25,6 +27,9 @@ from sb3_qvpo.common.actor_critic import CandidateCritic, DiffusionActor
 from sb3_qvpo.common.arguments import check_action_space, check_count, check_interval, check_no_sde, parse_schedule
 from sb3_qvpo.common.guarded_algorithm import GuardedOffPolicyAlgorithm
 from sb3_qvpo.common.policies import DiffusionPolicy
+
+COMPILE_AFTER, LONG_RUN = 10_000, 100_000
+"""Environment steps after which actions are compiled, in calls of ``learn()`` that are this long: see ``docs/speed.md``."""
 
 Metrics = dict[str, th.Tensor]
 """Named scalars of a loss, still on the device."""
@@ -251,7 +256,7 @@ class DiffusionOffPolicyAlgorithm(GuardedOffPolicyAlgorithm):
         :param n_candidates: Candidates K of each state.
         :return: Standard normal noise of shape (N, B, K, A); N is T unless samples take fewer steps.
         """
-        return th.randn(self.actor.diffusion.n_noises, batch_size, n_candidates, self.actor.action_dim, device=self.device)
+        return self.actor.draw_noise(batch_size, n_candidates)
 
     def _update_learning_rates(self) -> None:
         self._update_learning_rate(self.actor.optimizer)
@@ -259,6 +264,15 @@ class DiffusionOffPolicyAlgorithm(GuardedOffPolicyAlgorithm):
         qf_learning_rate = (self._qf_lr_schedule or self.lr_schedule)(self._current_progress_remaining)
         update_learning_rate(self.critic.optimizer, qf_learning_rate)
         self.logger.record("train/learning_rate_qf", qf_learning_rate)
+
+    def _sample_action(
+        self, learning_starts: int, action_noise: ActionNoise | None = None, n_envs: int = 1
+    ) -> tuple[np.ndarray, np.ndarray]:
+        # By counts of steps, so that the same seed gives the same run, also broken off and resumed
+        steps, total = self.num_timesteps - self._first_timestep, self._total_timesteps - self._first_timestep
+        if n_envs == 1 and steps >= COMPILE_AFTER and total >= LONG_RUN and fast.settings.compile_actions:
+            self.policy.compile_actions(self.n_behavior_candidates)
+        return super()._sample_action(learning_starts, action_noise, n_envs)
 
     # Metrics: summed on the device, read back when they are logged
 

@@ -1,0 +1,211 @@
+"""
+Actions of a long run, compiled: candidates of one state and their values as one program for the CPU.
+
+No mathematics is defined here: :meth:`GaussianDiffusion.sample` runs the chain, as always, with a network that returns what
+:class:`NoisePredictor` returns, and ``torch.compile`` turns it into one C++ function. In eager mode an action is a few hundred
+calls of torch, which cost more than the numbers. Updates are not compiled: there it saves a tenth (see ``docs/speed.md``).
+
+Compiling takes 10 to 20 s for each number of candidates, once on a machine (torch keeps the result on disk). Nothing of it is
+saved with a model, and where it fails there is one warning and all goes on as before.
+"""
+
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from types import FunctionType, MethodType
+from typing import Any, cast
+from weakref import WeakKeyDictionary
+
+import torch as th
+from torch import nn
+from torch.nn import functional as F
+
+import sb3_qvpo.common.fast as fast
+from sb3_qvpo.common.actor_critic import CandidateCritic, DiffusionActor
+from sb3_qvpo.common.networks import NoisePredictor
+
+Layers = Sequence[tuple[th.Tensor, th.Tensor]]
+"""Weights and biases of linear layers."""
+
+NARROW, FEW_ROWS = 32, 8
+"""Inputs or outputs, and rows, up to which a linear layer is part of the program and no call of a library."""
+
+SMALLEST_ONEDNN = 32
+"""Candidates from which oneDNN is faster than MKL, at a width of 256."""
+
+MOST_PROGRAMS = 4
+"""Numbers of candidates of one policy that are compiled."""
+
+_rankings: WeakKeyDictionary[nn.Module, dict[int, "CompiledRanking | None"]] = WeakKeyDictionary()
+
+
+def mish(x: th.Tensor) -> th.Tensor:
+    """
+    Mish with one exponential, to 2e-6; see :func:`sb3_qvpo.common.fast.mish_of_negated`.
+
+    :param x: Pre-activations.
+    :return: A tensor of the same shape.
+    """
+    sigmoid = th.sigmoid(-x)
+    return 2 * x / (1 + sigmoid * sigmoid) - x
+
+
+def linear(x: th.Tensor, weight: th.Tensor, bias: th.Tensor) -> th.Tensor:
+    """
+    A linear layer, written out where libraries for products of large matrices are slow.
+
+    :param x: Inputs of shape (K, inputs).
+    :param weight: Weights of shape (outputs, inputs).
+    :param bias: Biases of shape (outputs,).
+    :return: Outputs of shape (K, outputs).
+    """
+    if x.shape[1] <= NARROW:
+        return (x.unsqueeze(-1) * weight.t()).sum(-2) + bias
+    if len(weight) <= NARROW or len(x) <= FEW_ROWS:
+        return (x.unsqueeze(-2) * weight).sum(-1) + bias
+    return F.linear(x, weight, bias)
+
+
+def linear_layers(modules: nn.Module | Sequence[nn.Module]) -> Layers:
+    """
+    Weights and biases of the linear layers among modules.
+
+    :param modules: The modules.
+    :return: Their parameters, in their order.
+    """
+    return [(layer.weight, layer.bias) for layer in cast(Sequence[nn.Module], modules) if isinstance(layer, nn.Linear)]
+
+
+class CompiledRanking:
+    """
+    Candidates of one state and their values, see :meth:`DiffusionPolicy.rank_candidates`.
+
+    Weights are passed at each call, so that updates are seen.
+
+    :param actor: The actor.
+    :param critic: The critics.
+    """
+
+    def __init__(self, actor: DiffusionActor, critic: CandidateCritic):
+        self.actor, self.critic = actor, critic
+        activation = actor.noise_predictor.time_mlp[1]
+        self.activation: Callable[[th.Tensor], th.Tensor] = mish if type(activation) is nn.Mish else activation.forward
+        # Code of its own: torch counts programs by it, and compiles a few for each
+        function = FunctionType(CompiledRanking._rank.__code__.replace(), globals())
+        options: dict[str, Any] = {"cpp_wrapper": True}
+        self.program = th.compile(MethodType(function, self), fullgraph=True, dynamic=False, options=options)
+
+    def __call__(self, actor_features: th.Tensor, critic_features: th.Tensor, noise: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+        """
+        Draw candidates and value them.
+
+        :param actor_features: The state's features of the actor, shape (1, S).
+        :param critic_features: The state's features of the critics, shape (1, S).
+        :param noise: Noise of shape (N, 1, K, A), see :meth:`GaussianDiffusion.sample`.
+        :return: Actions of shape (1, K, A) and the minimum of their values over critics, shape (1, K).
+        """
+        if critic_features is actor_features:
+            critic_features = actor_features.clone()  # the same tensor twice would be another program
+        predictor = self.actor.noise_predictor
+        time_layers = linear_layers(predictor.time_mlp)
+        actor_layers = linear_layers([predictor.first_layer, *cast(Any, predictor.later_layers)])
+        critic_layers = [linear_layers(q_network) for q_network in self.critic.q_networks]
+        arguments = (actor_features, critic_features, noise, predictor.time_features, time_layers, actor_layers, critic_layers)
+        with fast.OneDnnProducts() if noise.shape[2] >= SMALLEST_ONEDNN else nullcontext():
+            return self.program(*arguments)
+
+    def _rank(
+        self,
+        actor_features: th.Tensor,
+        critic_features: th.Tensor,
+        noise: th.Tensor,
+        time_features: th.Tensor,
+        time_layers: Layers,
+        actor_layers: Layers,
+        critic_layers: Sequence[Layers],
+    ) -> tuple[th.Tensor, th.Tensor]:
+        (first_weight, first_bias), *later_layers = actor_layers
+        sizes = self.actor.noise_predictor.split_sizes
+        action_weight, time_weight, state_weight = th.split(first_weight, sizes, dim=1)
+        embedding = self._through(linear(time_features, *time_layers[0]), time_layers[1:])
+        biases = linear(embedding, time_weight, linear(actor_features, state_weight, first_bias).squeeze(0))
+
+        def network(x_t: th.Tensor, t: int, cond: None) -> th.Tensor:
+            return self._through(linear(x_t, action_weight, biases[t]), later_layers)
+
+        candidates = self.actor.diffusion.sample(network, None, noise.squeeze(1))
+        q_values = []
+        for (weight, bias), *layers in critic_layers:
+            state_weight, action_weight = th.split(weight, [critic_features.shape[1], candidates.shape[1]], dim=1)
+            hidden = linear(candidates, action_weight, linear(critic_features, state_weight, bias).squeeze(0))
+            q_values.append(self._through(hidden, layers).squeeze(-1))
+        return candidates.unsqueeze(0), th.stack(q_values).min(dim=0).values.unsqueeze(0)
+
+    def _through(self, hidden: th.Tensor, layers: Layers) -> th.Tensor:
+        for weight, bias in layers:
+            hidden = linear(self.activation(hidden), weight, bias)
+        return hidden
+
+
+def compile_ranking(policy: nn.Module, actor: DiffusionActor, critic: CandidateCritic, n_candidates: int) -> bool:
+    """
+    Compile what :func:`ranking_of` finds from then on. Does nothing if that was tried before.
+
+    :param policy: The policy that the networks belong to.
+    :param actor: Its actor.
+    :param critic: Its critics.
+    :param n_candidates: Number of candidates K.
+    :return: Whether it is compiled. If not there is a warning, once.
+    """
+    rankings = _rankings.setdefault(policy, {})
+    if n_candidates not in rankings and len(rankings) < MOST_PROGRAMS:
+        with th.no_grad():
+            rankings[n_candidates] = _compiled(actor, critic, n_candidates) if is_supported(actor, critic) else None
+    return rankings.get(n_candidates) is not None
+
+
+def is_supported(actor: DiffusionActor, critic: CandidateCritic) -> bool:
+    """
+    Whether the program can stand for these networks.
+
+    :param actor: The actor.
+    :param critic: The critics.
+    :return: False off the CPU, and for networks that are not the usual ones, of a subclass for instance.
+    """
+    networks = [list(actor.noise_predictor.later_layers)]
+    networks += [list(cast(nn.Sequential, q_network))[1:] for q_network in critic.q_networks]
+    weight = actor.noise_predictor.first_layer.weight
+    return (
+        type(actor.noise_predictor) is NoisePredictor
+        and weight.dtype == th.float32
+        and all(fast.applies(layers, weight.device) for layers in networks)
+        and not any(list(layer.parameters()) for layers in networks for layer in layers[::2])
+    )
+
+
+def _compiled(actor: DiffusionActor, critic: CandidateCritic, n_candidates: int) -> CompiledRanking | None:
+    ranking = CompiledRanking(actor, critic)
+    features_dim = actor.noise_predictor.split_sizes[-1]
+    critic_features_dim = cast(nn.Linear, cast(nn.Sequential, critic.q_networks[0])[0]).in_features - actor.action_dim
+    noise = th.zeros(actor.diffusion.n_noises, 1, n_candidates, actor.action_dim)
+    try:
+        ranking(th.zeros(1, features_dim), th.zeros(1, critic_features_dim), noise)
+    except Exception as error:  # whatever a compiler can fail with, training goes on
+        reason = " ".join(f"{error}".split())[:200] or repr(error)
+        warnings.warn(f"Actions are not compiled and take twice the time: {reason}", stacklevel=4)
+        return None
+    return ranking
+
+
+def ranking_of(policy: nn.Module, n_candidates: int) -> CompiledRanking | None:
+    """
+    The compiled program of a policy.
+
+    :param policy: The policy.
+    :param n_candidates: Number of candidates K.
+    :return: The program; None if there is none, or while gradients are on or fast paths off.
+    """
+    rankings = _rankings.get(policy)
+    if not rankings or not fast.settings.enabled or th.is_grad_enabled():
+        return None
+    return rankings.get(n_candidates)

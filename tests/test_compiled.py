@@ -1,0 +1,226 @@
+"""Compiled actions are the readable ones, never in the way, and leave no trace in what is saved."""
+
+import copy
+import gc
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch as th
+from helpers import CountdownEnv, same_weights, tiny_qvpo, weights_of
+from stable_baselines3.common.callbacks import ConvertCallback
+from torch import nn
+
+from sb3_qvpo import QVPO, ResumableCheckpointCallback
+from sb3_qvpo.common import compiled, fast, off_policy_algorithm
+
+
+@pytest.fixture
+def long_runs_are_short(monkeypatch):
+    """Actions are compiled after 10 steps of runs of at least 20."""
+    monkeypatch.setattr(off_policy_algorithm, "COMPILE_AFTER", 10)
+    monkeypatch.setattr(off_policy_algorithm, "LONG_RUN", 20)
+
+
+@pytest.fixture
+def no_compiler(monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError("no compiler\nhere")
+
+    monkeypatch.setattr(compiled.CompiledRanking, "__call__", fail)
+
+
+def model_with(seed=0, **policy_kwargs):
+    model = tiny_qvpo(n_diffusion_steps=3, seed=seed, policy_kwargs=policy_kwargs)
+    for parameter in model.policy.parameters():  # away from the initial zeros of the biases
+        parameter.data.add_(0.05 * th.randn_like(parameter))
+    return model
+
+
+def is_compiled(model, n_candidates=None) -> bool:
+    with th.no_grad():
+        return compiled.ranking_of(model.policy, n_candidates or model.n_behavior_candidates) is not None
+
+
+def ranked(policy, observation, n_candidates, noise, enabled):
+    fast.settings.enabled = enabled
+    try:
+        with th.no_grad():
+            return policy.rank_candidates(observation, n_candidates, noise)
+    finally:
+        fast.settings.enabled = True
+
+
+CASES = {
+    "few candidates": (4, {}),
+    "many candidates, three uneven layers": (40, dict(net_arch=[96, 64, 130])),
+    "relu, one critic, one candidate": (1, dict(net_arch=[64, 64], activation_fn=nn.ReLU, n_critics=1)),
+    "silu, DDIM, one layer, shared features": (
+        9,
+        dict(net_arch=[48], activation_fn=nn.SiLU, n_sampling_steps=2, sampling_eta=0.0, share_features_extractor=True),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_compiled_actions_are_the_readable_ones(name):
+    """With the same noise; after an update, too; and nothing is compiled again."""
+    n_candidates, policy_kwargs = CASES[name]
+    model = model_with(**policy_kwargs)
+    policy, noise = model.policy, model.actor.draw_noise(1, n_candidates)
+    assert policy.compile_actions(n_candidates)
+    model.learn(5)
+    with th.compiler.set_stance("fail_on_recompile"):
+        for _ in range(3):
+            observation = th.randn(1, 3)
+            (actions, values), (readable_actions, readable_values) = (
+                ranked(policy, observation, n_candidates, noise, enabled) for enabled in (True, False)
+            )
+            assert not th.equal(values, readable_values) or n_candidates == 1, "not compiled"
+            np.testing.assert_allclose(actions, readable_actions, atol=1e-5)
+            np.testing.assert_allclose(values, readable_values, atol=1e-5)
+            assert actions.shape == (1, n_candidates, 1)
+            model.train(1, 4)
+        model.learn(5, reset_num_timesteps=False)
+    # Several observations, the target networks and gradients take the readable path
+    assert ranked(policy, th.randn(2, 3), n_candidates, None, True)[0].shape == (2, n_candidates, 1)
+    assert policy.rank_candidates(observation, n_candidates, noise)[1].requires_grad
+
+
+def test_predictions():
+    """Both kinds, with the same random numbers as before."""
+    model = model_with(net_arch=[32, 32])
+    observation = np.ones(3, np.float32)
+    predictions = []
+    for compile_first in (False, True):
+        assert not compile_first or model.policy.compile_actions()
+        th.manual_seed(1)
+        predictions.append([model.predict(observation, deterministic=flag)[0] for flag in (True, False, False)])
+    np.testing.assert_allclose(*predictions, atol=1e-5)
+    assert is_compiled(model) and is_compiled(model, model.n_eval_candidates) and not is_compiled(model, 7)
+
+
+def test_long_runs_compile_on_their_own(long_runs_are_short):
+    """When they are long enough, not at once, the same with the same seed; loaded models start anew."""
+    assert not is_compiled(tiny_qvpo().learn(19))
+    weights = []
+    for _ in range(2):
+        when = []
+        model = tiny_qvpo().learn(30, callback=lambda locals_, _: when.append(is_compiled(locals_["self"])) or True)
+        assert when == [False] * 10 + [True] * 20
+        assert is_compiled(model.learn(5)), "once compiled, it stays so"
+        weights.append(weights_of(model))
+    assert same_weights(*weights)
+
+
+def test_switched_off(long_runs_are_short, monkeypatch):
+    monkeypatch.setattr(fast.settings, "compile_actions", False)
+    model = tiny_qvpo()
+    model.learn(30)
+    assert not is_compiled(model)
+
+
+@pytest.mark.parametrize("broken_off_at", [7, 23])
+def test_resumed_runs_are_the_uninterrupted_ones(broken_off_at, long_runs_are_short, tmp_path):
+    """A resumed run compiles where the uninterrupted one did; a loaded model, or a new run, does not."""
+
+    def run(until):
+        model = tiny_qvpo(CountdownEnv(), learning_starts=4)
+        callback = ResumableCheckpointCallback(4, tmp_path / f"{until}", at_episode_end=True)
+
+        def stop(locals_, _):
+            if locals_["self"].num_timesteps == until:
+                raise KeyboardInterrupt
+            return True
+
+        try:
+            model.learn(40, callback=[callback, ConvertCallback(stop)])
+        except KeyboardInterrupt:
+            model = QVPO.resume(callback.save_path, model.env)
+            callback = ResumableCheckpointCallback(4, tmp_path / f"{until}", at_episode_end=True)
+            assert model._first_timestep == 0 and model._excluded_save_params().count("_first_timestep") == 1
+            model.learn(model.remaining_timesteps, callback=callback, reset_num_timesteps=False)
+        assert is_compiled(model)
+        return model
+
+    assert same_weights(weights_of(run(None)), weights_of(run(broken_off_at)))
+
+
+def test_without_a_compiler(no_compiler, long_runs_are_short, monkeypatch):
+    """One line of warning, once, and the same run as without compiling."""
+    model = tiny_qvpo()
+    with pytest.warns(UserWarning, match=r"Actions are not compiled .* time: no compiler here$") as record:
+        model.learn(40)
+    assert len(record) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.learn(40)
+    assert not is_compiled(model) and not model.policy.compile_actions(model.n_behavior_candidates)
+    monkeypatch.setattr(fast.settings, "compile_actions", False)
+    assert same_weights(weights_of(model), weights_of(tiny_qvpo().learn(40).learn(40)))
+
+
+MISSING = """
+import warnings
+import numpy as np
+from helpers import tiny_qvpo
+model = tiny_qvpo()
+with warnings.catch_warnings(record=True) as record:
+    warnings.simplefilter("always")
+    assert not model.policy.compile_actions(5)
+    model.predict(np.zeros(3, np.float32))
+print(*[warning.message for warning in record if warning.category is UserWarning], sep="---")
+"""
+
+
+def test_a_missing_compiler(tmp_path):
+    """As torch reports it, in a process of its own: torch remembers what it has not found."""
+    environment = {**os.environ, "CXX": "/no/compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", MISSING]
+    folder = Path(__file__).parent
+    output = subprocess.run(command, capture_output=True, text=True, check=True, cwd=folder, env=environment).stdout
+    assert output.startswith("Actions are not compiled and take twice the time: ") and "/no/compiler" in output
+    assert output.count("\n") == 1 and "---" not in output
+
+
+def test_networks_that_are_not_the_usual_ones(no_compiler):
+    """Activations with weights, other precision, subclasses: no warning, no program."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not model_with(activation_fn=nn.PReLU).policy.compile_actions()
+        assert not model_with().policy.double().compile_actions()
+        model = model_with()
+        model.actor.noise_predictor.__class__ = type("Subclass", (type(model.actor.noise_predictor),), {})
+        assert not model.policy.compile_actions()
+
+
+def test_only_a_few_programs(no_compiler):
+    """A schedule of candidate counts does not compile one program after the other."""
+    model, tried = model_with(), []
+    for count in range(1, 8):
+        with warnings.catch_warnings(record=True) as record:
+            warnings.simplefilter("always")
+            model.policy.compile_actions(count)
+        tried.append(len(record))
+    assert tried == [1] * compiled.MOST_PROGRAMS + [0] * (7 - compiled.MOST_PROGRAMS)
+
+
+def test_nothing_is_saved_or_copied(tmp_path):
+    """A model with compiled actions loads anywhere; copies start without; programs go with their policy."""
+    gc.collect()
+    n_before = len(compiled._rankings)
+    model = model_with(net_arch=[32, 32])
+    before = set(model.policy.state_dict()), set(vars(model.policy)), set(vars(model))
+    assert model.policy.compile_actions(2)
+    assert (set(model.policy.state_dict()), set(vars(model.policy)), set(vars(model))) == before
+    model.save(tmp_path / "model")
+    loaded = QVPO.load(tmp_path / "model")
+    assert not is_compiled(loaded, 2) and not is_compiled(copy.deepcopy(model), 2)
+    assert same_weights(weights_of(model), weights_of(loaded))
+    del model
+    gc.collect()
+    assert len(compiled._rankings) == n_before
