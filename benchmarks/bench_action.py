@@ -13,6 +13,7 @@ from stable_baselines3 import SAC, TD3
 from timing import Rows, interleaved, parse_arguments, ratio, reference_of, report, summary, trained
 
 from sb3_qvpo import QVPO
+from sb3_qvpo.common.candidates import best_candidate
 
 
 def main() -> None:
@@ -23,10 +24,17 @@ def main() -> None:
     observation = np.random.default_rng(0).normal(size=11).astype(np.float32)
     state = th.as_tensor(observation).unsqueeze(0)
     rows: Rows = []
+    compiled_model = trained(QVPO, 11, 3, policy_kwargs=dict(net_arch=hidden))
+    if not compiled_model.policy.compile_actions():
+        print("Nothing is compiled here.")
+    decide = th.no_grad()(lambda policy, n: best_candidate(*policy.rank_candidates(state, n)))
     for name, n_candidates, deterministic in (("best of 4", 4, False), ("best of 32", 32, True)):
         functions: dict[str, Callable[[], Any]] = {
             "eager reference": lambda n=n_candidates: reference.act(state, n),
+            "QVPO, the decision alone": lambda n=n_candidates: decide(model.policy, n),
+            "QVPO, the decision alone, compiled": lambda n=n_candidates: decide(compiled_model.policy, n),
             "QVPO.predict": lambda d=deterministic: model.predict(observation, deterministic=d),
+            "QVPO.predict, compiled": lambda d=deterministic: compiled_model.predict(observation, deterministic=d),
         }
         for other in others:
             name_of_other = f"SB3 {type(other).__name__}.predict"

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch as th
 from stable_baselines3 import SAC, TD3
-from timing import Rows, interleaved, parse_arguments, ratio, reference_of, report, summary, trained
+from timing import Rows, interleaved, parse_arguments, ratio, reference_process, report, summary, trained
 from torch.nn import functional as F
 
 from sb3_qvpo import QVPO
@@ -22,10 +22,11 @@ SETTINGS = {
     "three layers": dict(hidden=[256, 256, 256]),
     "Humanoid": dict(obs_dim=348, action_dim=17),
     "N_d 16": dict(n_train_candidates=16),
+    "N_d 16, 5 DDIM steps": dict(n_train_candidates=16, sampler=dict(n_sampling_steps=5, sampling_eta=0.0)),
     "T 10": dict(n_diffusion_steps=10),
     "batch 128": dict(batch_size=128),
 }
-QUICK = dict(batch_size=16, n_train_candidates=4, n_diffusion_steps=3, hidden=[16, 16])
+QUICK = dict(batch_size=16, n_train_candidates=4, n_diffusion_steps=3, hidden=[16, 16], sampler={})
 
 
 def with_settings(enabled: bool, function: Callable[[], Any]) -> Callable[[], Any]:
@@ -45,10 +46,9 @@ def by_setting(name: str, changes: dict[str, Any], repeats: int) -> Rows:
     """One row for each implementation of one setting."""
     setting: dict[str, Any] = PAPER | changes
     hidden, batch_size = setting.pop("hidden"), setting["batch_size"]
-    model = trained(QVPO, **setting, policy_kwargs=dict(net_arch=hidden))
-    reference = reference_of(model, hidden)
+    sampler = setting.pop("sampler", {})  # the reference draws in all steps
+    model = trained(QVPO, **setting, policy_kwargs=dict(net_arch=hidden, **sampler))
     functions: dict[str, Callable[[], Any]] = {
-        "eager reference": lambda: reference.update(model.replay_buffer.sample(batch_size)),
         "QVPO, readable": with_settings(False, lambda: model.train(1, batch_size)),
         "QVPO": with_settings(True, lambda: model.train(1, batch_size)),
     }
@@ -62,7 +62,8 @@ def by_setting(name: str, changes: dict[str, Any], repeats: int) -> Rows:
                 policy_kwargs=dict(net_arch=hidden),
             )
             functions[f"SB3 {algorithm.__name__}"] = lambda other=other: other.train(1, batch_size)
-    times = interleaved(functions, repeats)
+    with reference_process(model, hidden, batch_size) as reference:
+        times = interleaved({"eager reference": reference, **functions}, repeats)
     rows = []
     for implementation, values in times.items():
         row = {"setting": name, "what": implementation, **summary(values)}

@@ -2,10 +2,12 @@
 
 import argparse
 import csv
+import multiprocessing
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import stable_baselines3 as sb3
 import torch as th
 from eager_reference import EagerReference
 from gymnasium import spaces
+from stable_baselines3 import SAC
 
 from sb3_qvpo import QVPO, __version__
 
@@ -58,6 +61,52 @@ def reference_of(model: QVPO, hidden: list[int]) -> EagerReference:
         model.n_uniform_actions,
         model.n_target_candidates,
     )
+
+
+def _reference_updates(connection: Any, threads: int, obs_dim: int, reference: dict[str, Any]) -> None:
+    """What the process of :func:`reference_process` runs."""
+    th.set_num_threads(threads)
+    batch_size = reference.pop("batch_size")
+    buffer = trained(SAC, obs_dim, reference["action_dim"], policy_kwargs=dict(net_arch=[16])).replay_buffer
+    eager = EagerReference(obs_dim, **reference | {"betas": th.tensor(reference["betas"])})
+    connection.send("ready")
+    while connection.recv() == "update":
+        eager.update(buffer.sample(batch_size))
+        connection.send("done")
+
+
+@contextmanager
+def reference_process(model: QVPO, hidden: list[int], batch_size: int) -> Iterator[Callable[[], None]]:
+    """
+    An update of the eager reference, batch sampling included, in a process of its own: in that of the model it would profit
+    from what the package does for the whole process (``fast.keep_freed_memory()``). It sleeps while it is not called.
+    """
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    arguments = dict(
+        action_dim=model.actor.action_dim,
+        betas=model.actor.diffusion.betas.tolist(),
+        hidden=hidden,
+        n_d=model.n_train_candidates,
+        n_e=model.n_uniform_actions,
+        k_t=model.n_target_candidates,
+        batch_size=batch_size,
+    )
+    obs_dim = model.observation_space.shape[0]
+    process = context.Process(target=_reference_updates, args=(there, th.get_num_threads(), obs_dim, arguments), daemon=True)
+    process.start()
+    there.close()
+    here.recv()
+
+    def update() -> None:
+        here.send("update")
+        here.recv()
+
+    try:
+        yield update
+    finally:
+        here.send("stop")
+        process.join()
 
 
 def interleaved(functions: dict[str, Callable[[], Any]], repeats: int, calls: int = 1) -> dict[str, list[float]]:

@@ -11,7 +11,7 @@ import torch as th
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
-from timing import interleaved, ratio, reference_of, trained  # noqa: E402  # benchmarks/ is no package
+from timing import interleaved, ratio, reference_of, reference_process, trained  # noqa: E402  # benchmarks/ is no package
 
 from sb3_qvpo import QVPO  # noqa: E402
 
@@ -49,12 +49,8 @@ def test_the_reference_computes_the_same_losses(hidden):
 def test_an_update_is_several_times_faster_than_the_reference():
     """Half of what is aimed at, so that a regression cannot slip in and a busy machine does not matter."""
     model = trained(QVPO, 11, 3, 300)
-    reference = reference_of(model, [256, 256])
-    functions = {
-        "reference": lambda: reference.update(model.replay_buffer.sample(256)),
-        "QVPO": lambda: model.train(1, 256),
-    }
-    times = interleaved(functions, repeats=3)
+    with reference_process(model, [256, 256], 256) as reference:
+        times = interleaved({"reference": reference, "QVPO": lambda: model.train(1, 256)}, repeats=3)
     assert ratio(times["reference"], times["QVPO"])["ratio"] > 4
 
 

@@ -107,14 +107,15 @@ def test_predictions():
 def test_long_runs_compile_on_their_own(long_runs_are_short):
     """When they are long enough, not at once, the same with the same seed; loaded models start anew."""
     assert not is_compiled(tiny_qvpo().learn(19))
-    weights = []
-    for _ in range(2):
+
+    def run():
         when = []
         model = tiny_qvpo().learn(30, callback=lambda locals_, _: when.append(is_compiled(locals_["self"])) or True)
         assert when == [False] * 10 + [True] * 20
         assert is_compiled(model.learn(5)), "once compiled, it stays so"
-        weights.append(weights_of(model))
-    assert same_weights(*weights)
+        return weights_of(model)
+
+    assert same_weights(run(), run())
 
 
 def test_switched_off(long_runs_are_short, monkeypatch):

@@ -112,7 +112,8 @@ class CompiledRanking:
         critic_layers = [linear_layers(q_network) for q_network in self.critic.q_networks]
         arguments = (actor_features, critic_features, noise, predictor.time_features, time_layers, actor_layers, critic_layers)
         with fast.OneDnnProducts() if noise.shape[2] >= SMALLEST_ONEDNN else nullcontext():
-            return self.program(*arguments)
+            ranked: tuple[th.Tensor, th.Tensor] = self.program(*arguments)
+        return ranked
 
     def _rank(
         self,
