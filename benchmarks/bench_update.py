@@ -109,7 +109,9 @@ def by_part(changes: dict[str, Any], repeats: int) -> Rows:
         "actor": actor,
         "targets": lambda: policy.update_targets(0.005),
     }
-    return [{"setting": "part", "what": name, **summary(values)} for name, values in interleaved(parts, repeats).items()]
+    with fast.OneDnnProducts():  # as in train()
+        times = interleaved(parts, repeats)
+    return [{"setting": "part", "what": name, **summary(values)} for name, values in times.items()]
 
 
 def candidates_peak_mb(changes: dict[str, Any]) -> float | None:

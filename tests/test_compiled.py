@@ -104,6 +104,41 @@ def test_predictions():
     assert is_compiled(model) and is_compiled(model, model.n_eval_candidates) and not is_compiled(model, 7)
 
 
+def test_a_graph_of_the_readable_functions():
+    """What a GPU takes, with a stand-in for the graph that records without running."""
+    runs = []
+
+    def record(function):
+        results = {}
+        return lambda: (runs.append(1), results.update(function())), results
+
+    model = model_with(net_arch=[32, 32])
+    ranking = compiled.CapturedRanking(model.actor, model.critic, record)
+    with th.no_grad():
+        kept = []
+        for _ in range(3):
+            observation, noise = th.randn(1, 3), model.actor.draw_noise(1, 5)
+            kept.append((ranking(observation, observation, noise), model.policy.rank_candidates(observation, 5, noise)))
+    for results, expected in kept:  # later runs have not overwritten them
+        for result, readable in zip(results, expected, strict=True):
+            np.testing.assert_allclose(result, readable, atol=1e-6)
+    assert len(runs) == 3
+
+
+@pytest.mark.parametrize("what", ["actions", "values"])
+def test_a_compiler_that_errs_is_found_out(what, monkeypatch):
+    rank = compiled.CompiledRanking._rank
+
+    def wrong(self, *arguments):
+        candidates, q_values = rank(self, *arguments)
+        return (candidates + 0.01, q_values) if what == "actions" else (candidates, q_values + 0.01)
+
+    monkeypatch.setattr(compiled.th, "compile", lambda function, **kwargs: lambda *args: wrong(function.__self__, *args))
+    model = model_with(net_arch=[32, 32])
+    with pytest.warns(UserWarning, match=r"Actions are not compiled .* differ by .* values by"):
+        assert not model.policy.compile_actions(5)
+
+
 def test_long_runs_compile_on_their_own(long_runs_are_short):
     """When they are long enough, not at once, the same with the same seed; loaded models start anew."""
     assert not is_compiled(tiny_qvpo().learn(19))

@@ -24,6 +24,9 @@ def settings():
     vars(fast.settings).update(before)
 
 
+CPU = th.device("cpu")
+
+
 def model_with(**policy_kwargs):
     model = tiny_qvpo(n_diffusion_steps=6, policy_kwargs=policy_kwargs)
     for parameter in model.policy.parameters():  # away from the initial zeros of the biases
@@ -294,15 +297,46 @@ def test_same_seed_same_run(dtype, settings):
 
 
 def test_the_type_of_candidates(settings, monkeypatch):
-    monkeypatch.setattr(fast, "has_bfloat16", lambda: True)
-    assert fast.candidate_dtype() == th.bfloat16
-    monkeypatch.setattr(fast, "has_bfloat16", lambda: False)
-    assert fast.candidate_dtype() == th.float32
+    monkeypatch.setattr(fast, "has_bfloat16", lambda device: True)
+    assert fast.candidate_dtype(CPU) == th.bfloat16
+    monkeypatch.setattr(fast, "has_bfloat16", lambda device: False)
+    assert fast.candidate_dtype(CPU) == th.float32
     settings.candidate_dtype = "bfloat16"
-    assert fast.candidate_dtype() == th.bfloat16
+    assert fast.candidate_dtype(CPU) == th.bfloat16
     settings.candidate_dtype = "float16"
     with pytest.raises(ValueError, match=r"candidate_dtype must be one of 'auto', 'float32', 'bfloat16', got 'float16'"):
-        fast.candidate_dtype()
+        fast.candidate_dtype(CPU)
+
+
+def test_bfloat16_on_other_devices(settings, monkeypatch):
+    """A GPU takes the readable functions with hidden layers in bfloat16: the numbers that the CPU's own path gives."""
+    assert not fast.reduces(CPU) and not fast.reduces(th.device("meta"))
+    monkeypatch.setattr(th.cuda, "get_device_capability", lambda device: (9, 0))
+    gpu = th.device("cuda")
+    with th.no_grad():
+        assert fast.reduces(gpu)
+        settings.candidate_dtype = "float32"
+        assert not fast.reduces(gpu)
+        settings.candidate_dtype = "auto"
+        monkeypatch.setattr(th.cuda, "get_device_capability", lambda device: (7, 5))
+        assert not fast.reduces(gpu)
+        monkeypatch.setattr(fast, "reduces", lambda device: True)
+        for kwargs in NETWORKS.values():
+            actor = model_with(**kwargs).actor
+            features, noise = th.randn(8, 3), th.randn(6, 8, 64, 1)
+            condition, predictor = actor.noise_predictor.condition(features), actor.noise_predictor
+            on_the_cpu = fast.sample_candidates(actor.diffusion, predictor, condition, noise, th.bfloat16)
+            exact = actor.diffusion.sample(predictor, condition, noise)
+            settings.enabled = False  # otherwise the CPU's own path comes first
+            candidates = actor.sample_candidates(features, 64, noise, reduced_precision=True)
+            assert th.equal(actor.sample_candidates(features, 64, noise), exact)
+            settings.enabled = True
+            assert (candidates - on_the_cpu).abs().mean() < 1e-3
+            assert (candidates - exact).abs().max() > 0 or len(predictor.later_layers) == 2
+            assert (candidates - exact).abs().mean() < 2e-3
+    unusual = model_with().actor.noise_predictor
+    unusual.later_layers.insert(1, nn.Dropout())
+    assert fast.reduced(unusual) is unusual
 
 
 def test_reduced_precision_is_for_training_candidates_only(settings, monkeypatch):

@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import sb3_qvpo.common.fast as fast
-from sb3_qvpo.common.diffusion import GaussianDiffusion
+from sb3_qvpo.common.diffusion import GaussianDiffusion, NoiseNetwork
 from sb3_qvpo.common.networks import NoisePredictor, init_linear_layers
 from sb3_qvpo.common.noise_schedules import NoiseSchedule, make_betas
 
@@ -106,9 +106,12 @@ class DiffusionActor(BasePolicy):
         if noise.shape[1] == features.shape[0] == 1 and n_shared_steps == 0 and fast.applies(later_layers, features.device):
             return fast.sample_for_one_state(self.diffusion, self.noise_predictor, condition, noise)
         if fast.pays_off(later_layers, n_rows, features.device) and noise.shape[1] == len(features):
-            dtype = fast.candidate_dtype() if reduced_precision else th.float32
+            dtype = fast.candidate_dtype(features.device) if reduced_precision else th.float32
             return fast.sample_candidates(self.diffusion, self.noise_predictor, condition, noise, dtype, n_shared_steps)
-        return self.diffusion.sample(self.noise_predictor, condition, noise, n_shared_steps=n_shared_steps)
+        network: NoiseNetwork = self.noise_predictor
+        if reduced_precision and fast.reduces(features.device):
+            network = fast.reduced(self.noise_predictor)
+        return self.diffusion.sample(network, condition, noise, n_shared_steps=n_shared_steps)
 
     def draw_noise(self, n_states: int, n_candidates: int) -> th.Tensor:
         """

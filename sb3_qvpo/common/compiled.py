@@ -1,5 +1,5 @@
 """
-Actions of a long run, compiled: candidates of one state and their values as one program for the CPU.
+Actions of a long run, compiled: candidates of one state and their values as one program for the CPU, one graph on a GPU.
 
 No mathematics is defined here: :meth:`GaussianDiffusion.sample` runs the chain, as always, with a network that returns what
 :class:`NoisePredictor` returns, and ``torch.compile`` turns it into one C++ function. In eager mode an action is a few hundred
@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from types import FunctionType, MethodType
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 from weakref import WeakKeyDictionary
 
 import torch as th
@@ -22,6 +22,8 @@ from torch.nn import functional as F
 
 import sb3_qvpo.common.fast as fast
 from sb3_qvpo.common.actor_critic import CandidateCritic, DiffusionActor
+from sb3_qvpo.common.candidates import minimum_q
+from sb3_qvpo.common.captured import Capture, Results, cuda_graph, on_side_stream
 from sb3_qvpo.common.networks import NoisePredictor
 
 Layers = Sequence[tuple[th.Tensor, th.Tensor]]
@@ -33,10 +35,13 @@ NARROW, FEW_ROWS = 32, 8
 SMALLEST_ONEDNN = 32
 """Candidates from which oneDNN is faster than MKL, at a width of 256."""
 
+TOLERANCE = 1e-3
+"""Largest difference of actions, and of values relative to the largest, between a program and the readable functions."""
+
 MOST_PROGRAMS = 4
 """Numbers of candidates of one policy that are compiled."""
 
-_rankings: WeakKeyDictionary[nn.Module, dict[int, "CompiledRanking | None"]] = WeakKeyDictionary()
+_rankings: WeakKeyDictionary[nn.Module, dict[int, "CompiledRanking | CapturedRanking | None"]] = WeakKeyDictionary()
 
 
 def mish(x: th.Tensor) -> th.Tensor:
@@ -148,6 +153,45 @@ class CompiledRanking:
         return hidden
 
 
+class CapturedRanking:
+    """
+    The same on a GPU: the readable functions, captured in a graph.
+
+    :param actor: The actor.
+    :param critic: The critics.
+    :param capture: How to capture a function, :func:`sb3_qvpo.common.captured.cuda_graph` unless for a test.
+    """
+
+    def __init__(self, actor: DiffusionActor, critic: CandidateCritic, capture: Capture = cuda_graph):
+        self.actor, self.critic, self.capture = actor, critic, capture
+        self.graph: tuple[Callable[[], None], list[th.Tensor], Results] | None = None
+
+    def __call__(self, actor_features: th.Tensor, critic_features: th.Tensor, noise: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+        """
+        Draw candidates and value them.
+
+        :param actor_features: The state's features of the actor, shape (1, S).
+        :param critic_features: The state's features of the critics, shape (1, S).
+        :param noise: Noise of shape (N, 1, K, A), see :meth:`GaussianDiffusion.sample`.
+        :return: Actions of shape (1, K, A) and the minimum of their values over critics, shape (1, K).
+        """
+        arguments = (actor_features, critic_features, noise)
+        if self.graph is None:
+            inputs = [argument.clone() for argument in arguments]
+            on_side_stream(lambda: self._rank(*inputs), noise.device)  # libraries set themselves up
+            replay, results = self.capture(lambda: self._rank(*inputs))
+            self.graph = replay, inputs, results
+        replay, inputs, results = self.graph
+        for fixed, argument in zip(inputs, arguments, strict=True):
+            fixed.copy_(argument, non_blocking=True)
+        replay()
+        return results["candidates"].clone(), results["q_values"].clone()
+
+    def _rank(self, actor_features: th.Tensor, critic_features: th.Tensor, noise: th.Tensor) -> Results:
+        candidates = self.actor.sample_candidates(actor_features, noise.shape[2], noise)
+        return {"candidates": candidates, "q_values": minimum_q(self.critic.value_candidates(critic_features, candidates))}
+
+
 def compile_ranking(policy: nn.Module, actor: DiffusionActor, critic: CandidateCritic, n_candidates: int) -> bool:
     """
     Compile what :func:`ranking_of` finds from then on. Does nothing if that was tried before.
@@ -161,7 +205,12 @@ def compile_ranking(policy: nn.Module, actor: DiffusionActor, critic: CandidateC
     rankings = _rankings.setdefault(policy, {})
     if n_candidates not in rankings and len(rankings) < MOST_PROGRAMS:
         with th.no_grad():
-            rankings[n_candidates] = _compiled(actor, critic, n_candidates) if is_supported(actor, critic) else None
+            device = actor.noise_predictor.first_layer.weight.device
+            if device.type == "cuda":
+                rankings[n_candidates] = _checked(CapturedRanking(actor, critic), n_candidates)
+            else:
+                ranking = CompiledRanking(actor, critic) if is_supported(actor, critic) else None
+                rankings[n_candidates] = None if ranking is None else _checked(ranking, n_candidates)
     return rankings.get(n_candidates) is not None
 
 
@@ -184,13 +233,26 @@ def is_supported(actor: DiffusionActor, critic: CandidateCritic) -> bool:
     )
 
 
-def _compiled(actor: DiffusionActor, critic: CandidateCritic, n_candidates: int) -> CompiledRanking | None:
-    ranking = CompiledRanking(actor, critic)
+AnyRanking = TypeVar("AnyRanking", bound=CompiledRanking | CapturedRanking)
+
+
+def _checked(ranking: AnyRanking, n_candidates: int) -> AnyRanking | None:
+    """The program after a first run, if that gives what the readable functions give."""
+    actor, critic = ranking.actor, ranking.critic
     features_dim = actor.noise_predictor.split_sizes[-1]
     critic_features_dim = cast(nn.Linear, cast(nn.Sequential, critic.q_networks[0])[0]).in_features - actor.action_dim
-    noise = th.zeros(actor.diffusion.n_noises, 1, n_candidates, actor.action_dim)
+    shape = (actor.diffusion.n_noises, 1, n_candidates, actor.action_dim)
+    # Numbers of its own: those of the run are not touched
+    noise = th.linspace(-1, 1, th.Size(shape).numel(), device=actor.device).view(shape)
+    features = [th.linspace(-1, 1, size, device=actor.device).unsqueeze(0) for size in (features_dim, critic_features_dim)]
     try:
-        ranking(th.zeros(1, features_dim), th.zeros(1, critic_features_dim), noise)
+        candidates, q_values = ranking(features[0], features[1], noise)
+        readable = actor.diffusion.sample(actor.noise_predictor, actor.noise_predictor.condition(features[0]), noise)
+        readable_q_values = minimum_q(critic.value_candidates(features[1], candidates))
+        difference = (candidates - readable).abs().max()
+        q_difference = (q_values - readable_q_values).abs().max() / readable_q_values.abs().max().clamp(min=1)
+        if not (difference <= TOLERANCE and q_difference <= TOLERANCE):
+            raise RuntimeError(f"they differ by {difference:.2g}, their values by {q_difference:.2g} from those that are not")
     except Exception as error:  # whatever a compiler can fail with, training goes on
         reason = " ".join(f"{error}".split())[:200] or repr(error)
         warnings.warn(f"Actions are not compiled and take twice the time: {reason}", stacklevel=4)
@@ -198,7 +260,7 @@ def _compiled(actor: DiffusionActor, critic: CandidateCritic, n_candidates: int)
     return ranking
 
 
-def ranking_of(policy: nn.Module, n_candidates: int) -> CompiledRanking | None:
+def ranking_of(policy: nn.Module, n_candidates: int) -> CompiledRanking | CapturedRanking | None:
     """
     The compiled program of a policy.
 

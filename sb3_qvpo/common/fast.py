@@ -67,29 +67,35 @@ class SpeedSettings:
 settings = SpeedSettings()
 
 
-def has_bfloat16() -> bool:
+def has_bfloat16(device: th.device) -> bool:
     """
-    Whether the processor multiplies bfloat16 in hardware.
+    Whether a device multiplies bfloat16 in hardware.
 
-    :return: True for AVX-512 BF16 and AMX.
+    :param device: The device.
+    :return: True for processors with AVX-512 BF16 or AMX and for NVIDIA GPUs from Ampere on.
     """
+    if device.type == "cuda":
+        return th.cuda.get_device_capability(device) >= (8, 0)
+    if device.type != "cpu":
+        return False
     if hasattr(th.cpu, "get_capabilities"):
         capabilities = th.cpu.get_capabilities()
         return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
     return bool(th.cpu._is_avx512_bf16_supported())  # torch 2.8
 
 
-def candidate_dtype() -> th.dtype:
+def candidate_dtype(device: th.device) -> th.dtype:
     """
     In what candidates for training are drawn, by ``settings.candidate_dtype``.
 
+    :param device: Where they are drawn.
     :return: ``torch.float32`` or ``torch.bfloat16``.
     :raises ValueError: If the setting is unknown.
     """
     if settings.candidate_dtype not in CANDIDATE_DTYPES:
         known = ", ".join(map(repr, CANDIDATE_DTYPES))
         raise ValueError(f"settings.candidate_dtype must be one of {known}, got {settings.candidate_dtype!r}")
-    reduced = settings.candidate_dtype == "bfloat16" or (settings.candidate_dtype == "auto" and has_bfloat16())
+    reduced = settings.candidate_dtype == "bfloat16" or (settings.candidate_dtype == "auto" and has_bfloat16(device))
     return th.bfloat16 if reduced else th.float32
 
 
@@ -115,6 +121,16 @@ def applies(layers: Sequence[nn.Module], device: th.device) -> bool:
     """
     if not settings.enabled or th.is_grad_enabled() or device.type != "cpu" or th.compiler.is_compiling():
         return False
+    return alternate(layers)
+
+
+def alternate(layers: Sequence[nn.Module]) -> bool:
+    """
+    Whether layers are what follows the first linear layer of a usual network.
+
+    :param layers: The layers.
+    :return: True for activation, linear layer, activation, ..., linear layer.
+    """
     return len(layers) >= 2 and all(isinstance(layer, nn.Linear) == bool(i % 2) for i, layer in enumerate(layers))
 
 
@@ -388,6 +404,44 @@ def sample_candidates(
         part = Condition(condition.state_part[states], condition.time_parts)
         parts.append(diffusion.sample(network, part, noise[:, states], n_shared_steps=n_shared_steps))
     return th.cat(parts)
+
+
+def reduces(device: th.device) -> bool:
+    """
+    Whether :func:`reduced` is for a device.
+
+    :param device: The device.
+    :return: True for GPUs with bfloat16, unless float32 is asked for.
+    """
+    off_the_cpu = settings.enabled and not th.is_grad_enabled() and device.type != "cpu"
+    return off_the_cpu and candidate_dtype(device) == th.bfloat16
+
+
+def reduced(predictor: NoisePredictor) -> NoiseNetwork:
+    """
+    The noise predictor with its hidden layers in bfloat16, for devices that have fast kernels of their own, GPUs.
+
+    A snapshot: weights that change later are not seen. The first and the last layer are multiplied in float32.
+
+    :param predictor: The noise predictor.
+    :return: What stands for it in :meth:`GaussianDiffusion.sample`, or the predictor itself if it is not a usual one.
+    """
+    layers = list(cast(Any, predictor.later_layers))
+    if not alternate(layers):
+        return predictor
+    hidden_layers = [
+        (layers[i], layers[i + 1].weight.bfloat16(), layers[i + 1].bias.bfloat16()) for i in range(0, len(layers) - 2, 2)
+    ]
+    last_activation, last_layer = layers[-2:]
+
+    def network(x_t: th.Tensor, t: int, cond: Condition) -> th.Tensor:
+        hidden = predictor.first_output(x_t, t, cond)
+        for activation, weight, bias in hidden_layers:
+            # Kernels compute activations in float32 and round what they return
+            hidden = F.linear(activation(hidden).bfloat16(), weight, bias)
+        return cast(th.Tensor, last_layer(last_activation(hidden.float())))
+
+    return network
 
 
 def sample_for_one_state(

@@ -51,13 +51,16 @@ class FiniteGuard:
 
     def check_batch(self, batch: Mapping[str, th.Tensor | Mapping[str, th.Tensor] | None], update: int) -> None:
         """
-        Refuse a batch that holds NaN or infinity, before it reaches batch-norm statistics. Does nothing if ``deferred``.
+        Refuse a batch that holds NaN or infinity, before it reaches batch-norm statistics. If ``deferred``, report what is due
+        instead.
 
         :param batch: Tensors by name, or dictionaries of them.
         :param update: Number of this update, from 1.
         :raises ValueError: If any number is not finite, naming the tensor.
         """
         if self.deferred:
+            if update - self.last_report >= REPORT_INTERVAL:
+                self.report(update)
             return
         for name, value in batch.items():
             if isinstance(value, Mapping):
@@ -66,7 +69,12 @@ class FiniteGuard:
                 raise ValueError(self._message(f"{name} in the replay buffer", update))
 
     def step(
-        self, optimizer: th.optim.Optimizer, loss_name: str, loss: th.Tensor, update: int, max_grad_norm: float | None
+        self,
+        optimizer: th.optim.Optimizer,
+        loss_name: str,
+        loss: th.Tensor,
+        update: int | th.Tensor,
+        max_grad_norm: float | None,
     ) -> None:
         """
         Take an optimiser step after ``loss.backward()``, if loss and gradients are finite. Also clips the gradients.
@@ -74,12 +82,10 @@ class FiniteGuard:
         :param optimizer: The optimiser.
         :param loss_name: Name of the loss, for the message.
         :param loss: The loss, a scalar.
-        :param update: Number of this update, from 1.
+        :param update: Number of this update, from 1; a tensor where updates are captured in a graph.
         :param max_grad_norm: Largest Euclidean norm of all gradients together, None for no clipping.
         :raises ValueError: If the loss or a gradient is not finite (later, in :meth:`report`, if ``deferred``).
         """
-        if self.deferred and update - self.last_report >= REPORT_INTERVAL:
-            self.report(update)
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters])
         finite = loss.detach().isfinite() & norm.isfinite()
@@ -87,14 +93,14 @@ class FiniteGuard:
             optimizer.zero_grad()
             value = loss.item()
             what = f"{loss_name} ({value})" if not np.isfinite(value) else f"gradient of {loss_name}"
-            raise ValueError(self._message(what, update))
+            raise ValueError(self._message(what, int(update)))
         if max_grad_norm is not None:
             nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm)
         if self.deferred:
             self._step_or_undo(optimizer, parameters, finite)
-            bad_update = th.where(finite, 0, update)
-            earlier = self._first_bad_update.get(loss_name, th.zeros_like(bad_update))
-            self._first_bad_update[loss_name] = th.where(earlier == 0, bad_update, earlier)
+            # In place: in a graph it stays the same tensor
+            first = self._first_bad_update.setdefault(loss_name, th.zeros((), dtype=th.int64, device=loss.device))
+            first.copy_(th.where((first == 0) & ~finite, update, first))
         else:
             optimizer.step()
 
@@ -116,6 +122,14 @@ class FiniteGuard:
             for tensor, before in kept:
                 tensor.copy_(th.where(finite, tensor, before))
 
+    def tensors(self) -> list[th.Tensor]:
+        """
+        What steps write to while errors are deferred.
+
+        :return: The tensors.
+        """
+        return list(self._first_bad_update.values())
+
     def report(self, update: int) -> None:
         """
         Raise if a step was masked since the last report. Waits for the accelerator.
@@ -124,10 +138,12 @@ class FiniteGuard:
         :raises ValueError: Naming the loss and the first bad update.
         """
         self.last_report = update
-        found, self._first_bad_update = self._first_bad_update, {}
+        found = {loss_name: int(first.item()) for loss_name, first in self._first_bad_update.items()}
+        for first in self._first_bad_update.values():
+            first.zero_()
         for loss_name, bad_update in found.items():
-            if bad_update.item() > 0:
-                raise ValueError(self._message(loss_name, int(bad_update.item())))
+            if bad_update > 0:
+                raise ValueError(self._message(loss_name, bad_update))
 
     @staticmethod
     def _message(what: str, update: int) -> str:

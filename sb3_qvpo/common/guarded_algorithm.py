@@ -50,6 +50,7 @@ class GuardedOffPolicyAlgorithm(OffPolicyAlgorithm):
     max_grad_norm: float | None
 
     def _setup_model(self) -> None:
+        self._update_on_device: th.Tensor | None = None  # the number of the update, while it is captured in a graph
         self._warm_up_end: int | None = None
         self._first_timestep = 0  # of the current learn(), resumed ones counted as one
         self._resumed_random_states: RandomStates | None = None
@@ -62,6 +63,7 @@ class GuardedOffPolicyAlgorithm(OffPolicyAlgorithm):
             "_finite_guard",
             "_warm_up_end",
             "_first_timestep",
+            "_update_on_device",
             "_resumed_random_states",
             "_statistics",
             "start_time",
@@ -88,7 +90,8 @@ class GuardedOffPolicyAlgorithm(OffPolicyAlgorithm):
         """
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]  # torch leaves Tensor.backward untyped
-        self._finite_guard.step(optimizer, loss_name, loss, self._n_updates, self.max_grad_norm)
+        update = self._n_updates if self._update_on_device is None else self._update_on_device
+        self._finite_guard.step(optimizer, loss_name, loss, update, self.max_grad_norm)
 
     # Files
 

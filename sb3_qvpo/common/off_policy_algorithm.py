@@ -10,7 +10,7 @@ import io
 import math
 import pathlib
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, ClassVar, Literal, cast
 
 import numpy as np
@@ -18,13 +18,15 @@ import torch as th
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
-from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule, TensorDict
-from stable_baselines3.common.utils import FloatSchedule, update_learning_rate
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, ReplayBufferSamples, Schedule, TensorDict
+from stable_baselines3.common.utils import FloatSchedule
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
+import sb3_qvpo.common.captured as captured
 import sb3_qvpo.common.fast as fast
 from sb3_qvpo.common.actor_critic import CandidateCritic, DiffusionActor
 from sb3_qvpo.common.arguments import check_action_space, check_count, check_interval, check_no_sde, parse_schedule
+from sb3_qvpo.common.captured import CapturedUpdates
 from sb3_qvpo.common.guarded_algorithm import GuardedOffPolicyAlgorithm
 from sb3_qvpo.common.policies import DiffusionPolicy
 
@@ -33,6 +35,37 @@ COMPILE_AFTER, LONG_RUN = 10_000, 100_000
 
 Metrics = dict[str, th.Tensor]
 """Named scalars of a loss, still on the device."""
+
+
+def flat_items(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, th.Tensor]]:
+    """
+    The tensors of a batch.
+
+    :param tree: Tensors, dictionaries of them, or None, by name.
+    :param prefix: Put before each name.
+    :return: Names and tensors.
+    """
+    items: list[tuple[str, th.Tensor]] = []
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            items += flat_items(value, f"{prefix}{name}.")
+        elif value is not None:
+            items.append((f"{prefix}{name}", value))
+    return items
+
+
+def rebuild(tree: Mapping[str, Any], tensors: Iterator[th.Tensor]) -> dict[str, Any]:
+    """
+    A batch with other tensors.
+
+    :param tree: What :func:`flat_items` took.
+    :param tensors: As many tensors as it gave, in their order.
+    :return: The same with these tensors.
+    """
+    return {
+        name: rebuild(value, tensors) if isinstance(value, Mapping) else None if value is None else next(tensors)
+        for name, value in tree.items()
+    }
 
 
 class DiffusionOffPolicyAlgorithm(GuardedOffPolicyAlgorithm):
@@ -59,6 +92,8 @@ class DiffusionOffPolicyAlgorithm(GuardedOffPolicyAlgorithm):
     critic_target: CandidateCritic
 
     _policy_arguments: ClassVar[tuple[str, ...]] = ("n_diffusion_steps", "n_behavior_candidates", "n_eval_candidates")
+    _update_settings: ClassVar[tuple[str, ...]] = ("gamma", "tau", "max_grad_norm")
+    """Attributes that an update reads and a script may change."""
     _count_arguments: ClassVar[tuple[str, ...]] = (
         *("batch_size", "buffer_size", "n_steps", "policy_delay"),
         *_policy_arguments,
@@ -134,6 +169,7 @@ class DiffusionOffPolicyAlgorithm(GuardedOffPolicyAlgorithm):
         self._resolve_arguments()
         self._warned_of_few_updates = False
         self._metric_sums: dict[str, tuple[th.Tensor, int]] = {}
+        self._captured_updates: CapturedUpdates | None = None
         own_kwargs = {name: getattr(self, name) for name in self._policy_arguments}
         policy_kwargs = self.policy_kwargs
         for name in own_kwargs.keys() & policy_kwargs.keys():
@@ -149,6 +185,8 @@ class DiffusionOffPolicyAlgorithm(GuardedOffPolicyAlgorithm):
             self.policy_kwargs = policy_kwargs
         if self.device.type == "cpu":
             fast.keep_freed_memory()
+        elif self.device.type == "cuda":
+            self._captured_updates = self._make_captured_updates()
         if n_step_kwargs is not None:
             # SB3 has put its n-step buffer here: saved like that, a loaded model would ignore its own n_steps and gamma
             self.replay_buffer_class, self.replay_buffer_kwargs = None, n_step_kwargs
@@ -227,6 +265,11 @@ class DiffusionOffPolicyAlgorithm(GuardedOffPolicyAlgorithm):
             schedule for instance.
         """
         before = copy.deepcopy(self.get_parameters())
+        for optimizer in (self.actor.optimizer, self.critic.optimizer):
+            captured.forget(optimizer)
+        if self._captured_updates is not None:
+            # Graphs hold on to the state that the optimisers had
+            self._captured_updates = self._make_captured_updates()
         try:
             super().set_parameters(load_path_or_dict, exact_match, device)
         except Exception as error:  # whatever is wrong, the model must be as it was
@@ -238,9 +281,20 @@ class DiffusionOffPolicyAlgorithm(GuardedOffPolicyAlgorithm):
                 "when a policy is trained, because the noise predictor has learnt these steps and no others"
             ) from error
 
+    def get_parameters(self) -> dict[str, dict[str, Any]]:
+        """
+        Weights and optimiser states, as they are saved.
+
+        :return: State dictionaries by name.
+        """
+        parameters = cast(dict[str, dict[str, Any]], super().get_parameters())
+        for name, optimizer in (("actor.optimizer", self.actor.optimizer), ("critic.optimizer", self.critic.optimizer)):
+            parameters[name] = captured.plain_state(optimizer, parameters[name])
+        return parameters
+
     def _excluded_save_params(self) -> list[str]:
         networks = ["actor", "actor_target", "critic", "critic_target"]
-        of_the_process = ["_qf_lr_schedule", "_metric_sums", "_warned_of_few_updates"]
+        of_the_process = ["_qf_lr_schedule", "_metric_sums", "_warned_of_few_updates", "_captured_updates"]
         return [*super()._excluded_save_params(), *networks, *of_the_process]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
@@ -259,11 +313,45 @@ class DiffusionOffPolicyAlgorithm(GuardedOffPolicyAlgorithm):
         return self.actor.draw_noise(batch_size, n_candidates)
 
     def _update_learning_rates(self) -> None:
-        self._update_learning_rate(self.actor.optimizer)
         # Looked up here, because lr_schedule is a public attribute that scripts replace
+        learning_rate = self.lr_schedule(self._current_progress_remaining)
         qf_learning_rate = (self._qf_lr_schedule or self.lr_schedule)(self._current_progress_remaining)
-        update_learning_rate(self.critic.optimizer, qf_learning_rate)
+        captured.set_learning_rate(self.actor.optimizer, learning_rate)
+        captured.set_learning_rate(self.critic.optimizer, qf_learning_rate)
+        self.logger.record("train/learning_rate", learning_rate)
         self.logger.record("train/learning_rate_qf", qf_learning_rate)
+
+    def _make_captured_updates(self) -> CapturedUpdates:
+        def state() -> list[th.Tensor]:
+            return [*self.policy.state_dict().values(), *self._finite_guard.tensors()]
+
+        return CapturedUpdates(state, [self.actor.optimizer, self.critic.optimizer], self.device)
+
+    def _run_update(self, update: Callable[..., Metrics], batch: ReplayBufferSamples, *numbers: float) -> None:
+        """
+        Run an update, on a GPU as a captured graph, see :mod:`sb3_qvpo.common.captured`.
+
+        :param update: A method of the algorithm that takes a batch and numbers, and returns metrics.
+        :param batch: Transitions.
+        :param numbers: What changes from update to update.
+        """
+        if self._captured_updates is None or not fast.settings.enabled:
+            self._add_metrics(update(batch, *numbers))
+            return
+        tensors = [tensor for _, tensor in flat_items(batch._asdict())]
+
+        def update_of_tensors(n_updates: th.Tensor, *arguments: th.Tensor) -> Metrics:
+            values, rest = arguments[: len(numbers)], iter(arguments[len(numbers) :])
+            self._update_on_device = n_updates
+            try:
+                return update(ReplayBufferSamples(**rebuild(batch._asdict(), rest)), *values)
+            finally:
+                self._update_on_device = None
+
+        n_updates = th.full((), self._n_updates, device=self.device)
+        arguments = [n_updates, *(th.full((), number, device=self.device) for number in numbers), *tensors]
+        settings = (update.__name__, batch.discounts is None, *(getattr(self, name) for name in self._update_settings))
+        self._add_metrics(self._captured_updates(update_of_tensors, arguments, settings))
 
     def _sample_action(
         self, learning_starts: int, action_noise: ActionNoise | None = None, n_envs: int = 1

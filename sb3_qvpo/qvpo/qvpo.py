@@ -115,6 +115,10 @@ class QVPO(DiffusionOffPolicyAlgorithm):
         "CnnPolicy": CnnPolicy,
         "MultiInputPolicy": MultiInputPolicy,
     }
+    _update_settings: ClassVar[tuple[str, ...]] = (
+        *DiffusionOffPolicyAlgorithm._update_settings,
+        *("n_target_candidates", "n_train_candidates", "n_uniform_actions", "n_shared_steps", "_q_weighting"),
+    )
     _count_arguments: ClassVar[tuple[str, ...]] = (
         *DiffusionOffPolicyAlgorithm._count_arguments,
         *("n_target_candidates", "n_train_candidates", "n_uniform_actions"),
@@ -222,19 +226,25 @@ class QVPO(DiffusionOffPolicyAlgorithm):
             self._finite_guard.check_batch(batch._asdict(), self._n_updates)
 
             # Lines 10-11: TD target and critics
-            target_noise = self._draw_chain_noise(batch_size, self.n_target_candidates)
-            critic_loss, critic_metrics = self._critic_loss(batch, target_noise)
-            self._optimize(self.critic.optimizer, "critic_loss", critic_loss)
-            self._add_metrics(critic_metrics)
+            self._run_update(self._update_critics, batch)
 
             if self._n_updates % self.policy_delay == 0:
-                # Lines 5-9: weighted candidates, uniform actions, policy
-                actor_loss, actor_metrics = self._actor_loss(batch.observations, ent_coef, self._draw_actor_noise(batch_size))
-                self._optimize(self.actor.optimizer, "actor_loss", actor_loss)
-                self._add_metrics(actor_metrics)
-                self.policy.update_targets(self.tau)
+                # Lines 5-9: weighted candidates, uniform actions, policy; then the targets
+                self._run_update(self._update_policy, batch, ent_coef)
 
         self._log_updates()
+
+    def _update_critics(self, batch: ReplayBufferSamples) -> Metrics:
+        target_noise = self._draw_chain_noise(len(batch.rewards), self.n_target_candidates)
+        loss, metrics = self._critic_loss(batch, target_noise)
+        self._optimize(self.critic.optimizer, "critic_loss", loss)
+        return metrics
+
+    def _update_policy(self, batch: ReplayBufferSamples, ent_coef: float | th.Tensor) -> Metrics:
+        loss, metrics = self._actor_loss(batch.observations, ent_coef, self._draw_actor_noise(len(batch.rewards)))
+        self._optimize(self.actor.optimizer, "actor_loss", loss)
+        self.policy.update_targets(self.tau)
+        return metrics
 
     def _critic_loss(self, batch: ReplayBufferSamples, target_noise: th.Tensor) -> tuple[th.Tensor, Metrics]:
         """
@@ -260,7 +270,9 @@ class QVPO(DiffusionOffPolicyAlgorithm):
         metrics = {"critic_loss": loss, "q_value": th.cat(q_values, dim=1).detach().min(dim=1).values.mean()}
         return loss, metrics
 
-    def _actor_loss(self, observations: PyTorchObs, ent_coef: float, noise: ActorNoise) -> tuple[th.Tensor, Metrics]:
+    def _actor_loss(
+        self, observations: PyTorchObs, ent_coef: float | th.Tensor, noise: ActorNoise
+    ) -> tuple[th.Tensor, Metrics]:
         """
         Algorithm 1, lines 5-9: ``(1/B) sum_b [omega_b l_b + sum_e ent_coef omega_b l_be]``, Eq. 6 plus Eq. 10.
 

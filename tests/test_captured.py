@@ -1,0 +1,231 @@
+"""
+Updates captured in graphs do what the written ones do. There is no GPU here: a stand-in for a CUDA graph records a function
+without running it and runs it on replay with the tensors that it was recorded with, as a graph does. Where there is a GPU, the
+last test trains on it.
+"""
+
+import sys
+import warnings
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch as th
+from gymnasium import spaces
+from helpers import CountdownEnv, same_weights, tiny_qvpo, weights_of
+from stable_baselines3.common.type_aliases import ReplayBufferSamples
+
+from sb3_qvpo import QVPO
+from sb3_qvpo.common import captured
+from sb3_qvpo.common.captured import CapturedUpdates
+from sb3_qvpo.common.finite_checks import FiniteGuard
+from sb3_qvpo.common.off_policy_algorithm import flat_items, rebuild
+
+
+def recorded(function):
+    """The stand-in for :func:`captured.cuda_graph`."""
+    results = {}
+    return lambda: results.update({name: value.detach().clone() for name, value in function().items()}), results
+
+
+@pytest.fixture(autouse=True)
+def capturable_on_the_cpu(monkeypatch):
+    """Adam refuses the CPU; its arithmetic works there."""
+    adam = sys.modules["torch.optim.adam"]  # torch.optim hides it
+    monkeypatch.setattr(adam, "_get_capturable_supported_devices", lambda *args, **kwargs: ["cpu"])
+
+
+def on_an_accelerator(capture=recorded, **kwargs):
+    """A model that trains as on a GPU, but on the CPU."""
+    model = tiny_qvpo(**kwargs)
+    model._finite_guard = FiniteGuard(deferred=True)
+    model._captured_updates = model._make_captured_updates()
+    model._captured_updates.capture = capture
+    return model
+
+
+def close(first, second) -> bool:
+    first, second = weights_of(first), weights_of(second)
+    return all(th.allclose(first[name], second[name], rtol=1e-4, atol=1e-5) for name in first)
+
+
+class DictEnv(CountdownEnv):
+    def __init__(self):
+        super().__init__()
+        self.observation_space = spaces.Dict(a=self.observation_space, b=self.observation_space)
+
+    def reset(self, **kwargs):
+        observation, info = super().reset(**kwargs)
+        return {"a": observation, "b": observation / 2}, info
+
+    def step(self, action):
+        observation, *rest = super().step(action)
+        return {"a": observation, "b": observation / 2}, *rest
+
+
+CASES = {
+    "plain": dict(),
+    "delayed": dict(policy_delay=2, max_grad_norm=0.5),
+    "schedules": dict(learning_rate="lin_1e-3", qf_learning_rate=lambda p: 1e-3 * p, ent_coef="lin_0.5"),
+    "dictionaries": dict(env=DictEnv(), policy="MultiInputPolicy"),
+    "n-step": dict(n_steps=3),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_captured_training_is_training(name):
+    """Weights, metrics and random numbers; each kind of update is captured once."""
+    model = on_an_accelerator(**CASES[name]).learn(60)
+    random_number = th.rand(1)
+    plain = tiny_qvpo(**CASES[name]).learn(60)
+    assert th.equal(random_number, th.rand(1))
+    assert close(model, plain)
+    assert len(model._captured_updates.graphs) == 2 and not model._captured_updates.failed
+    assert model._n_updates == plain._n_updates == 55
+    model.logger.name_to_value.clear()
+    for each in (model, plain):
+        each._metric_sums.clear()
+        th.manual_seed(0)
+        np.random.seed(0)
+        each.train(4, 8)
+    assert model._metric_sums.keys() == plain._metric_sums.keys()
+    for metric, (total, count) in plain._metric_sums.items():
+        np.testing.assert_allclose(model._metric_sums[metric][0], total, rtol=1e-2, atol=1e-4, err_msg=metric)
+        assert model._metric_sums[metric][1] == count
+
+
+def test_only_replays_run_once_captured():
+    """The update itself is called for the first ones, the check and the recording, then never again."""
+    runs = []
+
+    def counting(function):
+        replay, results = recorded(function)
+        return lambda: (runs.append(1), replay()), results
+
+    model = on_an_accelerator(counting).learn(60)
+    assert len(runs) == 2 * (55 - captured.EAGER_UPDATES)  # of critics, of the policy
+    model.gamma = 0.5  # another kind
+    model.train(captured.EAGER_UPDATES + 3, 8)
+    assert len(runs) == 2 * (55 - captured.EAGER_UPDATES + 3) and len(model._captured_updates.graphs) == 4
+    model.train(captured.EAGER_UPDATES + 3, 4)  # another batch size
+    assert len(model._captured_updates.graphs) == 6
+
+
+def test_settings_that_change_all_the_time_are_not_captured(monkeypatch):
+    monkeypatch.setattr(captured, "MOST_GRAPHS", 2)
+    monkeypatch.setattr(captured, "EAGER_UPDATES", 1)
+    model = on_an_accelerator().learn(6)
+    for gamma in (0.1, 0.2, 0.3, 0.4):
+        model.gamma = gamma
+        model.train(3, 8)
+    assert len(model._captured_updates.graphs) == 2 and not model._captured_updates.failed
+
+
+def wrong(function):
+    """A graph that computes something else: it forgets what depends on its inputs."""
+    replay, results = recorded(function)
+
+    def perturbed():
+        replay()
+        with th.no_grad():
+            model_of_the_test.actor.noise_predictor.first_layer.bias.add_(0.1)
+
+    return perturbed, results
+
+
+def broken(function):
+    raise RuntimeError("operation not permitted\nwhen stream is capturing")
+
+
+model_of_the_test = None
+
+
+@pytest.mark.parametrize(
+    ("capture", "message"), [(wrong, "differs from the written one by 0.1"), (broken, "operation not permitted when stream")]
+)
+def test_what_cannot_be_captured_is_done_as_written(capture, message):
+    """One warning, and the run is the one without graphs."""
+    global model_of_the_test
+    model_of_the_test = model = on_an_accelerator(capture)
+    with pytest.warns(UserWarning, match=f"not captured in a graph .* longer: .*{message}") as record:
+        model.learn(60)
+    assert len(record) == 1 and model._captured_updates.failed and not model._captured_updates.graphs
+    random_number = th.rand(1)
+    plain = tiny_qvpo().learn(60)
+    assert th.equal(random_number, th.rand(1)) and close(model, plain) and model._n_updates == plain._n_updates
+
+
+def test_an_optimizer_that_cannot_be_captured():
+    kwargs = dict(policy_kwargs=dict(net_arch=[8, 8], optimizer_class=th.optim.SGD))
+    model = on_an_accelerator(**kwargs)
+    with pytest.warns(UserWarning, match="the optimiser has no 'capturable' argument"):
+        model.learn(60)
+    assert close(model, tiny_qvpo(**kwargs).learn(60))
+
+
+def test_bad_steps_are_undone_in_a_graph_too():
+    """With the number of the first bad update, which is not the one that was recorded."""
+    model = on_an_accelerator().learn(40)
+    assert model._captured_updates.graphs
+    before, rewards = weights_of(model), model.replay_buffer.rewards.copy()
+    model.replay_buffer.rewards[:] = np.inf
+    model.train(2, batch_size=8)
+    after = weights_of(model)
+    assert all(th.equal(before[name], after[name]) for name in before if name.startswith("critic."))
+    model.replay_buffer.rewards[:] = rewards
+    with pytest.raises(ValueError, match="Non-finite critic_loss in gradient update 36"):
+        model._finite_guard.report(100)
+    model.train(5, batch_size=8)
+    model._finite_guard.report(100)
+
+
+def test_saved_models_carry_nothing_of_it(tmp_path):
+    """They load and train anywhere; loading drops the graphs."""
+    model = on_an_accelerator().learn(40)
+    assert isinstance(model.actor.optimizer.param_groups[0]["lr"], th.Tensor)
+    model.save(tmp_path / "model")
+    loaded = QVPO.load(tmp_path / "model", env=gym.make("Pendulum-v1"))
+    for optimizer in (loaded.actor.optimizer, loaded.critic.optimizer):
+        assert optimizer.param_groups[0]["capturable"] is False and type(optimizer.param_groups[0]["lr"]) is float
+    assert same_weights(weights_of(model), weights_of(loaded)) and loaded._captured_updates is None
+    loaded.learn(10, reset_num_timesteps=False)
+    graphs = model._captured_updates.graphs
+    assert graphs
+    model.set_parameters(model.get_parameters())
+    assert not model._captured_updates.graphs and model._captured_updates is not graphs
+    assert type(model.actor.optimizer.param_groups[0]["lr"]) is float
+    model._captured_updates.capture = recorded
+    model.learn(40, reset_num_timesteps=False)
+    assert model._captured_updates.graphs and not model._captured_updates.failed
+
+
+def test_batches_are_taken_apart_and_put_together():
+    ones = th.ones(2, 1)
+    batch = ReplayBufferSamples({"b": ones, "a": 2 * ones}, 3 * ones, {"b": 4 * ones, "a": 5 * ones}, 6 * ones, 7 * ones)
+    items = flat_items(batch._asdict())
+    assert [name for name, _ in items] == [
+        *("observations.b", "observations.a", "actions", "next_observations.b", "next_observations.a", "dones", "rewards")
+    ]
+    again = rebuild(batch._asdict(), (10 * tensor for _, tensor in items))
+    assert again["observations"]["a"].equal(20 * ones) and again["rewards"].equal(70 * ones) and again["discounts"] is None
+
+
+def test_an_update_reads_nothing_back():
+    """On torch's meta device, where no number can be read: what stalls a GPU, or breaks a graph, fails here."""
+    model = tiny_qvpo(device="meta", seed=None)
+    batch = ReplayBufferSamples(*(th.empty(8, size, device="meta") for size in (3, 1, 3, 1, 1)))
+    for _ in range(2):
+        assert {"critic_loss", "q_value"} == model._update_critics(batch).keys()
+        metrics = model._update_policy(batch, th.empty((), device="meta"))
+        assert {"actor_loss", "critic_contrast"} <= metrics.keys()
+    with pytest.raises(RuntimeError, match="cannot be called on meta tensors"):
+        metrics["actor_loss"].item()
+
+
+@pytest.mark.skipif(not th.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu():
+    model = tiny_qvpo(device="cuda")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.learn(60)
+    assert isinstance(model._captured_updates, CapturedUpdates) and model._captured_updates.graphs
