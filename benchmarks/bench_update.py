@@ -46,7 +46,7 @@ def by_setting(name: str, changes: dict[str, Any], repeats: int) -> Rows:
     """One row for each implementation of one setting."""
     setting: dict[str, Any] = PAPER | changes
     hidden, batch_size = setting.pop("hidden"), setting["batch_size"]
-    sampler = setting.pop("sampler", {})  # the reference draws in all steps
+    sampler = setting.pop("sampler", {})  # the reference always draws in all steps
     model = trained(QVPO, **setting, policy_kwargs=dict(net_arch=hidden, **sampler))
     functions: dict[str, Callable[[], Any]] = {
         "QVPO, readable": with_settings(False, lambda: model.train(1, batch_size)),
@@ -74,8 +74,8 @@ def by_setting(name: str, changes: dict[str, Any], repeats: int) -> Rows:
 def by_part(changes: dict[str, Any], repeats: int) -> Rows:
     """One row for each part of an update with the paper's settings."""
     setting: dict[str, Any] = PAPER | changes
-    hidden, batch_size = setting.pop("hidden"), setting["batch_size"]
-    model = trained(QVPO, **setting, policy_kwargs=dict(net_arch=hidden))
+    hidden, sampler, batch_size = setting.pop("hidden"), setting.pop("sampler", {}), setting["batch_size"]
+    model = trained(QVPO, **setting, policy_kwargs=dict(net_arch=hidden, **sampler))
     policy, batch = model.policy, model.replay_buffer.sample(batch_size)
     noise = model._draw_actor_noise(batch_size)
     actions = 2 * th.rand(batch_size, 1 + model.n_uniform_actions, model.actor.action_dim) - 1
@@ -120,8 +120,8 @@ def candidates_peak_mb(changes: dict[str, Any]) -> float | None:
     if not clear.exists():
         return None
     setting: dict[str, Any] = PAPER | changes
-    hidden, batch_size = setting.pop("hidden"), setting["batch_size"]
-    model = trained(QVPO, **setting, policy_kwargs=dict(net_arch=hidden))
+    hidden, sampler, batch_size = setting.pop("hidden"), setting.pop("sampler", {}), setting["batch_size"]
+    model = trained(QVPO, **setting, policy_kwargs=dict(net_arch=hidden, **sampler))
     observations = model.replay_buffer.sample(batch_size).observations
 
     def resident(field: str) -> int:

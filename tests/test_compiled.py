@@ -254,6 +254,8 @@ def test_nothing_is_saved_or_copied(tmp_path):
     assert model.policy.compile_actions(2)
     assert (set(model.policy.state_dict()), set(vars(model.policy)), set(vars(model))) == before
     model.save(tmp_path / "model")
+    model.n_eval_candidates = 2
+    model.export(tmp_path / "policy.pt2")  # traces the readable functions
     loaded = QVPO.load(tmp_path / "model")
     assert not is_compiled(loaded, 2) and not is_compiled(copy.deepcopy(model), 2)
     assert same_weights(weights_of(model), weights_of(loaded))

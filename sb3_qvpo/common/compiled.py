@@ -266,9 +266,9 @@ def ranking_of(policy: nn.Module, n_candidates: int) -> CompiledRanking | Captur
 
     :param policy: The policy.
     :param n_candidates: Number of candidates K.
-    :return: The program; None if there is none, or while gradients are on or fast paths off.
+    :return: The program; None if there is none, while gradients are on or fast paths off, and while a policy is exported.
     """
     rankings = _rankings.get(policy)
-    if not rankings or not fast.settings.enabled or th.is_grad_enabled():
+    if not rankings or not fast.settings.enabled or th.is_grad_enabled() or th.compiler.is_compiling():
         return None
     return rankings.get(n_candidates)
