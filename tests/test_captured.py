@@ -4,6 +4,7 @@ without running it and runs it on replay with the tensors that it was recorded w
 last test trains on it.
 """
 
+import copy
 import sys
 import warnings
 
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
-from helpers import CountdownEnv, same_weights, tiny_qvpo, weights_of
+from helpers import TINY, CountdownEnv, same_weights, tiny_qvpo, weights_of
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 
 from sb3_qvpo import QVPO
@@ -22,7 +23,7 @@ from sb3_qvpo.common.finite_checks import FiniteGuard
 from sb3_qvpo.common.off_policy_algorithm import flat_items, rebuild
 
 
-def recorded(function):
+def recorded(function, device):
     """The stand-in for :func:`captured.cuda_graph`."""
     results = {}
     return lambda: results.update({name: value.detach().clone() for name, value in function().items()}), results
@@ -35,12 +36,24 @@ def capturable_on_the_cpu(monkeypatch):
     monkeypatch.setattr(adam, "_get_capturable_supported_devices", lambda *args, **kwargs: ["cpu"])
 
 
-def on_an_accelerator(capture=recorded, **kwargs):
-    """A model that trains as on a GPU, but on the CPU."""
-    model = tiny_qvpo(**kwargs)
+class AcceleratedQVPO(QVPO):
+    """Trains as on a GPU, but on the CPU."""
+
+    capture = staticmethod(recorded)
+
+    def _can_be_captured(self):
+        return isinstance(self.q_weighting, str)
+
+    def _make_captured_updates(self):
+        updates = super()._make_captured_updates()
+        updates.capture = self.capture
+        return updates
+
+
+def on_an_accelerator(capture=recorded, env="Pendulum-v1", policy="MlpPolicy", **kwargs):
+    algorithm = type("TheQVPO", (AcceleratedQVPO,), {"capture": staticmethod(capture)})
+    model = algorithm(policy, env, **{**TINY, **kwargs})
     model._finite_guard = FiniteGuard(deferred=True)
-    model._captured_updates = model._make_captured_updates()
-    model._captured_updates.capture = capture
     return model
 
 
@@ -98,8 +111,8 @@ def test_only_replays_run_once_captured():
     """The update itself is called for the first ones, the check and the recording, then never again."""
     runs = []
 
-    def counting(function):
-        replay, results = recorded(function)
+    def counting(function, device):
+        replay, results = recorded(function, device)
         return lambda: (runs.append(1), replay()), results
 
     model = on_an_accelerator(counting).learn(60)
@@ -121,32 +134,37 @@ def test_settings_that_change_all_the_time_are_not_captured(monkeypatch):
     assert len(model._captured_updates.graphs) == 2 and not model._captured_updates.failed
 
 
-def wrong(function):
-    """A graph that computes something else: it forgets what depends on its inputs."""
-    replay, results = recorded(function)
-
-    def perturbed():
-        replay()
-        with th.no_grad():
-            model_of_the_test.actor.noise_predictor.first_layer.bias.add_(0.1)
-
-    return perturbed, results
+def twice(function, device):
+    replay, results = recorded(function, device)
+    return lambda: (replay(), replay()), results
 
 
-def broken(function):
+def too_early(function, device):
+    """Runs the function while recording, as kernels on another device would, and nothing on replay."""
+    return lambda: None, function()
+
+
+def idle(function, device):
+    """A graph that does nothing."""
+    return lambda: None, {}
+
+
+def broken(function, device):
     raise RuntimeError("operation not permitted\nwhen stream is capturing")
 
 
-model_of_the_test = None
-
-
 @pytest.mark.parametrize(
-    ("capture", "message"), [(wrong, "differs from the written one by 0.1"), (broken, "operation not permitted when stream")]
+    ("capture", "message"),
+    [
+        (twice, "captured and written update differ by"),
+        (too_early, "was run instead of being captured"),
+        (idle, "captured and written update differ by"),
+        (broken, "operation not permitted when stream"),
+    ],
 )
 def test_what_cannot_be_captured_is_done_as_written(capture, message):
     """One warning, and the run is the one without graphs."""
-    global model_of_the_test
-    model_of_the_test = model = on_an_accelerator(capture)
+    model = on_an_accelerator(capture)
     with pytest.warns(UserWarning, match=f"not captured in a graph .* longer: .*{message}") as record:
         model.learn(60)
     assert len(record) == 1 and model._captured_updates.failed and not model._captured_updates.graphs
@@ -185,18 +203,46 @@ def test_saved_models_carry_nothing_of_it(tmp_path):
     assert isinstance(model.actor.optimizer.param_groups[0]["lr"], th.Tensor)
     model.save(tmp_path / "model")
     loaded = QVPO.load(tmp_path / "model", env=gym.make("Pendulum-v1"))
+    partial = model.get_parameters()
+    model.set_parameters({"policy": partial["policy"]}, exact_match=False)
+    assert all(group["capturable"] is False for group in model.get_parameters()["actor.optimizer"]["param_groups"])
+    model.learn(40, reset_num_timesteps=False)
     for optimizer in (loaded.actor.optimizer, loaded.critic.optimizer):
         assert optimizer.param_groups[0]["capturable"] is False and type(optimizer.param_groups[0]["lr"]) is float
-    assert same_weights(weights_of(model), weights_of(loaded)) and loaded._captured_updates is None
     loaded.learn(10, reset_num_timesteps=False)
-    graphs = model._captured_updates.graphs
-    assert graphs
+    assert loaded._captured_updates is None
+    assert model._captured_updates.graphs
     model.set_parameters(model.get_parameters())
-    assert not model._captured_updates.graphs and model._captured_updates is not graphs
-    assert type(model.actor.optimizer.param_groups[0]["lr"]) is float
-    model._captured_updates.capture = recorded
+    assert model._captured_updates is None and type(model.actor.optimizer.param_groups[0]["lr"]) is float
     model.learn(40, reset_num_timesteps=False)
     assert model._captured_updates.graphs and not model._captured_updates.failed
+
+
+def test_copies_make_their_own():
+    model = on_an_accelerator().learn(40)
+    copied = copy.deepcopy(model)
+    assert model._captured_updates.graphs and copied._captured_updates is None
+    before = weights_of(model)
+    copied.learn(40, reset_num_timesteps=False)
+    assert copied._captured_updates.graphs and not copied._captured_updates.failed
+    assert same_weights(weights_of(model), before)
+
+
+def test_graphs_of_replaced_tensors_are_dropped():
+    """An optimiser state that was loaded by hand: a graph would write to the memory of the old one."""
+    model = on_an_accelerator().learn(40)
+    graphs = dict(model._captured_updates.graphs)
+    model.actor.optimizer.load_state_dict(copy.deepcopy(model.actor.optimizer.state_dict()))
+    model.train(3, 8)
+    assert not model._captured_updates.failed
+    assert all(model._captured_updates.graphs.get(kind) is not graph for kind, graph in graphs.items())
+
+
+def test_functions_of_the_user_are_not_captured():
+    """They may have a state of their own, a temperature that falls say."""
+    calls = []
+    model = on_an_accelerator(q_weighting=lambda q_values: (calls.append(1), th.ones_like(q_values))[1]).learn(40)
+    assert model._captured_updates is None and len(calls) >= 35
 
 
 def test_batches_are_taken_apart_and_put_together():
@@ -223,9 +269,13 @@ def test_an_update_reads_nothing_back():
 
 
 @pytest.mark.skipif(not th.cuda.is_available(), reason="needs a GPU")
-def test_on_a_gpu():
-    model = tiny_qvpo(device="cuda")
+def test_on_a_gpu(monkeypatch):
+    model, written = tiny_qvpo(device="cuda"), None
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model.learn(60)
-    assert isinstance(model._captured_updates, CapturedUpdates) and model._captured_updates.graphs
+    assert isinstance(model._captured_updates, CapturedUpdates)
+    assert len(model._captured_updates.graphs) == 2 and not model._captured_updates.failed
+    monkeypatch.setattr(captured, "EAGER_UPDATES", 1000)
+    written = tiny_qvpo(device="cuda").learn(60)
+    assert close(model, written)

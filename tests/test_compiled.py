@@ -80,7 +80,7 @@ def test_compiled_actions_are_the_readable_ones(name):
             (actions, values), (readable_actions, readable_values) = (
                 ranked(policy, observation, n_candidates, noise, enabled) for enabled in (True, False)
             )
-            assert not th.equal(values, readable_values) or n_candidates == 1, "not compiled"
+            assert is_compiled(model, n_candidates)
             np.testing.assert_allclose(actions, readable_actions, atol=1e-5)
             np.testing.assert_allclose(values, readable_values, atol=1e-5)
             assert actions.shape == (1, n_candidates, 1)
@@ -96,10 +96,11 @@ def test_predictions():
     model = model_with(net_arch=[32, 32])
     observation = np.ones(3, np.float32)
     predictions = []
-    for compile_first in (False, True):
-        assert not compile_first or model.policy.compile_actions()
+    for stance in ("default", "fail_on_recompile"):
+        assert stance == "default" or model.policy.compile_actions()
         th.manual_seed(1)
-        predictions.append([model.predict(observation, deterministic=flag)[0] for flag in (True, False, False)])
+        with th.compiler.set_stance(stance):
+            predictions.append([model.predict(observation, deterministic=flag)[0] for flag in (True, False, False)])
     np.testing.assert_allclose(*predictions, atol=1e-5)
     assert is_compiled(model) and is_compiled(model, model.n_eval_candidates) and not is_compiled(model, 7)
 
@@ -108,7 +109,7 @@ def test_a_graph_of_the_readable_functions():
     """What a GPU takes, with a stand-in for the graph that records without running."""
     runs = []
 
-    def record(function):
+    def record(function, device):
         results = {}
         return lambda: (runs.append(1), results.update(function())), results
 
@@ -186,6 +187,16 @@ def test_resumed_runs_are_the_uninterrupted_ones(broken_off_at, long_runs_are_sh
     assert same_weights(weights_of(run(None)), weights_of(run(broken_off_at)))
 
 
+def test_what_was_compiled_before_is_compiled_after_resuming(tmp_path):
+    """Also where the user asked for it."""
+    model = tiny_qvpo(CountdownEnv())
+    model.policy.compile_actions(2)
+    model.learn(8)
+    model.save_checkpoint(tmp_path / "run")
+    resumed = QVPO.resume(tmp_path / "run", CountdownEnv())
+    assert is_compiled(resumed, 2) and not is_compiled(QVPO.load(tmp_path / "run"), 2)
+
+
 def test_without_a_compiler(no_compiler, long_runs_are_short, monkeypatch):
     """One line of warning, once, and the same run as without compiling."""
     model = tiny_qvpo()
@@ -213,6 +224,36 @@ print(*[warning.message for warning in record if warning.category is UserWarning
 """
 
 
+def test_torch_compile_itself_raises(long_runs_are_short, monkeypatch):
+    """As it does on versions of Python that it does not know."""
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("torch.compile is not supported on Python 4")
+
+    monkeypatch.setattr(compiled.th, "compile", fail)
+    with pytest.warns(UserWarning, match="is not supported on Python 4"):
+        tiny_qvpo().learn(40)
+
+
+def test_a_program_that_fails_later(monkeypatch):
+    """When it is compiled anew for another number of threads, say: one warning, and the readable action."""
+    model = model_with(net_arch=[32, 32])
+    assert model.policy.compile_actions()
+    observation, expected = np.ones(3, np.float32), model.predict(np.ones(3, np.float32), deterministic=True)[0]
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("recompile_limit reached")
+
+    monkeypatch.setattr(compiled.CompiledRanking, "__call__", fail)
+    with pytest.warns(UserWarning, match="Actions are not compiled .* recompile_limit reached"):
+        action, _ = model.predict(observation, deterministic=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again, _ = model.predict(observation, deterministic=True)
+    np.testing.assert_allclose(action, expected, atol=1e-5)
+    np.testing.assert_array_equal(again, action)
+
+
 def test_a_missing_compiler(tmp_path):
     """As torch reports it, in a process of its own: torch remembers what it has not found."""
     environment = {**os.environ, "CXX": "/no/compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
@@ -232,6 +273,11 @@ def test_networks_that_are_not_the_usual_ones(no_compiler):
         model = model_with()
         model.actor.noise_predictor.__class__ = type("Subclass", (type(model.actor.noise_predictor),), {})
         assert not model.policy.compile_actions()
+        for name, method in (("actor", "sample_candidates"), ("critic", "value_candidates")):
+            model = model_with()
+            network = getattr(model, name)
+            network.__class__ = type("Subclass", (type(network),), {method: lambda *args: None})
+            assert not model.policy.compile_actions()
 
 
 def test_only_a_few_programs(no_compiler):

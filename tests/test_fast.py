@@ -1,9 +1,11 @@
 """The fast paths compute what the readable functions compute, and only where they pay off."""
 
+import functools
 import inspect
 import platform
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -40,6 +42,8 @@ NETWORKS = {
     "one layer": dict(net_arch=[64]),
     "relu": dict(net_arch=[128, 128], activation_fn=nn.ReLU),
     "silu": dict(net_arch=[128, 128], activation_fn=nn.SiLU),
+    "linear": dict(net_arch=[64, 64, 64], activation_fn=nn.Identity),
+    "in place": dict(net_arch=[64, 64, 64], activation_fn=functools.partial(nn.ReLU, inplace=True)),
 }
 
 
@@ -211,6 +215,32 @@ def test_onednn_multiplies_where_it_costs_no_precision(settings, monkeypatch):
         assert seen[4:] == ["tf32"] and precision() == "tf32"
     finally:
         th.backends.mkldnn.matmul.fp32_precision = before
+
+
+@pytest.mark.skipif(not fast.onednn_keeps_float32(), reason="nothing is switched here")
+def test_threads_that_overlap():
+    """The last one to leave puts the setting back."""
+    before, steps = precision(), [threading.Event() for _ in range(3)]
+
+    @fast.OneDnnProducts()
+    def first():
+        steps[0].set()
+        steps[1].wait(10)
+
+    @fast.OneDnnProducts()
+    def second():
+        steps[2].wait(10)
+
+    threads = [threading.Thread(target=function) for function in (first, second)]
+    for thread in threads:
+        thread.start()
+    steps[0].wait(10)
+    steps[1].set()
+    threads[0].join()
+    assert precision() == "bf16", "the other one is still at work"
+    steps[2].set()
+    threads[1].join()
+    assert precision() == before
 
 
 def test_whether_onednn_keeps_float32_is_seen_from_a_product(monkeypatch):

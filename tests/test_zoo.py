@@ -22,7 +22,10 @@ from sb3_qvpo import QVPO, zoo
 
 ROOT = Path(__file__).parents[1]
 AUTOLOAD = ROOT / "sb3_qvpo" / "_autoload"
-PAPER, OFFICIAL = (yaml.safe_load((ROOT / "hyperparams" / f"{name}.yml").read_text()) for name in ("qvpo", "qvpo_official"))
+CONFIGS = {
+    name: yaml.safe_load((ROOT / "hyperparams" / f"{name}.yml").read_text()) for name in ("qvpo", "qvpo_official", "qvpo_fast")
+}
+PAPER, OFFICIAL, FAST = CONFIGS.values()
 
 
 def test_registration_is_automatic_and_idempotent():
@@ -172,7 +175,7 @@ def stand_ins(monkeypatch):
     gym.envs.registry.update(registry)
 
 
-ENTRIES = [("qvpo", name) for name in PAPER] + [("qvpo_official", name) for name in OFFICIAL]
+ENTRIES = [(config, name) for config, entries in CONFIGS.items() for name in entries]
 
 
 @pytest.mark.parametrize(("config", "name"), ENTRIES)
@@ -196,11 +199,28 @@ def test_every_entry_builds_a_model(config, name, tmp_path, monkeypatch):
     )
     model, _ = manager.setup_experiment()
     assert type(model) is zoo.ZooQVPO
-    entry = (PAPER if config == "qvpo" else OFFICIAL)[name]
-    for key in ("n_behavior_candidates", "n_target_candidates", "n_diffusion_steps", "ent_coef", "max_grad_norm"):
+    entry = CONFIGS[config][name]
+    numbers = ("n_behavior_candidates", "n_target_candidates", "n_train_candidates", "n_diffusion_steps", "policy_delay")
+    for key in (*numbers, "ent_coef", "max_grad_norm"):
         if key in entry:
             assert getattr(model, key) == entry[key], key
     assert model.policy.n_diffusion_steps == entry["n_diffusion_steps"]
+
+
+def test_the_fast_settings_change_the_cost_only():
+    """And are those of the learning curves."""
+    sys.path.insert(0, str(ROOT / "benchmarks" / "learning"))
+    try:
+        from run import ALGOS
+    finally:
+        sys.path.pop(0)
+    changed = dict(n_train_candidates=16, policy_delay=2, policy_kwargs="dict(n_sampling_steps=5, sampling_eta=0.0)")
+    for name, entry in FAST.items():
+        assert entry == {**PAPER[name], **changed}, name
+    assert ALGOS["qvpo_ddim5_delay2"] == [
+        *("--algo", "qvpo", "-params", "n_train_candidates:16"),
+        *("policy_kwargs:{'n_sampling_steps': 5, 'sampling_eta': 0.0}", "policy_delay:2"),
+    ]
 
 
 def test_the_official_settings_are_the_authors():

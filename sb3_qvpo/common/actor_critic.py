@@ -193,8 +193,15 @@ class CandidateCritic(ContinuousCritic):
         with th.set_grad_enabled(not self.share_features_extractor):  # shared ones are trained by the actor's loss
             features = self.features(obs)
         rows = th.cat([features, actions], dim=1)
-        networks = [fast.trainable_layers(list(cast(nn.Sequential, q_network)), len(rows)) for q_network in self.q_networks]
-        return tuple(functools.reduce(lambda hidden, layer: layer(hidden), layers, rows) for layers in networks)
+        return tuple(self._value(q_network, rows) for q_network in self.q_networks)
+
+    @staticmethod
+    def _value(q_network: nn.Module, rows: th.Tensor) -> th.Tensor:
+        layers = list(q_network) if type(q_network) is nn.Sequential else []
+        fast_layers = fast.trainable_layers(layers, len(rows))
+        if all(layer is fast_layer for layer, fast_layer in zip(layers, fast_layers, strict=True)):
+            return cast(th.Tensor, q_network(rows))
+        return functools.reduce(lambda hidden, layer: layer(hidden), fast_layers, rows)
 
     def value_candidates(self, features: th.Tensor, candidates: th.Tensor) -> th.Tensor:
         """

@@ -22,44 +22,53 @@ EAGER_UPDATES = 10
 MOST_GRAPHS = 8
 """Kinds of updates that are captured: settings that change all the time are not."""
 
-TOLERANCE = 1e-4
-"""Largest difference between a weight after the captured and after the written update, relative to the largest weight."""
+TOLERANCE = 0.05
+"""Largest mean difference between the weights after the captured and after the written update, relative to the mean step."""
 
 Results = dict[str, th.Tensor]
 Function = Callable[..., Results]
-Capture = Callable[[Callable[[], Results]], tuple[Callable[[], None], Results]]
+Capture = Callable[[Callable[[], Results], th.device], tuple[Callable[[], None], Results]]
 
+_streams: dict[th.device, Any] = {}
 _learning_rates: WeakKeyDictionary[th.optim.Optimizer, list[th.Tensor]] = WeakKeyDictionary()
 
 
-def cuda_graph(function: Callable[[], Results]) -> tuple[Callable[[], None], Results]:
+def cuda_graph(function: Callable[[], Results], device: th.device) -> tuple[Callable[[], None], Results]:
     """
     Capture a function that takes and returns tensors that stay where they are. It is not run.
 
     :param function: The function.
+    :param device: Its device.
     :return: A function that runs it, and its results, which are overwritten at each run.
     """
     graph = th.cuda.CUDAGraph()
-    with th.cuda.graph(graph):
+    with th.cuda.device(device), th.cuda.graph(graph, stream=_streams.get(device)):
         results = function()
     return graph.replay, results
 
 
 def on_side_stream(function: Callable[[], Results], device: th.device) -> Results:
     """
-    Run a function that is to be captured afterwards: it must not have run on the default stream only.
+    Run a function on the stream on which it is to be captured afterwards. Waiting for the device in it is an error, which it
+    would be in a graph, too, but there it can leave random generators in disorder.
 
     :param function: The function.
     :param device: Its device.
     :return: Its results.
+    :raises RuntimeError: If it waits for the device.
     """
     if device.type != "cuda":
         return function()
-    stream = th.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    stream = _streams.setdefault(device, th.cuda.Stream(device))  # type: ignore[no-untyped-call]  # torch leaves it untyped
     stream.wait_stream(th.cuda.current_stream(device))
-    with th.cuda.stream(stream):
-        results = function()
-    th.cuda.current_stream(device).wait_stream(stream)
+    mode = th.cuda.get_sync_debug_mode()
+    th.cuda.set_sync_debug_mode("error")
+    try:
+        with th.cuda.stream(stream):
+            results = function()
+    finally:
+        th.cuda.set_sync_debug_mode(mode)
+        th.cuda.current_stream(device).wait_stream(stream)
     return results
 
 
@@ -81,9 +90,14 @@ class CapturedUpdates:
         capture: Capture = cuda_graph,
     ):
         self.state, self.optimizers, self.device, self.capture = state, optimizers, device, capture
-        self.graphs: dict[Hashable, tuple[Callable[[], None], list[th.Tensor], Results]] = {}
+        self.graphs: dict[Hashable, tuple[Callable[[], None], list[th.Tensor], Results, list[int]]] = {}
         self.counts: dict[Hashable, int] = {}
-        self.failed = False
+        self.failed = not all([make_capturable(optimizer) for optimizer in optimizers])
+        if self.failed:
+            warn_of_failure("the optimiser has no 'capturable' argument")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        """A copy of a model makes its own."""
 
     def __call__(self, function: Function, arguments: Sequence[th.Tensor], kind: Hashable) -> Results:
         """
@@ -94,51 +108,70 @@ class CapturedUpdates:
         :param kind: All settings that it reads, so that another kind is another graph.
         :return: Its metrics; the next update overwrites them.
         """
-        kind = (kind, *((argument.shape, argument.dtype) for argument in arguments))
+        hyperparameters = [
+            (name, value)
+            for optimizer in self.optimizers
+            for group in optimizer.param_groups
+            for name, value in group.items()
+            if name not in ("params", "lr") and not isinstance(value, th.Tensor)
+        ]
+        kind = (kind, *hyperparameters, *((argument.shape, argument.dtype) for argument in arguments))
         if self.failed:
             return function(*arguments)
+        if kind in self.graphs and self.graphs[kind][3] != self._addresses():
+            self.graphs.clear()  # something else was put in the place of a tensor: graphs write to the old one
         if kind not in self.graphs:
             self.counts[kind] = self.counts.get(kind, 0) + 1
             if self.counts[kind] <= EAGER_UPDATES or len(self.graphs) >= MOST_GRAPHS:
                 return function(*arguments)
             return self._capture(function, arguments, kind)
-        replay, inputs, results = self.graphs[kind]
+        replay, inputs, results, _ = self.graphs[kind]
         for fixed, argument in zip(inputs, arguments, strict=True):
             fixed.copy_(argument, non_blocking=True)
         replay()
         return results
 
     def _capture(self, function: Function, arguments: Sequence[th.Tensor], kind: Hashable) -> Results:
+        before, random_state = self._snapshot(), self._random_state()
         try:
-            if not all([make_capturable(optimizer) for optimizer in self.optimizers]):
-                raise RuntimeError("the optimiser has no 'capturable' argument")
-            before, random_state = self._snapshot(), self._random_state()
-        except Exception as error:  # nothing has been run so far
-            return self._fail(error, function, arguments)
-        written_results = on_side_stream(lambda: function(*arguments), self.device)
+            written_results = on_side_stream(lambda: function(*arguments), self.device)
+        except RuntimeError as error:
+            self._restore(before, random_state)
+            self._fail(error)
+            return function(*arguments)
         after, random_state_after = self._snapshot(), self._random_state()
         try:
             self._restore(before, random_state)
             inputs = [argument.clone() for argument in arguments]
-            replay, results = self.capture(lambda: function(*inputs))
+            replay, results = self.capture(lambda: function(*inputs), self.device)
+            if not all(map(th.equal, self._state(), before)):
+                raise RuntimeError("the update was run instead of being captured")
             replay()
-            for captured, written in zip(self._state(), after, strict=True):
-                difference = (captured.double() - written.double()).abs().max() if written.numel() else th.zeros(())
-                if not difference <= TOLERANCE * written.double().abs().max().clamp(min=1):
-                    raise RuntimeError(f"the captured update differs from the written one by {float(difference):.2g}")
+            self._check(before, after)
         except Exception as error:  # whatever cannot be captured, the update is done
             self._restore(after, random_state_after)
             self._fail(error)
             return written_results
-        self.graphs[kind] = replay, inputs, results
+        self.graphs[kind] = replay, inputs, results, self._addresses()
         return results
 
-    def _fail(self, error: Exception, function: Function | None = None, arguments: Sequence[th.Tensor] = ()) -> Results:
+    def _check(self, before: Sequence[th.Tensor], after: Sequence[th.Tensor]) -> None:
+        """Compare what the graph has done with what the written update did. On average: kernels may add up in any order."""
+        for captured, start, written in zip(self._state(), before, after, strict=True):
+            step = (written.double() - start.double()).abs().mean()
+            difference = (captured.double() - written.double()).abs().mean()
+            if written.numel() and not difference <= TOLERANCE * step + 1e-6 * written.double().abs().mean():
+                raise RuntimeError(
+                    f"captured and written update differ by {float(difference):.2g}, in a step of {float(step):.2g}"
+                )
+
+    def _addresses(self) -> list[int]:
+        return [tensor.data_ptr() for tensor in self._state()]
+
+    def _fail(self, error: Exception) -> None:
         self.failed = True
         self.graphs.clear()
-        reason = " ".join(f"{error}".split())[:200] or repr(error)
-        warnings.warn(f"Updates are not captured in a graph and take several times longer: {reason}", stacklevel=6)
-        return function(*arguments) if function is not None else {}
+        warn_of_failure(" ".join(f"{error}".split())[:200] or repr(error))
 
     def _state(self) -> list[th.Tensor]:
         in_optimizers = [
@@ -166,11 +199,20 @@ class CapturedUpdates:
         return th.cuda.get_rng_state(self.device) if self.device.type == "cuda" else th.get_rng_state()
 
 
+def warn_of_failure(reason: str) -> None:
+    """
+    Say that there are no graphs.
+
+    :param reason: Why.
+    """
+    warnings.warn(f"Updates are not captured in a graph and take several times longer: {reason}", stacklevel=6)
+
+
 def make_capturable(optimizer: th.optim.Optimizer) -> bool:
     """
     Move what an optimiser counts and its learning rates to the device of its parameters.
 
-    :param optimizer: The optimiser, after a first step.
+    :param optimizer: The optimiser.
     :return: False if it cannot be captured: it has no ``capturable`` argument.
     """
     if not all("capturable" in group for group in optimizer.param_groups):
@@ -197,18 +239,18 @@ def set_learning_rate(optimizer: th.optim.Optimizer, learning_rate: float) -> No
     """
     tensors = _learning_rates.get(optimizer)
     for i, group in enumerate(optimizer.param_groups):
-        group["lr"] = learning_rate if tensors is None else tensors[i].fill_(learning_rate)
+        in_place = tensors is not None and i < len(tensors)
+        group["lr"] = cast(list[th.Tensor], tensors)[i].fill_(learning_rate) if in_place else learning_rate
 
 
-def plain_state(optimizer: th.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+def plain_state(state: dict[str, Any]) -> dict[str, Any]:
     """
     The state of an optimiser as it would be without :func:`make_capturable`, for saving.
 
-    :param optimizer: The optimiser.
-    :param state: Its ``state_dict()``.
+    :param state: The optimiser's ``state_dict()``.
     :return: The same with plain learning rates and counts; it is not changed itself.
     """
-    if optimizer not in _learning_rates:
+    if not any(isinstance(group["lr"], th.Tensor) for group in state["param_groups"]):
         return state
     groups = [{**group, "capturable": False, "lr": float(group["lr"])} for group in state["param_groups"]]
     values = {

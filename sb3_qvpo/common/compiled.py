@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from types import FunctionType, MethodType
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch as th
@@ -24,6 +24,7 @@ import sb3_qvpo.common.fast as fast
 from sb3_qvpo.common.actor_critic import CandidateCritic, DiffusionActor
 from sb3_qvpo.common.candidates import minimum_q
 from sb3_qvpo.common.captured import Capture, Results, cuda_graph, on_side_stream
+from sb3_qvpo.common.diffusion import GaussianDiffusion
 from sb3_qvpo.common.networks import NoisePredictor
 
 Layers = Sequence[tuple[th.Tensor, th.Tensor]]
@@ -109,8 +110,9 @@ class CompiledRanking:
         :param noise: Noise of shape (N, 1, K, A), see :meth:`GaussianDiffusion.sample`.
         :return: Actions of shape (1, K, A) and the minimum of their values over critics, shape (1, K).
         """
-        if critic_features is actor_features:
-            critic_features = actor_features.clone()  # the same tensor twice would be another program
+        # Another layout, or the same tensor twice, would be another program
+        actor_features, noise = actor_features.contiguous(), noise.contiguous()
+        critic_features = actor_features.clone() if critic_features is actor_features else critic_features.contiguous()
         predictor = self.actor.noise_predictor
         time_layers = linear_layers(predictor.time_mlp)
         actor_layers = linear_layers([predictor.first_layer, *cast(Any, predictor.later_layers)])
@@ -179,7 +181,7 @@ class CapturedRanking:
         if self.graph is None:
             inputs = [argument.clone() for argument in arguments]
             on_side_stream(lambda: self._rank(*inputs), noise.device)  # libraries set themselves up
-            replay, results = self.capture(lambda: self._rank(*inputs))
+            replay, results = self.capture(lambda: self._rank(*inputs), noise.device)
             self.graph = replay, inputs, results
         replay, inputs, results = self.graph
         for fixed, argument in zip(inputs, arguments, strict=True):
@@ -204,60 +206,109 @@ def compile_ranking(policy: nn.Module, actor: DiffusionActor, critic: CandidateC
     """
     rankings = _rankings.setdefault(policy, {})
     if n_candidates not in rankings and len(rankings) < MOST_PROGRAMS:
-        with th.no_grad():
-            device = actor.noise_predictor.first_layer.weight.device
-            if device.type == "cuda":
-                rankings[n_candidates] = _checked(CapturedRanking(actor, critic), n_candidates)
-            else:
-                ranking = CompiledRanking(actor, critic) if is_supported(actor, critic) else None
-                rankings[n_candidates] = None if ranking is None else _checked(ranking, n_candidates)
+        rankings[n_candidates] = None
+        try:
+            if is_supported(actor, critic):
+                with th.no_grad():
+                    rankings[n_candidates] = checked_ranking(actor, critic, n_candidates)
+        except Exception as error:  # whatever a compiler can fail with, training goes on
+            warn_of_failure(error)
     return rankings.get(n_candidates) is not None
 
 
 def is_supported(actor: DiffusionActor, critic: CandidateCritic) -> bool:
     """
-    Whether the program can stand for these networks.
+    Whether a program can stand for these networks.
 
     :param actor: The actor.
     :param critic: The critics.
-    :return: False off the CPU, and for networks that are not the usual ones, of a subclass for instance.
+    :return: False for networks that are not the usual ones, of a subclass for instance; a GPU takes all.
     """
+    weight = actor.noise_predictor.first_layer.weight
+    if weight.device.type == "cuda":
+        return True
     networks = [list(actor.noise_predictor.later_layers)]
     networks += [list(cast(nn.Sequential, q_network))[1:] for q_network in critic.q_networks]
-    weight = actor.noise_predictor.first_layer.weight
-    return (
-        type(actor.noise_predictor) is NoisePredictor
-        and weight.dtype == th.float32
-        and all(fast.applies(layers, weight.device) for layers in networks)
-        and not any(list(layer.parameters()) for layers in networks for layer in layers[::2])
-    )
+    with th.no_grad():
+        return (
+            type(actor).sample_candidates is DiffusionActor.sample_candidates
+            and type(critic).value_candidates is CandidateCritic.value_candidates
+            and type(actor.diffusion) is GaussianDiffusion
+            and type(actor.noise_predictor) is NoisePredictor
+            and weight.dtype == th.float32
+            and all(fast.applies(layers, weight.device) for layers in networks)
+            and not any(list(layer.parameters()) for layers in networks for layer in layers[::2])
+        )
 
 
-AnyRanking = TypeVar("AnyRanking", bound=CompiledRanking | CapturedRanking)
+def checked_ranking(actor: DiffusionActor, critic: CandidateCritic, n_candidates: int) -> "CompiledRanking | CapturedRanking":
+    """
+    A program after a first run.
 
-
-def _checked(ranking: AnyRanking, n_candidates: int) -> AnyRanking | None:
-    """The program after a first run, if that gives what the readable functions give."""
-    actor, critic = ranking.actor, ranking.critic
-    features_dim = actor.noise_predictor.split_sizes[-1]
+    :param actor: The actor.
+    :param critic: The critics.
+    :param n_candidates: Number of candidates K.
+    :return: The program.
+    :raises RuntimeError: If it does not give what the readable functions give.
+    """
+    ranking = (CapturedRanking if actor.device.type == "cuda" else CompiledRanking)(actor, critic)
     critic_features_dim = cast(nn.Linear, cast(nn.Sequential, critic.q_networks[0])[0]).in_features - actor.action_dim
-    shape = (actor.diffusion.n_noises, 1, n_candidates, actor.action_dim)
+    sizes = (actor.noise_predictor.split_sizes[-1], critic_features_dim)
+    features = [th.linspace(-1, 1, size, device=actor.device).unsqueeze(0) for size in sizes]
     # Numbers of its own: those of the run are not touched
+    shape = (actor.diffusion.n_noises, 1, n_candidates, actor.action_dim)
     noise = th.linspace(-1, 1, th.Size(shape).numel(), device=actor.device).view(shape)
-    features = [th.linspace(-1, 1, size, device=actor.device).unsqueeze(0) for size in (features_dim, critic_features_dim)]
-    try:
+    for _ in range(2):
         candidates, q_values = ranking(features[0], features[1], noise)
-        readable = actor.diffusion.sample(actor.noise_predictor, actor.noise_predictor.condition(features[0]), noise)
+        readable = actor.sample_candidates(features[0], n_candidates, noise)
         readable_q_values = minimum_q(critic.value_candidates(features[1], candidates))
         difference = (candidates - readable).abs().max()
         q_difference = (q_values - readable_q_values).abs().max() / readable_q_values.abs().max().clamp(min=1)
         if not (difference <= TOLERANCE and q_difference <= TOLERANCE):
             raise RuntimeError(f"they differ by {difference:.2g}, their values by {q_difference:.2g} from those that are not")
-    except Exception as error:  # whatever a compiler can fail with, training goes on
-        reason = " ".join(f"{error}".split())[:200] or repr(error)
-        warnings.warn(f"Actions are not compiled and take twice the time: {reason}", stacklevel=4)
-        return None
+        noise = -noise  # a graph that does not read its inputs would pass once
     return ranking
+
+
+def warn_of_failure(error: Exception) -> None:
+    """
+    Say that there is no program.
+
+    :param error: Why.
+    """
+    reason = " ".join(f"{error}".split())[:200] or repr(error)
+    warnings.warn(f"Actions are not compiled and take twice the time: {reason}", stacklevel=4)
+
+
+def tried_counts(policy: nn.Module) -> list[int]:
+    """
+    For how many candidates a policy has been compiled.
+
+    :param policy: The policy.
+    :return: All counts, in their order, those included for which it failed.
+    """
+    return list(_rankings.get(policy, {}))
+
+
+def rank(
+    policy: nn.Module, actor_features: th.Tensor, critic_features: th.Tensor, noise: th.Tensor
+) -> tuple[th.Tensor, th.Tensor] | None:
+    """
+    Candidates and their values by the program of :func:`ranking_of`. If it fails there is a warning, and no program any more.
+
+    :param policy: The policy.
+    :param actor_features: One state's features of the actor, shape (1, S).
+    :param critic_features: One state's features of the critics, shape (1, S).
+    :param noise: Noise of shape (N, 1, K, A).
+    :return: Actions of shape (1, K, A) and values of shape (1, K); None if it failed.
+    """
+    ranking = ranking_of(policy, noise.shape[2])
+    try:
+        return None if ranking is None else ranking(actor_features, critic_features, noise)
+    except Exception as error:  # another number of threads is compiled anew, and may fail then
+        _rankings[policy][noise.shape[2]] = None
+        warn_of_failure(error)
+        return None
 
 
 def ranking_of(policy: nn.Module, n_candidates: int) -> CompiledRanking | CapturedRanking | None:

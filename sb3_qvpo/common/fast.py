@@ -21,10 +21,11 @@ Shapes: B batch, K candidates for each state, A action dimensions, R rows of a b
 """
 
 import functools
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import ContextDecorator
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch as th
 from torch import nn
@@ -131,7 +132,8 @@ def alternate(layers: Sequence[nn.Module]) -> bool:
     :param layers: The layers.
     :return: True for activation, linear layer, activation, ..., linear layer.
     """
-    return len(layers) >= 2 and all(isinstance(layer, nn.Linear) == bool(i % 2) for i, layer in enumerate(layers))
+    linear = [type(layer) is nn.Linear and layer.bias is not None for layer in layers]
+    return len(layers) >= 2 and linear == [i % 2 == 1 for i in range(len(layers))]
 
 
 @functools.cache
@@ -162,21 +164,39 @@ class OneDnnProducts(ContextDecorator):
     """
     Products of float32 matrices by oneDNN while it lasts, if that costs no precision (:func:`onednn_keeps_float32`).
 
-    Torch only offers this as a setting of the process, which is put back at the end; a user's own setting stays.
+    Torch only offers this as a setting of the process, which the last thread to leave puts back; a user's own setting stays.
+    Meanwhile ``torch.get_float32_matmul_precision()`` raises an error: torch sees a mix of its old and new interfaces.
     """
+
+    _lock: ClassVar[threading.Lock] = threading.Lock()
+    _n_users: ClassVar[int] = 0
+    _before: ClassVar[str] = "none"
+
+    def _recreate_cm(self) -> "OneDnnProducts":
+        return OneDnnProducts()  # a decorated function may run in several threads
 
     def __enter__(self) -> None:
         """Start."""
-        self.before: str | None = None
-        if settings.enabled and onednn_keeps_float32():
-            matmul = cast(Any, th.backends.mkldnn).matmul
-            if matmul.fp32_precision in ("none", "ieee"):
-                self.before, matmul.fp32_precision = matmul.fp32_precision, "bf16"
+        self.counted = False
+        if not (settings.enabled and onednn_keeps_float32()):
+            return
+        matmul = cast(Any, th.backends.mkldnn).matmul
+        with self._lock:
+            if OneDnnProducts._n_users == 0:
+                if matmul.fp32_precision not in ("none", "ieee"):
+                    return
+                OneDnnProducts._before, matmul.fp32_precision = matmul.fp32_precision, "bf16"
+            OneDnnProducts._n_users += 1
+            self.counted = True
 
     def __exit__(self, *_: object) -> None:
         """End."""
-        if self.before is not None:
-            cast(Any, th.backends.mkldnn).matmul.fp32_precision = self.before
+        if not self.counted:
+            return
+        with self._lock:
+            OneDnnProducts._n_users -= 1
+            if OneDnnProducts._n_users == 0:
+                cast(Any, th.backends.mkldnn).matmul.fp32_precision = self._before
 
 
 @functools.cache
@@ -345,7 +365,9 @@ class FastLayers:
 
     def _linear(self, x: th.Tensor, weight: th.Tensor, bias: th.Tensor, out: th.Tensor) -> th.Tensor:
         if self.dtype == th.float32:
-            return th.addmm(bias, x, weight.t(), out=out) if out.shape[1] == len(weight) else F.linear(x, weight, bias)
+            # An activation may return its input
+            fits = out.shape[1] == len(weight) and x.data_ptr() != out.data_ptr()
+            return th.addmm(bias, x, weight.t(), out=out) if fits else F.linear(x, weight, bias)
         reduced = self.scratch("reduced", tuple(x.shape), self.dtype).copy_(x)
         product = F.linear(reduced, weight, bias)
         return out.copy_(product) if out.shape == product.shape else product.float()

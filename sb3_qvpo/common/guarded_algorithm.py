@@ -138,7 +138,7 @@ class GuardedOffPolicyAlgorithm(OffPolicyAlgorithm):
         :raises OSError: If writing fails. A previous file is intact then.
         """
         random_states = self._resumed_random_states or get_random_states(self.action_space)
-        run = {"warm_up_end": self._warm_up_end, "first_timestep": self._first_timestep}
+        run = {"warm_up_end": self._warm_up_end, "first_timestep": self._first_timestep, **self._process_state()}
         write_checkpoint(self, path, {"random_states": random_states, **run})
 
     @classmethod
@@ -208,8 +208,16 @@ class GuardedOffPolicyAlgorithm(OffPolicyAlgorithm):
             run = unpickle(archive, "run")
         model._resumed_random_states, model._warm_up_end = run["random_states"], run["warm_up_end"]
         model._first_timestep = run["first_timestep"]
+        model._restore_process_state(run)
         cut_last_episode(cast(ReplayBuffer, model.replay_buffer))
         return model
+
+    def _process_state(self) -> dict[str, Any]:
+        """What of this process decides how the run goes on, and is not in the model."""
+        return {}
+
+    def _restore_process_state(self, state: dict[str, Any]) -> None:
+        """Put back what :meth:`_process_state` returned."""
 
     @property
     def remaining_timesteps(self) -> int:

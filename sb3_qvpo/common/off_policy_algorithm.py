@@ -23,6 +23,7 @@ from stable_baselines3.common.utils import FloatSchedule
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
 import sb3_qvpo.common.captured as captured
+import sb3_qvpo.common.compiled as compiled
 import sb3_qvpo.common.fast as fast
 from sb3_qvpo.common.actor_critic import CandidateCritic, DiffusionActor
 from sb3_qvpo.common.arguments import check_action_space, check_count, check_interval, check_no_sde, parse_schedule
@@ -185,8 +186,6 @@ class DiffusionOffPolicyAlgorithm(GuardedOffPolicyAlgorithm):
             self.policy_kwargs = policy_kwargs
         if self.device.type == "cpu":
             fast.keep_freed_memory()
-        elif self.device.type == "cuda":
-            self._captured_updates = self._make_captured_updates()
         if n_step_kwargs is not None:
             # SB3 has put its n-step buffer here: saved like that, a loaded model would ignore its own n_steps and gamma
             self.replay_buffer_class, self.replay_buffer_kwargs = None, n_step_kwargs
@@ -267,9 +266,7 @@ class DiffusionOffPolicyAlgorithm(GuardedOffPolicyAlgorithm):
         before = copy.deepcopy(self.get_parameters())
         for optimizer in (self.actor.optimizer, self.critic.optimizer):
             captured.forget(optimizer)
-        if self._captured_updates is not None:
-            # Graphs hold on to the state that the optimisers had
-            self._captured_updates = self._make_captured_updates()
+        self._captured_updates = None  # its graphs hold on to the state that the optimisers had
         try:
             super().set_parameters(load_path_or_dict, exact_match, device)
         except Exception as error:  # whatever is wrong, the model must be as it was
@@ -288,8 +285,8 @@ class DiffusionOffPolicyAlgorithm(GuardedOffPolicyAlgorithm):
         :return: State dictionaries by name.
         """
         parameters = cast(dict[str, dict[str, Any]], super().get_parameters())
-        for name, optimizer in (("actor.optimizer", self.actor.optimizer), ("critic.optimizer", self.critic.optimizer)):
-            parameters[name] = captured.plain_state(optimizer, parameters[name])
+        for name in ("actor.optimizer", "critic.optimizer"):
+            parameters[name] = captured.plain_state(parameters[name])
         return parameters
 
     def _excluded_save_params(self) -> list[str]:
@@ -335,23 +332,32 @@ class DiffusionOffPolicyAlgorithm(GuardedOffPolicyAlgorithm):
         :param batch: Transitions.
         :param numbers: What changes from update to update.
         """
-        if self._captured_updates is None or not fast.settings.enabled:
+        if not (self._can_be_captured() and fast.settings.enabled):
             self._add_metrics(update(batch, *numbers))
             return
+        if self._captured_updates is None:
+            self._captured_updates = self._make_captured_updates()
         tensors = [tensor for _, tensor in flat_items(batch._asdict())]
 
         def update_of_tensors(n_updates: th.Tensor, *arguments: th.Tensor) -> Metrics:
             values, rest = arguments[: len(numbers)], iter(arguments[len(numbers) :])
             self._update_on_device = n_updates
             try:
-                return update(ReplayBufferSamples(**rebuild(batch._asdict(), rest)), *values)
+                metrics = update(ReplayBufferSamples(**rebuild(batch._asdict(), rest)), *values)
+                # Graphs of gradients must not outlive the update
+                return {name: value.detach() for name, value in metrics.items()}
             finally:
                 self._update_on_device = None
 
         n_updates = th.full((), self._n_updates, device=self.device)
         arguments = [n_updates, *(th.full((), number, device=self.device) for number in numbers), *tensors]
-        settings = (update.__name__, batch.discounts is None, *(getattr(self, name) for name in self._update_settings))
-        self._add_metrics(self._captured_updates(update_of_tensors, arguments, settings))
+        settings = [update.__name__, batch.discounts is None, fast.settings.candidate_dtype]
+        settings += [getattr(self, name) for name in self._update_settings]
+        self._add_metrics(self._captured_updates(update_of_tensors, arguments, tuple(settings)))
+
+    def _can_be_captured(self) -> bool:
+        """Whether updates are functions of tensors and settings alone, on a GPU."""
+        return self.device.type == "cuda"
 
     def _sample_action(
         self, learning_starts: int, action_noise: ActionNoise | None = None, n_envs: int = 1
@@ -361,6 +367,14 @@ class DiffusionOffPolicyAlgorithm(GuardedOffPolicyAlgorithm):
         if n_envs == 1 and steps >= COMPILE_AFTER and total >= LONG_RUN and fast.settings.compile_actions:
             self.policy.compile_actions(self.n_behavior_candidates)
         return super()._sample_action(learning_starts, action_noise, n_envs)
+
+    def _process_state(self) -> dict[str, Any]:
+        return {**super()._process_state(), "compiled": compiled.tried_counts(self.policy)}
+
+    def _restore_process_state(self, state: dict[str, Any]) -> None:
+        super()._restore_process_state(state)
+        for n_candidates in state["compiled"]:
+            self.policy.compile_actions(n_candidates)
 
     # Metrics: summed on the device, read back when they are logged
 

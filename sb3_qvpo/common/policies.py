@@ -275,7 +275,10 @@ class DiffusionPolicy(BasePolicy):
             critic_features = features if self.share_features_extractor else critic.features(observation)
             program = None if target or n_shared_steps > 0 else compiled.ranking_of(self, n_candidates)
             if program is not None and len(features) == 1:
-                return program(features, critic_features, actor.draw_noise(1, n_candidates) if noise is None else noise)
+                noise = actor.draw_noise(1, n_candidates) if noise is None else noise
+                ranked = compiled.rank(self, features, critic_features, noise)
+                if ranked is not None:
+                    return ranked
             candidates = actor.sample_candidates(features, n_candidates, noise, reduced_precision, n_shared_steps)
             return candidates, minimum_q(critic.value_candidates(critic_features, candidates))
 

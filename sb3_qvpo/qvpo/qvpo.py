@@ -117,7 +117,7 @@ class QVPO(DiffusionOffPolicyAlgorithm):
     }
     _update_settings: ClassVar[tuple[str, ...]] = (
         *DiffusionOffPolicyAlgorithm._update_settings,
-        *("n_target_candidates", "n_train_candidates", "n_uniform_actions", "n_shared_steps", "_q_weighting"),
+        *("n_target_candidates", "n_train_candidates", "n_uniform_actions", "n_shared_steps", "q_weighting"),
     )
     _count_arguments: ClassVar[tuple[str, ...]] = (
         *DiffusionOffPolicyAlgorithm._count_arguments,
@@ -310,6 +310,10 @@ class QVPO(DiffusionOffPolicyAlgorithm):
             "candidate_std": candidate_std(candidates),
         }
         return loss, metrics
+
+    def _can_be_captured(self) -> bool:
+        # A function of the user's may have a state of its own
+        return isinstance(self.q_weighting, str) and super()._can_be_captured()
 
     def _draw_actor_noise(self, batch_size: int) -> ActorNoise:
         """
