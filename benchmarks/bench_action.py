@@ -39,7 +39,7 @@ def main() -> None:
         for other in others:
             name_of_other = f"SB3 {type(other).__name__}.predict"
             functions[name_of_other] = lambda o=other, d=deterministic: o.predict(observation, deterministic=d)
-        times = interleaved(functions, arguments.repeats, calls=2 if arguments.quick else 20)
+        times = interleaved(functions, arguments.repeats, arguments.seconds / 20)
         for what, values in times.items():
             row = {"setting": name, "what": what, **summary(values)}
             rows.append(row | (ratio(times["eager reference"], values) if what.startswith("QVPO") else {}))

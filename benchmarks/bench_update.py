@@ -42,7 +42,7 @@ def with_settings(enabled: bool, function: Callable[[], Any]) -> Callable[[], An
     return run
 
 
-def by_setting(name: str, changes: dict[str, Any], repeats: int) -> Rows:
+def by_setting(name: str, changes: dict[str, Any], repeats: int, seconds: float) -> Rows:
     """One row for each implementation of one setting."""
     setting: dict[str, Any] = PAPER | changes
     hidden, batch_size = setting.pop("hidden"), setting["batch_size"]
@@ -63,7 +63,7 @@ def by_setting(name: str, changes: dict[str, Any], repeats: int) -> Rows:
             )
             functions[f"SB3 {algorithm.__name__}"] = lambda other=other: other.train(1, batch_size)
     with reference_process(model, hidden, batch_size) as reference:
-        times = interleaved({"eager reference": reference, **functions}, repeats)
+        times = interleaved({"eager reference": reference, **functions}, repeats, seconds)
     rows = []
     for implementation, values in times.items():
         row = {"setting": name, "what": implementation, **summary(values)}
@@ -71,7 +71,7 @@ def by_setting(name: str, changes: dict[str, Any], repeats: int) -> Rows:
     return rows
 
 
-def by_part(changes: dict[str, Any], repeats: int) -> Rows:
+def by_part(changes: dict[str, Any], repeats: int, seconds: float) -> Rows:
     """One row for each part of an update with the paper's settings."""
     setting: dict[str, Any] = PAPER | changes
     hidden, sampler, batch_size = setting.pop("hidden"), setting.pop("sampler", {}), setting["batch_size"]
@@ -110,7 +110,7 @@ def by_part(changes: dict[str, Any], repeats: int) -> Rows:
         "targets": lambda: policy.update_targets(0.005),
     }
     with fast.OneDnnProducts():  # as in train()
-        times = interleaved(parts, repeats)
+        times = interleaved(parts, repeats, seconds)
     return [{"setting": "part", "what": name, **summary(values)} for name, values in times.items()]
 
 
@@ -145,8 +145,8 @@ def main() -> None:
         if name in ("paper (Hopper)", "Humanoid")
     }
     for name, changes in SETTINGS.items():
-        rows += by_setting(name, changes | quick, arguments.repeats)
-    rows += by_part(quick, arguments.repeats)
+        rows += by_setting(name, changes | quick, arguments.repeats, arguments.seconds)
+    rows += by_part(quick, arguments.repeats, arguments.seconds)
     rows += [{"setting": name, "what": "peak memory of the candidates", "MB": peak} for name, peak in peaks.items()]
     report(rows, arguments)
 

@@ -109,16 +109,25 @@ def reference_process(model: QVPO, hidden: list[int], batch_size: int) -> Iterat
         process.join()
 
 
-def interleaved(functions: dict[str, Callable[[], Any]], repeats: int, calls: int = 1) -> dict[str, list[float]]:
-    """Milliseconds of each function, one after the other in each repeat, so that all see the same state of the machine."""
+def interleaved(functions: dict[str, Callable[[], Any]], repeats: int, seconds: float = 1.0) -> dict[str, list[float]]:
+    """
+    Milliseconds of a call of each function, one after the other in each repeat, so that all see the same state of the machine.
+    Each is called again and again for about as many seconds: in training one update follows the other, too.
+    """
     times: dict[str, list[float]] = {name: [] for name in functions}
+    calls = dict.fromkeys(functions, 1)
     for repeat in range(repeats + 1):
         for name, function in functions.items():
             start = time.perf_counter()
-            for _ in range(calls):
+            for _ in range(calls[name]):
                 function()
-            if repeat > 0:  # the first warms up
-                times[name].append(1e3 * (time.perf_counter() - start) / calls)
+            taken = time.perf_counter() - start
+            if repeat == 0:  # warms up
+                start = time.perf_counter()
+                function()
+                calls[name] = max(1, round(seconds / (time.perf_counter() - start)))
+            else:
+                times[name].append(1e3 * taken / calls[name])
     return times
 
 
@@ -138,9 +147,11 @@ def parse_arguments(description: str, csv_name: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--threads", type=int, default=th.get_num_threads())
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--seconds", type=float, default=1.0, help="of calls of each function in a repeat")
     parser.add_argument("--quick", action="store_true", help="toy sizes, to see that it runs")
     parser.add_argument("--csv", type=Path, default=Path(__file__).parent / "results" / csv_name)
     arguments = parser.parse_args()
+    arguments.seconds = 0.0 if arguments.quick else arguments.seconds
     th.set_num_threads(arguments.threads)
     return arguments
 

@@ -8,6 +8,7 @@ import pytest
 import torch as th
 
 from sb3_qvpo import QVPO
+from sb3_qvpo.common import fast
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -30,6 +31,8 @@ def test_code_block(name, tmp_path, monkeypatch):
         return learn(self, min(total_timesteps, 5), *args, **kwargs)
 
     monkeypatch.setattr(QVPO, "learn", short_learn)
+    for setting, value in vars(fast.settings).items():
+        monkeypatch.setattr(fast.settings, setting, value)  # put back afterwards
     th.set_num_threads(1)
     namespace = {}
     exec(code, namespace)
