@@ -42,12 +42,17 @@ def with_settings(enabled: bool, function: Callable[[], Any]) -> Callable[[], An
     return run
 
 
+def built(changes: dict[str, Any]) -> tuple[QVPO, dict[str, Any]]:
+    """A model with the paper's settings and changes, and these settings."""
+    setting: dict[str, Any] = {"sampler": {}} | PAPER | changes
+    arguments = {name: value for name, value in setting.items() if name not in ("hidden", "sampler")}
+    return trained(QVPO, **arguments, policy_kwargs=dict(net_arch=setting["hidden"], **setting["sampler"])), setting
+
+
 def by_setting(name: str, changes: dict[str, Any], repeats: int, seconds: float) -> Rows:
     """One row for each implementation of one setting."""
-    setting: dict[str, Any] = PAPER | changes
-    hidden, batch_size = setting.pop("hidden"), setting["batch_size"]
-    sampler = setting.pop("sampler", {})  # the reference always draws in all steps
-    model = trained(QVPO, **setting, policy_kwargs=dict(net_arch=hidden, **sampler))
+    model, setting = built(changes)  # the reference always draws in all steps
+    hidden, batch_size = setting["hidden"], setting["batch_size"]
     functions: dict[str, Callable[[], Any]] = {
         "QVPO, readable": with_settings(False, lambda: model.train(1, batch_size)),
         "QVPO": with_settings(True, lambda: model.train(1, batch_size)),
@@ -73,9 +78,8 @@ def by_setting(name: str, changes: dict[str, Any], repeats: int, seconds: float)
 
 def by_part(changes: dict[str, Any], repeats: int, seconds: float) -> Rows:
     """One row for each part of an update with the paper's settings."""
-    setting: dict[str, Any] = PAPER | changes
-    hidden, sampler, batch_size = setting.pop("hidden"), setting.pop("sampler", {}), setting["batch_size"]
-    model = trained(QVPO, **setting, policy_kwargs=dict(net_arch=hidden, **sampler))
+    model, setting = built(changes)
+    batch_size = setting["batch_size"]
     policy, batch = model.policy, model.replay_buffer.sample(batch_size)
     noise = model._draw_actor_noise(batch_size)
     actions = 2 * th.rand(batch_size, 1 + model.n_uniform_actions, model.actor.action_dim) - 1
@@ -119,10 +123,8 @@ def candidates_peak_mb(changes: dict[str, Any]) -> float | None:
     status, clear = Path("/proc/self/status"), Path("/proc/self/clear_refs")
     if not clear.exists():
         return None
-    setting: dict[str, Any] = PAPER | changes
-    hidden, sampler, batch_size = setting.pop("hidden"), setting.pop("sampler", {}), setting["batch_size"]
-    model = trained(QVPO, **setting, policy_kwargs=dict(net_arch=hidden, **sampler))
-    observations = model.replay_buffer.sample(batch_size).observations
+    model, setting = built(changes)
+    observations = model.replay_buffer.sample(setting["batch_size"]).observations
 
     def resident(field: str) -> int:
         return int(next(line for line in status.read_text().splitlines() if line.startswith(field)).split()[1])
@@ -130,7 +132,7 @@ def candidates_peak_mb(changes: dict[str, Any]) -> float | None:
     clear.write_text("5")  # the peak starts at what is resident now
     before = resident("VmRSS")
     with th.no_grad():
-        noise = model._draw_chain_noise(batch_size, model.n_train_candidates)
+        noise = model._draw_chain_noise(setting["batch_size"], model.n_train_candidates)
         model.policy.rank_candidates(observations, model.n_train_candidates, noise, reduced_precision=True)
     return (resident("VmHWM") - before) / 1e3
 

@@ -50,25 +50,29 @@ def trained(algorithm: type, obs_dim: int, action_dim: int, n_steps: int = 1_000
     return model.learn(n_steps)
 
 
-def reference_of(model: QVPO, hidden: list[int]) -> EagerReference:
-    """The eager reference with the settings of a model."""
-    return EagerReference(
-        model.observation_space.shape[0],
-        model.actor.action_dim,
-        model.actor.diffusion.betas.clone(),
-        hidden,
-        model.n_train_candidates,
-        model.n_uniform_actions,
-        model.n_target_candidates,
+def reference_arguments(model: QVPO, hidden: list[int]) -> dict[str, Any]:
+    """Arguments of the eager reference for the settings of a model."""
+    return dict(
+        obs_dim=model.observation_space.shape[0],
+        action_dim=model.actor.action_dim,
+        betas=model.actor.diffusion.betas.clone(),
+        hidden=hidden,
+        n_d=model.n_train_candidates,
+        n_e=model.n_uniform_actions,
+        k_t=model.n_target_candidates,
     )
 
 
-def _reference_updates(connection: Any, threads: int, obs_dim: int, reference: dict[str, Any]) -> None:
+def reference_of(model: QVPO, hidden: list[int]) -> EagerReference:
+    """The eager reference with the settings of a model."""
+    return EagerReference(**reference_arguments(model, hidden))
+
+
+def _reference_updates(connection: Any, threads: int, batch_size: int, arguments: dict[str, Any]) -> None:
     """What the process of :func:`reference_process` runs."""
     th.set_num_threads(threads)
-    batch_size = reference.pop("batch_size")
-    buffer = trained(SAC, obs_dim, reference["action_dim"], policy_kwargs=dict(net_arch=[16])).replay_buffer
-    eager = EagerReference(obs_dim, **reference | {"betas": th.tensor(reference["betas"])})
+    sac = trained(SAC, arguments["obs_dim"], arguments["action_dim"], policy_kwargs=dict(net_arch=[16]))
+    buffer, eager = sac.replay_buffer, EagerReference(**arguments)
     connection.send("ready")
     while connection.recv() == "update":
         eager.update(buffer.sample(batch_size))
@@ -83,17 +87,8 @@ def reference_process(model: QVPO, hidden: list[int], batch_size: int) -> Iterat
     """
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
-    arguments = dict(
-        action_dim=model.actor.action_dim,
-        betas=model.actor.diffusion.betas.tolist(),
-        hidden=hidden,
-        n_d=model.n_train_candidates,
-        n_e=model.n_uniform_actions,
-        k_t=model.n_target_candidates,
-        batch_size=batch_size,
-    )
-    obs_dim = model.observation_space.shape[0]
-    process = context.Process(target=_reference_updates, args=(there, th.get_num_threads(), obs_dim, arguments), daemon=True)
+    arguments = (there, th.get_num_threads(), batch_size, reference_arguments(model, hidden))
+    process = context.Process(target=_reference_updates, args=arguments, daemon=True)
     process.start()
     there.close()
     here.recv()

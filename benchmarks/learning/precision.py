@@ -7,7 +7,6 @@ are in the CSV file are skipped.
 """
 
 import argparse
-import csv
 import time
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import gymnasium as gym
 import numpy as np
 import torch as th
 import yaml
-from run import append, setup
+from run import append, read, setup
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.monitor import Monitor
 
@@ -35,11 +34,7 @@ def main() -> None:
     parser.add_argument("--csv", type=Path, default=Path(__file__).parent / "precision.csv")
     arguments = parser.parse_args()
     th.set_num_threads(1)
-    done = set()
-    if arguments.csv.exists():
-        done = {
-            (row["algo"], int(row["seed"])) for row in csv.DictReader(arguments.csv.open()) if row["step"] == row["last_step"]
-        }
+    done = {(row["algo"], int(row["seed"])) for row in read(arguments.csv) if row["step"] == row["last_step"]}
     for seed in arguments.seeds:
         for dtype in ("float32", "bfloat16"):
             if (dtype, seed) in done:

@@ -9,6 +9,7 @@ Capturing needs tensors that stay where they are. So batches are copied into fix
 optimisers are tensors on the device; saved files hold plain numbers instead (:func:`plain_state`).
 """
 
+import functools
 import warnings
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, cast
@@ -29,8 +30,18 @@ Results = dict[str, th.Tensor]
 Function = Callable[..., Results]
 Capture = Callable[[Callable[[], Results], th.device], tuple[Callable[[], None], Results]]
 
-_streams: dict[th.device, Any] = {}
 _learning_rates: WeakKeyDictionary[th.optim.Optimizer, list[th.Tensor]] = WeakKeyDictionary()
+
+
+@functools.cache
+def side_stream(device: th.device) -> Any:
+    """
+    The stream on which functions are captured.
+
+    :param device: A GPU.
+    :return: Its stream, always the same.
+    """
+    return th.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch leaves it untyped
 
 
 def cuda_graph(function: Callable[[], Results], device: th.device) -> tuple[Callable[[], None], Results]:
@@ -42,7 +53,7 @@ def cuda_graph(function: Callable[[], Results], device: th.device) -> tuple[Call
     :return: A function that runs it, and its results, which are overwritten at each run.
     """
     graph = th.cuda.CUDAGraph()
-    with th.cuda.device(device), th.cuda.graph(graph, stream=_streams.get(device)):
+    with th.cuda.device(device), th.cuda.graph(graph, stream=side_stream(device)):
         results = function()
     return graph.replay, results
 
@@ -59,7 +70,7 @@ def on_side_stream(function: Callable[[], Results], device: th.device) -> Result
     """
     if device.type != "cuda":
         return function()
-    stream = _streams.setdefault(device, th.cuda.Stream(device))  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    stream = side_stream(device)
     stream.wait_stream(th.cuda.current_stream(device))
     mode = th.cuda.get_sync_debug_mode()
     th.cuda.set_sync_debug_mode("error")

@@ -291,20 +291,24 @@ def tried_counts(policy: nn.Module) -> list[int]:
 
 
 def rank(
-    policy: nn.Module, actor_features: th.Tensor, critic_features: th.Tensor, noise: th.Tensor
+    policy: nn.Module,
+    ranking: CompiledRanking | CapturedRanking,
+    actor_features: th.Tensor,
+    critic_features: th.Tensor,
+    noise: th.Tensor,
 ) -> tuple[th.Tensor, th.Tensor] | None:
     """
-    Candidates and their values by the program of :func:`ranking_of`. If it fails there is a warning, and no program any more.
+    Candidates and their values by the program of a policy. If it fails there is a warning, and no program any more.
 
     :param policy: The policy.
+    :param ranking: Its program, from :func:`ranking_of`.
     :param actor_features: One state's features of the actor, shape (1, S).
     :param critic_features: One state's features of the critics, shape (1, S).
     :param noise: Noise of shape (N, 1, K, A).
     :return: Actions of shape (1, K, A) and values of shape (1, K); None if it failed.
     """
-    ranking = ranking_of(policy, noise.shape[2])
     try:
-        return None if ranking is None else ranking(actor_features, critic_features, noise)
+        return ranking(actor_features, critic_features, noise)
     except Exception as error:  # another number of threads is compiled anew, and may fail then
         _rankings[policy][noise.shape[2]] = None
         warn_of_failure(error)

@@ -276,7 +276,7 @@ class DiffusionPolicy(BasePolicy):
             program = None if target or n_shared_steps > 0 else compiled.ranking_of(self, n_candidates)
             if program is not None and len(features) == 1:
                 noise = actor.draw_noise(1, n_candidates) if noise is None else noise
-                ranked = compiled.rank(self, features, critic_features, noise)
+                ranked = compiled.rank(self, program, features, critic_features, noise)
                 if ranked is not None:
                     return ranked
             candidates = actor.sample_candidates(features, n_candidates, noise, reduced_precision, n_shared_steps)
