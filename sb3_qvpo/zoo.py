@@ -20,6 +20,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.type_aliases import MaybeCallback
 from stable_baselines3.common.utils import configure_logger
 
+from sb3_qvpo.common.checkpoints import is_checkpoint
 from sb3_qvpo.qvpo import QVPO
 
 if TYPE_CHECKING:
@@ -39,15 +40,16 @@ class ZooQVPO(QVPO):
     QVPO as RL Zoo gets it: RL Zoo keeps lists of the algorithms it knows, and this makes up for QVPO not being in them.
 
     A model loaded to play gets a replay buffer of one transition, as RL Zoo arranges for SAC. A model loaded to continue
-    (``-i``) goes on counting steps, so that its schedules do not start again. Constructor as in :class:`QVPO`.
+    (``-i``) goes on counting steps, so that its schedules do not start again; if the file is a checkpoint of a whole run, that
+    run is resumed. Constructor as in :class:`QVPO`.
     """
 
     @classmethod
     def load(cls: type[SelfZooQVPO], path: Any, *args: Any, **kwargs: Any) -> SelfZooQVPO:
         """
-        Load a model.
+        Load a model, or resume a run to train on.
 
-        :param path: Path of the file.
+        :param path: Path of the file: a model or a checkpoint.
         :param args: Further positional arguments of ``QVPO.load``.
         :param kwargs: Keyword arguments of ``QVPO.load``. RL Zoo's scripts that play pass ``custom_objects``, training does
             not: that is how they are told apart. Training passes all settings of the task, and T, like the other sizes of
@@ -56,6 +58,8 @@ class ZooQVPO(QVPO):
         """
         if "custom_objects" in kwargs:
             return super().load(path, *args, **{"buffer_size": 1, "optimize_memory_usage": False, **kwargs})
+        if is_checkpoint(path):
+            return cls.resume(path, *args, **kwargs)
         asked_for = kwargs.pop("n_diffusion_steps", None)
         model = super().load(path, *args, **kwargs)
         if asked_for not in (None, model.n_diffusion_steps):

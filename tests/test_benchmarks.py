@@ -1,8 +1,11 @@
 """The benchmarks run, what they compare with computes the same losses, and the package is several times faster."""
 
 import csv
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -78,36 +81,43 @@ def test_benchmark(name, tmp_path):
 
 
 def test_learning_curves_are_resumed(tmp_path):
-    """Through RL Zoo; finished runs are skipped, those that were broken off start again."""
-    file = tmp_path / "results.csv"
-    options = [
-        "--tasks",
-        "Pendulum-v1",
-        "--algos",
-        "sac",
-        "qvpo_ddim5",
-        "--seeds",
-        "3",
-        "--steps",
-        "620",
-        "--eval-freq",
-        "310",
-    ]
-    command = [sys.executable, str(BENCHMARKS / "learning" / "run.py"), *options, "--episodes", "2", "--csv", str(file)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
-    assert result.returncode == 0, result.stdout + result.stderr
-    rows = list(csv.DictReader(file.open()))
-    assert sorted((row["algo"], row["step"]) for row in rows) == [
-        *(("qvpo_ddim5", "310"), ("qvpo_ddim5", "620")),
-        *(("sac", "310"), ("sac", "620")),
-    ]
-    assert all(-2000 < float(row["mean_return"]) < 0 and row["episodes"] == "2" and row["torch"] for row in rows)
-    lines = file.read_text().splitlines(keepends=True)
-    file.write_text("".join(line for line in lines if ",qvpo_ddim5,3,620," not in line))  # broken off
-    result = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
-    started = [line for line in result.stdout.splitlines() if "started" in line]
-    assert started == ["Pendulum-v1 qvpo_ddim5 seed 3: started"]
-    again = list(csv.DictReader(file.open()))
-    assert [(row["step"], row["mean_return"]) for row in again if row["algo"] == "qvpo_ddim5"] == [
-        (row["step"], row["mean_return"]) for row in rows if row["algo"] == "qvpo_ddim5"
-    ]
+    """Through RL Zoo; after a kill QVPO goes on from its checkpoint, finished runs are skipped, others start again."""
+    file, checkpoint = tmp_path / "results.csv", tmp_path / "runs" / "Pendulum-v1_qvpo_ddim5_3_1000" / "run.zip"
+    options = ["--tasks", "Pendulum-v1", "--algos", "qvpo_ddim5", "--seeds", "3", "--steps", "1000", "--eval-freq", "500"]
+    options += ["--episodes", "2", "--csv", str(file), "--folder", str(tmp_path / "runs")]
+    command = [sys.executable, str(BENCHMARKS / "learning" / "run.py"), *options]
+
+    def rows():
+        return list(csv.DictReader(file.open())) if file.exists() else []
+
+    process = subprocess.Popen(command, start_new_session=True)
+    deadline = time.monotonic() + 300
+    while not (checkpoint.exists() and rows()):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert [row["step"] for row in rows()] == ["500"]
+    first = rows()[0]
+    with file.open("a") as opened:  # an evaluation after the checkpoint
+        opened.write(",".join({**first, "step": "999"}.values()) + "\n")
+
+    def run(*more):
+        result = subprocess.run([*command, *more], capture_output=True, text=True, timeout=500, check=False)
+        assert result.returncode == 0, result.stdout + result.stderr
+        return [line for line in result.stdout.splitlines() if "started" in line]
+
+    assert run() == ["Pendulum-v1 qvpo_ddim5 seed 3: started from step 500"]
+    assert rows()[0] == first
+    assert [row["step"] for row in rows()] == ["500", "1000"]
+    assert float(rows()[1]["minutes"]) > float(first["minutes"])
+    assert all(-2000 < float(row["mean_return"]) < 0 and row["episodes"] == "2" and row["torch"] for row in rows())
+    assert not checkpoint.parent.exists()
+
+    finished = rows()
+    half = {**first, "algo": "sac"}
+    with file.open("a") as opened:  # broken off without a checkpoint
+        opened.write(",".join(half.values()) + "\n")
+    assert run("--algos", "sac", "qvpo_ddim5") == ["Pendulum-v1 sac seed 3: started"]
+    assert rows()[:2] == finished
+    assert [(row["algo"], row["step"]) for row in rows()[2:]] == [("sac", "500"), ("sac", "1000")]

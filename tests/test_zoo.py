@@ -10,6 +10,7 @@ import numpy as np
 import optuna
 import pytest
 import rl_zoo3
+import torch as th
 import yaml
 from helpers import TINY, tiny_qvpo
 from rl_zoo3.exp_manager import ExperimentManager
@@ -17,6 +18,7 @@ from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER
 from stable_baselines3 import HerReplayBuffer
 from stable_baselines3.common.envs import BitFlippingEnv
 from stable_baselines3.common.utils import LinearSchedule
+from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from sb3_qvpo import QVPO, zoo
 
@@ -217,10 +219,7 @@ def test_the_fast_settings_change_the_cost_only():
     changed = dict(n_train_candidates=16, policy_delay=2, policy_kwargs="dict(n_sampling_steps=5, sampling_eta=0.0)")
     for name, entry in FAST.items():
         assert entry == {**PAPER[name], **changed}, name
-    assert ALGOS["qvpo_ddim5_delay2"] == [
-        *("--algo", "qvpo", "-params", "n_train_candidates:16"),
-        *("policy_kwargs:{'n_sampling_steps': 5, 'sampling_eta': 0.0}", "policy_delay:2"),
-    ]
+    assert ALGOS["qvpo_ddim5_delay2"] == ("qvpo", {**changed, "policy_kwargs": dict(n_sampling_steps=5, sampling_eta=0.0)})
 
 
 def test_the_official_settings_are_the_authors():
@@ -343,6 +342,27 @@ def test_continuing_skips_the_warm_up_and_keeps_the_schedule(tmp_path):
 
     again = QVPO.load(tmp_path / "model", env=gym.make("Pendulum-v1"), device="cpu").learn(15)
     assert (again.num_timesteps, again._n_updates) == (15, 10 + 5)  # an empty buffer: warm-up as in SB3
+
+
+def test_a_checkpoint_is_resumed(tmp_path):
+    """Given to ``-i``: with its buffer, counters, normalisation and random states, as by ``resume()``."""
+
+    def env(**settings):
+        return VecNormalize(DummyVecEnv([lambda: gym.make("Pendulum-v1")]), **settings)
+
+    model = zoo.ZooQVPO("MlpPolicy", env(), **{**TINY, "learning_starts": 10, "seed": 0}).learn(20)
+    model.save_checkpoint(tmp_path / "run")
+    as_training_does = dict(env=env(), seed=5, device="cpu", learning_starts=10, n_diffusion_steps=TINY["n_diffusion_steps"])
+    resumed = zoo.ZooQVPO.load(str(tmp_path / "run.zip"), **as_training_does)
+    assert (resumed.num_timesteps, resumed._n_updates, resumed.replay_buffer.size()) == (20, 10, 20)
+    np.testing.assert_array_equal(resumed.get_vec_normalize_env().obs_rms.mean, model.get_vec_normalize_env().obs_rms.mean)
+    resumed.learn(5)
+    by_hand = QVPO.resume(tmp_path / "run", env(), device="cpu").learn(5, reset_num_timesteps=False)
+    assert (resumed.num_timesteps, resumed._n_updates) == (25, 15)
+    for one, other in zip(resumed.policy.parameters(), by_hand.policy.parameters(), strict=True):
+        assert th.equal(one, other)
+    played = zoo.ZooQVPO.load(str(tmp_path / "run.zip"), custom_objects={})
+    assert (played.num_timesteps, played.replay_buffer.buffer_size) == (20, 1)
 
 
 @pytest.mark.parametrize("cls", [QVPO, zoo.ZooQVPO])

@@ -3,14 +3,16 @@ Learning curves through RL Zoo: every task with every algorithm and seed, two ru
 
 ``python benchmarks/learning/run.py --tasks HalfCheetah-v5 --algos qvpo_ddim5 sac --seeds 0 1 --steps 40000``
 
-Runs that are in the CSV file to their end are skipped, so that the same command goes on after an interruption; a run that was
-broken off starts again. Each run has one thread. Needs ``pip install "sb3-qvpo[mujoco,zoo]"``.
+The same command goes on after an interruption: runs that are in the CSV file to their end are skipped, a run of QVPO that was
+broken off is resumed from its checkpoint, taken at each evaluation and kept in ``--folder``, others start again. Each run has
+one thread; ``minutes`` depend on what else the machine does. Needs ``pip install "sb3-qvpo[mujoco,zoo]"``.
 """
 
 import argparse
 import csv
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -22,29 +24,28 @@ from typing import Any
 import numpy as np
 
 HERE = Path(__file__).parent
+CHECKPOINT = "run.zip"
 COLUMNS = ["task", "algo", "seed", "step", "mean_return", "std_return", "episodes", "minutes", "last_step"]
 SETUP = ["commit", "sb3_qvpo", "stable_baselines3", "torch", "cpu", "threads"]
 
 
-def qvpo(**changes: Any) -> list[str]:
-    """Arguments of RL Zoo for QVPO with changed settings."""
-    params = [f"{name}:{value!r}" for name, value in changes.items()]
-    return ["--algo", "qvpo", *(["-params", *params] if params else [])]
-
-
-ALGOS: dict[str, list[str]] = {
-    "qvpo": qvpo(),
+ALGOS: dict[str, tuple[str, dict[str, Any]]] = {
+    "qvpo": ("qvpo", {}),
     # Fewer candidates, fewer steps: N_d 16 of 64, and S of the 20 trained steps with the paper's noise or without any
-    "qvpo_ddpm10": qvpo(n_train_candidates=16, policy_kwargs=dict(n_sampling_steps=10)),
-    "qvpo_ddpm5": qvpo(n_train_candidates=16, policy_kwargs=dict(n_sampling_steps=5)),
-    "qvpo_ddim10": qvpo(n_train_candidates=16, policy_kwargs=dict(n_sampling_steps=10, sampling_eta=0.0)),
-    "qvpo_ddim5": qvpo(n_train_candidates=16, policy_kwargs=dict(n_sampling_steps=5, sampling_eta=0.0)),
-    "qvpo_ddim5_delay2": qvpo(n_train_candidates=16, policy_kwargs=dict(n_sampling_steps=5, sampling_eta=0.0), policy_delay=2),
+    "qvpo_ddpm10": ("qvpo", dict(n_train_candidates=16, policy_kwargs=dict(n_sampling_steps=10))),
+    "qvpo_ddpm5": ("qvpo", dict(n_train_candidates=16, policy_kwargs=dict(n_sampling_steps=5))),
+    "qvpo_ddim10": ("qvpo", dict(n_train_candidates=16, policy_kwargs=dict(n_sampling_steps=10, sampling_eta=0.0))),
+    "qvpo_ddim5": ("qvpo", dict(n_train_candidates=16, policy_kwargs=dict(n_sampling_steps=5, sampling_eta=0.0))),
+    "qvpo_ddim5_delay2": (
+        "qvpo",
+        dict(n_train_candidates=16, policy_kwargs=dict(n_sampling_steps=5, sampling_eta=0.0), policy_delay=2),
+    ),
     # Fewer candidates alone, and candidates that share the first half of the chain
-    "qvpo_nd16": qvpo(n_train_candidates=16),
-    "qvpo_shared10": qvpo(n_train_candidates=16, n_shared_steps=10),
-    **{name: ["--algo", name] for name in ("sac", "td3", "tqc", "crossq")},
+    "qvpo_nd16": ("qvpo", dict(n_train_candidates=16)),
+    "qvpo_shared10": ("qvpo", dict(n_train_candidates=16, n_shared_steps=10)),
+    **{name: (name, {}) for name in ("sac", "td3", "tqc", "crossq")},
 }
+"""Name in the tables: RL Zoo's name of the algorithm, and what is changed of its settings."""
 
 
 @dataclass
@@ -58,20 +59,34 @@ class Run:
     eval_freq: int
     episodes: int
     folder: Path
+    steps_before: int
+    """Where the checkpoint goes on."""
+    minutes_before: float
     written: int = 0
     started: float = field(default_factory=time.time)
 
     def __post_init__(self) -> None:
-        evaluation = ["--eval-freq", str(self.eval_freq), "--eval-episodes", str(self.episodes), "--n-eval-envs", "1"]
-        command = [sys.executable, "-m", "rl_zoo3.train", *ALGOS[self.algo][:2], "--env", self.task, "-n", str(self.steps)]
-        command += ["--seed", str(self.seed), "-f", str(self.folder), "--num-threads", "1", "--verbose", "0", *evaluation]
+        # A folder of its own for each part, so that its evaluations are found
+        self.logs = Path(tempfile.mkdtemp(prefix=f"from_{self.steps_before}_", dir=self.folder))
+        algo, settings = ALGOS[self.algo]
+        command = [sys.executable, "-m", "rl_zoo3.train", "--algo", algo, "--env", self.task, "--seed", str(self.seed)]
+        command += ["-n", str(self.steps - self.steps_before), "-f", str(self.logs), "--num-threads", "1", "--verbose", "0"]
+        command += ["--eval-freq", str(self.eval_freq), "--eval-episodes", str(self.episodes), "--n-eval-envs", "1"]
+        if algo == "qvpo":
+            checkpoint = str(self.folder / CHECKPOINT)
+            if self.steps_before:
+                command += ["-i", checkpoint]
+            save = {"sb3_qvpo.ResumableCheckpointCallback": dict(save_freq=self.eval_freq, save_path=checkpoint)}
+            settings = {**settings, "callback": [save]}
+        if settings:
+            command += ["-params", *(f"{name}:{value!r}" for name, value in settings.items())]
+        self.log = (self.logs / "log.txt").open("w")
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        self.log = (self.folder / "log.txt").open("w")
-        self.process = subprocess.Popen([*command, *ALGOS[self.algo][2:]], env=environment, stdout=self.log, stderr=self.log)
+        self.process = subprocess.Popen(command, env=environment, stdout=self.log, stderr=self.log)
 
     def new_rows(self) -> list[dict[str, Any]]:
         """Evaluations since the last call."""
-        files = list(self.folder.glob("*/*/evaluations.npz"))
+        files = list(self.logs.glob("*/*/evaluations.npz"))
         if not files:
             return []
         try:
@@ -79,11 +94,12 @@ class Run:
             steps, results = data["timesteps"], data["results"]
         except (OSError, ValueError, EOFError, KeyError):  # being written
             return []
+        minutes = (time.time() - self.started) / 60
         rows = [
             {
                 **{"task": self.task, "algo": self.algo, "seed": self.seed, "step": int(steps[i]), "last_step": self.steps},
                 **{"mean_return": round(float(results[i].mean()), 2), "std_return": round(float(results[i].std()), 2)},
-                **{"episodes": len(results[i]), "minutes": round((time.time() - self.started) / 60, 2)},
+                **{"episodes": len(results[i]), "minutes": round(self.minutes_before + minutes, 2)},
             }
             for i in range(self.written, len(steps))
         ]
@@ -111,18 +127,29 @@ def read(file: Path) -> list[dict[str, str]]:
     return list(csv.DictReader(file.open())) if file.exists() else []
 
 
-def unfinished_removed(file: Path) -> set[tuple[str, str, str, str]]:
-    """Drop runs that were broken off from the file, and tell which are finished."""
-    rows = read(file)
-    key = ("task", "algo", "seed", "last_step")
-    finished = {tuple(row[name] for name in key) for row in rows if int(row["step"]) >= int(row["last_step"])}
-    kept = [row for row in rows if tuple(row[name] for name in key) in finished]
-    if len(kept) < len(rows):
-        with file.open("w", newline="") as opened:
-            writer = csv.DictWriter(opened, [*COLUMNS, *SETUP], lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(kept)
-    return finished  # type: ignore[return-value]  # four columns each
+def rows_of(rows: list[dict[str, str]], *run: str | int) -> list[dict[str, str]]:
+    """The rows of one run: task, algorithm, seed, last step."""
+    return [row for row in rows if [row[name] for name in ("task", "algo", "seed", "last_step")] == [str(key) for key in run]]
+
+
+def steps_in(checkpoint: Path) -> int:
+    """How many steps a run had done when its checkpoint was taken; 0 without one."""
+    if not checkpoint.exists():
+        return 0
+    from sb3_qvpo import QVPO
+
+    return QVPO.load(checkpoint, device="cpu").num_timesteps
+
+
+def remove(file: Path, rows: list[dict[str, str]]) -> None:
+    """Take rows out of the file: those that a run did after its last checkpoint."""
+    if not rows:
+        return
+    kept = [row for row in read(file) if row not in rows]
+    with file.open("w", newline="") as opened:
+        writer = csv.DictWriter(opened, [*COLUMNS, *SETUP], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(kept)
 
 
 def append(file: Path, rows: list[dict[str, Any]], with_setup: dict[str, Any]) -> None:
@@ -146,40 +173,40 @@ def main() -> None:
     parser.add_argument("--episodes", type=int, default=10)
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     parser.add_argument("--csv", type=Path, default=HERE / "results.csv")
+    parser.add_argument("--folder", type=Path, default=HERE / "runs", help="checkpoints and logs of unfinished runs")
     arguments = parser.parse_args()
 
-    finished = unfinished_removed(arguments.csv)
-    waiting = [
-        (task, algo, seed)
-        for seed in arguments.seeds
-        for task in arguments.tasks
-        for algo in arguments.algos
-        if (task, algo, str(seed), str(arguments.steps)) not in finished
-    ]
+    waiting = [(task, algo, seed) for seed in arguments.seeds for task in arguments.tasks for algo in arguments.algos]
     with_setup, running = setup(), []
-    with tempfile.TemporaryDirectory() as folder:
-        while waiting or running:
-            while waiting and len(running) < arguments.processes:
-                task, algo, seed = waiting.pop(0)
-                run_folder = Path(folder) / f"{task}_{algo}_{seed}"
-                run_folder.mkdir()
-                print(f"{task} {algo} seed {seed}: started", flush=True)
-                running.append(Run(task, algo, seed, arguments.steps, arguments.eval_freq, arguments.episodes, run_folder))
-            time.sleep(1)
-            for run in list(running):
-                ended = run.process.poll() is not None
-                rows = run.new_rows()
-                if rows:
-                    append(arguments.csv, rows, with_setup)
-                    last = rows[-1]
-                    print(
-                        f"{run.task} {run.algo} seed {run.seed}: {last['mean_return']} after {last['step']} steps", flush=True
-                    )
-                if ended:
-                    running.remove(run)
-                    run.log.close()
-                    if run.process.returncode != 0:
-                        raise SystemExit(f"{run.task} {run.algo} failed:\n{(run.folder / 'log.txt').read_text()[-3000:]}")
+    while waiting or running:
+        while waiting and len(running) < arguments.processes:
+            task, algo, seed = waiting.pop(0)
+            before = rows_of(read(arguments.csv), task, algo, seed, arguments.steps)
+            if before and int(before[-1]["step"]) >= arguments.steps:
+                continue
+            folder = arguments.folder.absolute() / f"{task}_{algo}_{seed}_{arguments.steps}"
+            folder.mkdir(parents=True, exist_ok=True)
+            done = steps_in(folder / CHECKPOINT)
+            done = done if done < arguments.steps else 0
+            remove(arguments.csv, [row for row in before if int(row["step"]) > done])
+            minutes = max((float(row["minutes"]) for row in before if int(row["step"]) <= done), default=0.0)
+            print(f"{task} {algo} seed {seed}: started" + f" from step {done}" * bool(done), flush=True)
+            evaluation = (arguments.eval_freq, arguments.episodes)
+            running.append(Run(task, algo, seed, arguments.steps, *evaluation, folder, done, minutes))
+        time.sleep(1)
+        for run in list(running):
+            ended = run.process.poll() is not None
+            rows = run.new_rows()
+            if rows:
+                append(arguments.csv, rows, with_setup)
+                last = rows[-1]
+                print(f"{run.task} {run.algo} seed {run.seed}: {last['mean_return']} after {last['step']} steps", flush=True)
+            if ended:
+                running.remove(run)
+                run.log.close()
+                if run.process.returncode != 0:
+                    raise SystemExit(f"{run.task} {run.algo} failed:\n{(run.logs / 'log.txt').read_text()[-3000:]}")
+                shutil.rmtree(run.folder)
 
 
 if __name__ == "__main__":
