@@ -111,6 +111,8 @@ def test_learning_curves_are_resumed(tmp_path):
     assert rows()[0] == first
     assert [row["step"] for row in rows()] == ["500", "1000"]
     assert float(rows()[1]["minutes"]) > float(first["minutes"])
+    assert float(rows()[1]["train_minutes"]) > float(first["train_minutes"])
+    assert all(-2000 < float(row["single_return"]) < 0 for row in rows())
     assert all(-2000 < float(row["mean_return"]) < 0 and row["episodes"] == "2" and row["torch"] for row in rows())
     assert not checkpoint.parent.exists()
 
@@ -120,4 +122,7 @@ def test_learning_curves_are_resumed(tmp_path):
         opened.write(",".join(half.values()) + "\n")
     assert run("--algos", "sac", "qvpo_ddim5") == ["Pendulum-v1 sac seed 3: started"]
     assert rows()[:2] == finished
-    assert [(row["algo"], row["step"]) for row in rows()[2:]] == [("sac", "500"), ("sac", "1000")]
+    assert [(row["algo"], row["step"], row["single_return"]) for row in rows()[2:]] == [
+        ("sac", "500", ""),
+        ("sac", "1000", ""),
+    ]

@@ -5,11 +5,15 @@ Learning curves through RL Zoo: every task with every algorithm and seed, two ru
 
 The same command goes on after an interruption: runs that are in the CSV file to their end are skipped, a run of QVPO that was
 broken off is resumed from its checkpoint, taken at each evaluation and kept in ``--folder``, others start again. Each run has
-one thread; ``minutes`` depend on what else the machine does. Needs ``pip install "sb3-qvpo[mujoco,zoo]"``.
+one thread. Columns of the CSV file: ``mean_return``, ``std_return`` over ``episodes`` episodes, the same ones each time, with
+deterministic actions (QVPO: the best of 32), ``single_return`` with one sample of QVPO's policy; ``minutes`` since the start,
+evaluations and all else on the machine included; ``train_minutes`` of processor time without evaluations. Needs
+``pip install "sb3-qvpo[mujoco,zoo]"``.
 """
 
 import argparse
 import csv
+import json
 import os
 import platform
 import shutil
@@ -25,7 +29,9 @@ import numpy as np
 
 HERE = Path(__file__).parent
 CHECKPOINT = "run.zip"
+RUN = ["task", "algo", "seed", "last_step"]
 COLUMNS = ["task", "algo", "seed", "step", "mean_return", "std_return", "episodes", "minutes", "last_step"]
+COLUMNS += ["single_return", "train_minutes"]
 SETUP = ["commit", "sb3_qvpo", "stable_baselines3", "torch", "cpu", "threads"]
 
 
@@ -62,6 +68,7 @@ class Run:
     steps_before: int
     """Where the checkpoint goes on."""
     minutes_before: float
+    train_minutes_before: float
     written: int = 0
     started: float = field(default_factory=time.time)
 
@@ -69,6 +76,8 @@ class Run:
         # A folder of its own for each part, so that its evaluations are found
         self.logs = Path(tempfile.mkdtemp(prefix=f"from_{self.steps_before}_", dir=self.folder))
         algo, settings = ALGOS[self.algo]
+        self.evaluations = self.logs / "evaluations.jsonl"
+        callbacks: list[Any] = [{"evaluation.FixedEvaluation": dict(file=str(self.evaluations))}]
         command = [sys.executable, "-m", "rl_zoo3.train", "--algo", algo, "--env", self.task, "--seed", str(self.seed)]
         command += ["-n", str(self.steps - self.steps_before), "-f", str(self.logs), "--num-threads", "1", "--verbose", "0"]
         command += ["--eval-freq", str(self.eval_freq), "--eval-episodes", str(self.episodes), "--n-eval-envs", "1"]
@@ -76,12 +85,12 @@ class Run:
             checkpoint = str(self.folder / CHECKPOINT)
             if self.steps_before:
                 command += ["-i", checkpoint]
-            save = {"sb3_qvpo.ResumableCheckpointCallback": dict(save_freq=self.eval_freq, save_path=checkpoint)}
-            settings = {**settings, "callback": [save]}
-        if settings:
-            command += ["-params", *(f"{name}:{value!r}" for name, value in settings.items())]
+            save = dict(save_freq=self.eval_freq, save_path=checkpoint)
+            callbacks += [{"sb3_qvpo.ResumableCheckpointCallback": save}]
+        command += ["-params", *(f"{name}:{value!r}" for name, value in {**settings, "callback": callbacks}.items())]
         self.log = (self.logs / "log.txt").open("w")
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        path = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
         self.process = subprocess.Popen(command, env=environment, stdout=self.log, stderr=self.log)
 
     def new_rows(self) -> list[dict[str, Any]]:
@@ -94,15 +103,19 @@ class Run:
             steps, results = data["timesteps"], data["results"]
         except (OSError, ValueError, EOFError, KeyError):  # being written
             return []
-        minutes = (time.time() - self.started) / 60
-        rows = [
-            {
-                **{"task": self.task, "algo": self.algo, "seed": self.seed, "step": int(steps[i]), "last_step": self.steps},
-                **{"mean_return": round(float(results[i].mean()), 2), "std_return": round(float(results[i].std()), 2)},
-                **{"episodes": len(results[i]), "minutes": round(self.minutes_before + minutes, 2)},
+        minutes = self.minutes_before + (time.time() - self.started) / 60
+        ours = {row["step"]: row for row in map(json.loads, self.evaluations.read_text().splitlines())}
+        run = {"task": self.task, "algo": self.algo, "seed": self.seed, "last_step": self.steps}
+        rows = []
+        for step, returns in list(zip(steps, results, strict=True))[self.written :]:
+            numbers = {
+                **{"mean_return": returns.mean(), "std_return": returns.std(), "minutes": minutes},
+                "train_minutes": self.train_minutes_before + ours[step]["train_minutes"],
             }
-            for i in range(self.written, len(steps))
-        ]
+            if "single" in ours[step]:
+                numbers["single_return"] = np.mean(ours[step]["single"])
+            rounded = {name: round(float(number), 2) for name, number in numbers.items()}
+            rows.append({**run, "step": int(step), "episodes": len(returns), **rounded})
         self.written = len(steps)
         return rows
 
@@ -129,7 +142,7 @@ def read(file: Path) -> list[dict[str, str]]:
 
 def rows_of(rows: list[dict[str, str]], *run: str | int) -> list[dict[str, str]]:
     """The rows of one run: task, algorithm, seed, last step."""
-    return [row for row in rows if [row[name] for name in ("task", "algo", "seed", "last_step")] == [str(key) for key in run]]
+    return [row for row in rows if [row[name] for name in RUN] == [str(key) for key in run]]
 
 
 def steps_in(checkpoint: Path) -> int:
@@ -189,10 +202,11 @@ def main() -> None:
             done = steps_in(folder / CHECKPOINT)
             done = done if done < arguments.steps else 0
             remove(arguments.csv, [row for row in before if int(row["step"]) > done])
-            minutes = max((float(row["minutes"]) for row in before if int(row["step"]) <= done), default=0.0)
+            kept = [row for row in before if int(row["step"]) <= done]
+            minutes = [max((float(row[name] or 0) for row in kept), default=0.0) for name in ("minutes", "train_minutes")]
             print(f"{task} {algo} seed {seed}: started" + f" from step {done}" * bool(done), flush=True)
             evaluation = (arguments.eval_freq, arguments.episodes)
-            running.append(Run(task, algo, seed, arguments.steps, *evaluation, folder, done, minutes))
+            running.append(Run(task, algo, seed, arguments.steps, *evaluation, folder, done, *minutes))
         time.sleep(1)
         for run in list(running):
             ended = run.process.poll() is not None
