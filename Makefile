@@ -1,4 +1,5 @@
-# The two commands: make train, make test. Both set up .venv by themselves; they need Python 3.11+ and make.
+# The two commands: make train, make test. Both set up .venv by themselves; they need Python 3.11+ and make. So does make doc,
+# which builds the documentation.
 # make test-oldest checks the oldest versions that the package admits; on Linux it downloads torch with CUDA, several GB.
 
 PYTHON ?= python3
@@ -7,7 +8,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PIP_ENV := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1
 
-.PHONY: train test test-slow test-oldest lint format type pytest clean
+.PHONY: train test test-slow test-oldest doc lint format type pytest clean
 
 OLDEST := .venv-oldest
 
@@ -22,6 +23,10 @@ pytest: $(READY)
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow -s
+
+doc: $(READY)
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
+	@echo "Built docs/_build/html/index.html"
 
 # RL Zoo is left out: the sb3-contrib that it needs asks for Stable-Baselines3 2.9.2
 test-oldest: $(OLDEST)/.ready
@@ -51,4 +56,4 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(OLDEST) .mypy_cache .ruff_cache dist
+	rm -rf $(VENV) $(OLDEST) .mypy_cache .ruff_cache dist docs/_build

@@ -2,6 +2,8 @@
 
 import inspect
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -51,6 +53,30 @@ def test_every_row_of_the_parity_table_has_its_test():
     named = {tuple(re.findall(r"test_\w+", row[-1])) for row in features}
     for module, function in named:
         assert f"def {function}(" in (ROOT / "tests" / f"{module}.py").read_text(), f"{module}.py::{function}"
+
+
+def test_tests_that_pages_name_exist():
+    for page in PAGES:
+        for module, function in re.findall(r"`(test_\w+)\.py::(test_\w+)`", page.read_text()):
+            assert f"def {function}(" in (ROOT / "tests" / f"{module}.py").read_text(), f"{page.name}: {module}.py::{function}"
+
+
+def test_every_deviation_from_the_paper_has_its_test():
+    rows = re.findall(r"^\| (\d+)\. .*\|$", (ROOT / "docs" / "algorithm.md").read_text(), flags=re.M)
+    assert rows == [str(i + 1) for i in range(15)]
+    with_test = re.findall(
+        r"^\| (\d+)\. .*`test_\w+\.py::test_\w+` \|$", (ROOT / "docs" / "algorithm.md").read_text(), flags=re.M
+    )
+    assert with_test == rows
+
+
+def test_the_documentation_is_built_without_warnings(tmp_path):
+    pytest.importorskip("sphinx")  # not with the oldest versions
+    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html", str(ROOT / "docs"), str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "K-efficient policy" in (tmp_path / "api.html").read_text()
+    assert "critic_contrast" in (tmp_path / "algorithm.html").read_text()
 
 
 def test_argument_table():

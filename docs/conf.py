@@ -1,0 +1,17 @@
+"""Sphinx settings: ``make doc`` builds the site into ``docs/_build/html``; warnings are errors."""
+
+import sb3_qvpo
+
+project = "sb3_qvpo"
+author = "The sb3_qvpo maintainers"
+copyright = author
+release = sb3_qvpo.__version__
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.mathjax"]
+myst_enable_extensions = ["dollarmath", "amsmath", "deflist"]
+myst_heading_anchors = 3
+exclude_patterns = ["_build"]
+html_theme = "sphinx_rtd_theme"
+
+autodoc_member_order = "bysource"
+autodoc_typehints = "none"  # the signature would hide the description of each parameter
