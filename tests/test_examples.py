@@ -1,15 +1,32 @@
 """The examples run from the command line, at toy size."""
 
+import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
+PENDULUM = r"Return over 20 episodes after 520 steps: -\d+ \+- \d+"
 TOY = {
-    "train_pendulum.py": (["--timesteps", "520"], r"Return over 20 episodes after 520 steps: -\d+ \+- \d+"),
+    "bandit.py": (["--timesteps", "840"], r"(ent_coef 0.01?, \d+ steps: reward \d+\.\d\n){8}"),
+    "compare_candidates.py": (
+        ["--timesteps", "520", "--episodes", "1", "--candidates", "1", "8"],
+        r"Best of  1 candidates: -\d+ \+- 0\nBest of  8 candidates: -\d+ \+- 0",
+    ),
+    "multi_goal.py": (["--timesteps", "520"], r"(Best of [14]: .* reached \[\d+, \d+, \d+, \d+\] times in 50 episodes\n){2}"),
+    "resume_training.py": (["--timesteps", "520", "--save-freq", "200"], PENDULUM),
+    # A small task with a goal, registered below: gymnasium-robotics needs another MuJoCo than the other tasks
+    "train_her.py": (
+        ["--env", "Bits-v0", "--timesteps", "1020", "--episodes", "4"],
+        r"Success in \d+% of 4 episodes after 1020 steps",
+    ),
+    "train_images.py": (["--timesteps", "510"], r"Distance to the spot after 510 steps: \d\.\d\d \+- \d\.\d\d"),
+    "train_vectorized.py": (["--timesteps", "520", "--n-envs", "2"], PENDULUM),
+    "train_pendulum.py": (["--timesteps", "520"], PENDULUM),
     "export_policy.py": (
         ["--timesteps", "520", "--episodes", "1"],
         r"Return of pendulum.onnx over 1 episodes: -\d+ \+- 0",
@@ -27,11 +44,49 @@ def test_every_example_is_covered_and_short():
     assert all(len(file.read_text().splitlines()) < 60 for file in files)
 
 
+RUN = """
+import runpy, sys
+import gymnasium as gym
+from stable_baselines3.common.envs import BitFlippingEnv
+gym.register("Bits-v0", entry_point=lambda: BitFlippingEnv(n_bits=3, continuous=True), max_episode_steps=10)
+sys.argv = sys.argv[1:]
+sys.path.insert(0, {examples!r})
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def run_example(name, arguments, folder):
+    """What an example prints."""
+    command = [sys.executable, "-c", RUN.format(examples=str(EXAMPLES)), str(EXAMPLES / name), *arguments]
+    environment = {**os.environ, "MPLBACKEND": "agg", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
 @pytest.mark.parametrize("name", TOY)
 def test_example(name, tmp_path):
+    """It ends with a number, or a picture and a number."""
     arguments, expected = TOY[name]
-    command = [sys.executable, str(EXAMPLES / name), *arguments]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
-    assert result.returncode == 0, result.stderr
-    assert re.search(expected, result.stdout), result.stdout
-    assert [*tmp_path.glob("*.zip"), *tmp_path.glob("*.onnx")]
+    output = run_example(name, arguments, tmp_path)
+    assert re.search(expected, output), output
+    pictures = re.findall(r'savefig\("(.*?)"', (EXAMPLES / name).read_text())
+    assert all((tmp_path / picture).stat().st_size > 5_000 for picture in pictures)
+    saved = re.findall(r'(?:save|export)\("(.*?)"\)', (EXAMPLES / name).read_text())
+    assert all([*tmp_path.glob(f"{file}*")] for file in saved)
+
+
+def test_a_killed_run_is_resumed_by_the_same_command(tmp_path):
+    """And ends as if nothing had happened."""
+    arguments = ["--timesteps", "820", "--save-freq", "200"]
+    (tmp_path / "once").mkdir()
+    uninterrupted = run_example("resume_training.py", arguments, tmp_path / "once")
+    process = subprocess.Popen([sys.executable, str(EXAMPLES / "resume_training.py"), *arguments], cwd=tmp_path)
+    while not (tmp_path / "pendulum_run.zip").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    resumed, rest = run_example("resume_training.py", arguments, tmp_path).split("\n", 1)
+    assert re.fullmatch(r"Resumed after [2468]00 steps, [642]?20 are left", resumed)
+    assert rest == uninterrupted

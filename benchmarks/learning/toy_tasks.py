@@ -1,0 +1,154 @@
+"""
+The bandit of the paper's Figure 2 and four equally good goals: how many good actions does a policy keep?
+
+``python benchmarks/learning/toy_tasks.py bandit --seeds 0 1 2`` and ``... multi_goal --seeds 0 1 2 3 4``. The tasks are those
+of ``examples/``. What is in the CSV file already is not run again. Each run has one thread. Needs matplotlib.
+"""
+
+import argparse
+import csv
+import multiprocessing
+import os
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch as th
+from stable_baselines3 import SAC, TD3
+from stable_baselines3.common.base_class import BaseAlgorithm
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parents[1] / "examples"))
+
+from bandit import PEAKS, ThreePeaksEnv  # noqa: E402  # examples/ is no package
+from multi_goal import MultiGoalEnv  # noqa: E402
+
+from sb3_qvpo import QVPO  # noqa: E402
+
+Row = dict[str, Any]
+SMALL = dict(learning_rate=1e-3, batch_size=64, policy_kwargs=dict(net_arch=[64, 64]))
+
+# What is changed of the paper's settings: its Figures 4 and 5, and its weightings
+BANDIT: dict[str, dict[str, Any]] = {
+    **{f"T {T}, ent_coef {c}": dict(n_diffusion_steps=T, ent_coef=c) for T in (5, 10, 20) for c in (0.0, 0.01)},
+    **{
+        f"K_b {b}, K_t {t}": dict(n_behavior_candidates=b, n_target_candidates=t)
+        for b, t in ((1, 1), (4, 1), (4, 2), (4, 4), (20, 2))
+    },
+    "qcut": dict(q_weighting="qcut"),
+    "ent_coef 0.1": dict(ent_coef=0.1),
+    "N_d 4": dict(n_train_candidates=4),
+}
+MULTI_GOAL: dict[str, tuple[type[BaseAlgorithm], dict[str, Any]]] = {
+    "QVPO": (QVPO, dict(n_train_candidates=16)),
+    "QVPO, ent_coef 0.1": (QVPO, dict(n_train_candidates=16, ent_coef=0.1)),
+    "QVPO, N_d 2": (QVPO, dict(n_train_candidates=2)),
+    "SAC": (SAC, {}),
+    "TD3": (TD3, {}),
+}
+
+
+def samples(model: BaseAlgorithm, observation: np.ndarray, n: int, n_candidates: int) -> np.ndarray:
+    """Actions of the policy for one observation, for QVPO the best of so many candidates."""
+    if isinstance(model, QVPO):
+        before, model.policy.n_behavior_candidates = model.policy.n_behavior_candidates, n_candidates
+        try:
+            return model.predict(np.repeat(observation[None], n, axis=0))[0]
+        finally:
+            model.policy.n_behavior_candidates = before
+    return model.predict(np.repeat(observation[None], n, axis=0))[0]
+
+
+def bandit(setting: str, seed: int, timesteps: int = 4_000) -> list[Row]:
+    """Reward of the policy itself, and which share of its samples is near each peak, at four moments of training."""
+    th.set_num_threads(1)
+    model = QVPO("MlpPolicy", ThreePeaksEnv(), learning_starts=200, seed=seed, **{**SMALL, **BANDIT[setting]})
+    rows = []
+    for i in range(4):
+        model.learn(timesteps // 4, reset_num_timesteps=i == 0)
+        actions = samples(model, np.zeros(1, np.float32), 2_000, 1)
+        near = (np.linalg.norm(actions[:, None] - PEAKS, axis=-1) < 0.3).mean(axis=0)
+        numbers = {"reward": ThreePeaksEnv.reward(actions).mean(), "std": actions.std(axis=0).mean()}
+        numbers |= {f"peak_{i}": share for i, share in enumerate(near)}
+        rows.append({"step": model.num_timesteps, **{name: round(float(value), 3) for name, value in numbers.items()}})
+    return rows
+
+
+def multi_goal(setting: str, seed: int, timesteps: int = 6_000) -> list[Row]:
+    """Which goals 200 episodes reach, and where first actions go, for the policy itself and the best of 4."""
+    th.set_num_threads(1)
+    algorithm, arguments = MULTI_GOAL[setting]
+    env = gym.wrappers.TimeLimit(MultiGoalEnv(), 30)
+    model = algorithm("MlpPolicy", env, learning_starts=500, seed=seed, **{**SMALL, **arguments})
+    rows = []
+    for i in range(4):
+        model.learn(timesteps // 4, reset_num_timesteps=i == 0)
+        for n_candidates in (1, 4) if isinstance(model, QVPO) else (1,):
+            reached, returns = np.zeros(4, int), []
+            for _ in range(200):
+                (observation, _), over, total = env.reset(), False, 0.0
+                while not over:
+                    action = samples(model, observation, 1, n_candidates)[0]
+                    observation, reward, terminated, truncated, info = env.step(action)
+                    total, over = total + reward, terminated or truncated
+                reached[info["goal"]] += terminated
+                returns.append(total)
+            first = samples(model, np.zeros(2, np.float32), 1_000, n_candidates)
+            # Quarters around the directions to the goals: right, top, left, bottom
+            quarters = np.bincount(np.round(np.arctan2(first[:, 1], first[:, 0]) / (np.pi / 2)).astype(int) % 4, minlength=4)
+            goals = dict(zip(("right", "left", "top", "bottom"), reached.tolist(), strict=True))
+            directions = dict(zip(("right", "top", "left", "bottom"), quarters.tolist(), strict=True))
+            rows.append(
+                {
+                    **{"step": model.num_timesteps, "candidates": n_candidates, "return": round(float(np.mean(returns)), 1)},
+                    **{f"reached_{name}": count for name, count in goals.items()},
+                    **{f"first_{name}": directions[name] for name in goals},
+                    "first_length": round(float(np.linalg.norm(first, axis=1).mean()), 3),
+                }
+            )
+    return rows
+
+
+STUDIES: dict[str, tuple[Callable[..., list[Row]], dict[str, Any]]] = {
+    "bandit": (bandit, BANDIT),
+    "multi_goal": (multi_goal, MULTI_GOAL),
+}
+
+
+def run(study: str, timesteps: int | None, key: tuple[str, int]) -> tuple[tuple[str, int], list[Row]]:
+    """One setting with one seed, in a process of its own."""
+    changed = {} if timesteps is None else {"timesteps": timesteps}
+    return key, STUDIES[study][0](*key, **changed)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", choices=list(STUDIES))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--settings", nargs="+", help="some of the study's settings; all by default")
+    parser.add_argument("--timesteps", type=int, help="environment steps of each run")
+    parser.add_argument("--processes", type=int, default=os.cpu_count())
+    parser.add_argument("--csv", type=Path, help="the study's CSV file beside this script by default")
+    arguments = parser.parse_args()
+    file = arguments.csv or HERE / f"{arguments.study}.csv"
+    done = {(row["setting"], int(row["seed"])) for row in csv.DictReader(file.open())} if file.exists() else set()
+    settings = arguments.settings or list(STUDIES[arguments.study][1])
+    waiting = [(setting, seed) for seed in arguments.seeds for setting in settings if (setting, seed) not in done]
+    with multiprocessing.get_context("spawn").Pool(arguments.processes, maxtasksperchild=1) as pool:
+        for (setting, seed), rows in pool.imap_unordered(partial(run, arguments.study, arguments.timesteps), waiting):
+            rows = [{"setting": setting, "seed": seed, **row} for row in rows]
+            is_new = not file.exists()
+            with file.open("a", newline="") as opened:
+                writer = csv.DictWriter(opened, list(rows[0]), lineterminator="\n")
+                if is_new:
+                    writer.writeheader()
+                writer.writerows(rows)
+            print(rows[-1], flush=True)
+
+
+if __name__ == "__main__":
+    main()

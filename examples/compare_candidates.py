@@ -1,0 +1,54 @@
+"""
+What does it bring to choose the best of several samples? The return of one trained policy for several numbers of candidates.
+
+Needs ``pip install matplotlib``. Draws ``candidates.png``.
+"""
+
+import argparse
+
+import matplotlib.pyplot as plt
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.evaluation import evaluate_policy
+
+from sb3_qvpo import QVPO
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--timesteps", type=float, default=4_000, help="environment steps")
+    parser.add_argument("--episodes", type=int, default=20, help="evaluation episodes for each number of candidates")
+    parser.add_argument("--candidates", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32])
+    arguments = parser.parse_args()
+
+    model = QVPO(
+        "MlpPolicy",
+        "Pendulum-v1",
+        learning_rate=1e-3,
+        learning_starts=500,
+        batch_size=128,
+        tau=0.01,
+        gamma=0.98,
+        n_train_candidates=16,
+        n_diffusion_steps=5,
+        policy_kwargs=dict(net_arch=[64, 64]),
+        seed=0,
+    ).learn(arguments.timesteps)
+
+    means, errors = [], []
+    for n_candidates in arguments.candidates:
+        # Deterministic predictions take the best of n_eval_candidates, others the best of n_behavior_candidates
+        model.n_eval_candidates = n_candidates
+        env = make_vec_env("Pendulum-v1", seed=1_000)  # the same episodes each time
+        mean, std = evaluate_policy(model, env, n_eval_episodes=arguments.episodes)
+        print(f"Best of {n_candidates:2d} candidates: {mean:.0f} +- {std:.0f}")
+        means.append(mean)
+        errors.append(std / arguments.episodes**0.5)
+    plt.errorbar(arguments.candidates, means, errors, marker="o", capsize=3)
+    plt.xscale("log", base=2)
+    plt.xlabel("candidates")
+    plt.ylabel("return")
+    plt.savefig("candidates.png", bbox_inches="tight")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+"""
+Train on Pendulum-v1 so that a kill costs little: run this script, kill it at any moment, run it again.
+
+The first run writes ``pendulum_run.zip`` every 1 000 steps; later ones go on from there, with the replay buffer, the random
+states and the counters, until all steps are done.
+"""
+
+import argparse
+from pathlib import Path
+
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.evaluation import evaluate_policy
+
+from sb3_qvpo import QVPO, ResumableCheckpointCallback
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--timesteps", type=int, default=6_000, help="environment steps in all")
+    parser.add_argument("--save-freq", type=int, default=1_000, help="steps between two checkpoints")
+    arguments = parser.parse_args()
+
+    path = Path("pendulum_run.zip")
+    # At the end of an episode the continued run is bit for bit the uninterrupted one
+    callback = ResumableCheckpointCallback(arguments.save_freq, path, at_episode_end=True)
+    if path.exists():
+        model = QVPO.resume(path, "Pendulum-v1")
+        print(f"Resumed after {model.num_timesteps} steps, {model.remaining_timesteps} are left")
+    else:
+        model = QVPO(
+            "MlpPolicy",
+            "Pendulum-v1",
+            learning_rate=1e-3,
+            learning_starts=500,
+            batch_size=128,
+            tau=0.01,
+            gamma=0.98,
+            n_train_candidates=16,
+            n_diffusion_steps=5,
+            policy_kwargs=dict(net_arch=[64, 64]),
+            seed=0,
+        )
+
+    remaining = model.remaining_timesteps if path.exists() else arguments.timesteps
+    model.learn(remaining, callback, reset_num_timesteps=not path.exists())
+    mean, std = evaluate_policy(model, make_vec_env("Pendulum-v1", seed=1_000), n_eval_episodes=20)
+    print(f"Return over 20 episodes after {model.num_timesteps} steps: {mean:.0f} +- {std:.0f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,48 @@
+"""
+Train on eight copies of Pendulum-v1 at once, each in a process of its own, with normalised observations.
+
+After each step of all copies as many updates are done as transitions were collected (``gradient_steps=-1``).
+"""
+
+import argparse
+
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.vec_env import SubprocVecEnv, VecNormalize
+
+from sb3_qvpo import QVPO
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--timesteps", type=float, default=6_000, help="environment steps, over all copies")
+    parser.add_argument("--n-envs", type=int, default=8)
+    arguments = parser.parse_args()
+
+    processes = make_vec_env("Pendulum-v1", n_envs=arguments.n_envs, vec_env_cls=SubprocVecEnv, seed=0)
+    env = VecNormalize(processes, norm_reward=False)
+    model = QVPO(
+        "MlpPolicy",
+        env,
+        gradient_steps=-1,
+        learning_rate=1e-3,
+        learning_starts=500,
+        batch_size=128,
+        tau=0.01,
+        gamma=0.98,
+        n_train_candidates=16,
+        n_diffusion_steps=5,
+        policy_kwargs=dict(net_arch=[64, 64]),
+        seed=0,
+    )
+    model.learn(arguments.timesteps)
+
+    # Evaluation sees the statistics of training, and neither changes them nor normalises rewards
+    env.training = False
+    mean, std = evaluate_policy(model, env, n_eval_episodes=20)
+    print(f"Return over 20 episodes after {model.num_timesteps} steps: {mean:.0f} +- {std:.0f}")
+    env.close()
+
+
+if __name__ == "__main__":
+    main()
