@@ -220,6 +220,12 @@ def test_the_fast_settings_change_the_cost_only():
     for name, entry in FAST.items():
         assert entry == {**PAPER[name], **changed}, name
     assert ALGOS["qvpo_ddim5_delay2"] == ("qvpo", {**changed, "policy_kwargs": dict(n_sampling_steps=5, sampling_eta=0.0)})
+    for algo, settings in ALGOS.values():
+        if algo == "qvpo":
+            QVPO("MlpPolicy", "Pendulum-v1", buffer_size=10, device="cpu", **settings)
+    official = ALGOS["fast_official"][1]
+    for name in ("learning_rate", "qf_learning_rate", "max_grad_norm", "n_target_candidates", "ent_coef"):
+        assert official[name] == OFFICIAL["HalfCheetah-v5"][name], name
 
 
 def test_the_official_settings_are_the_authors():

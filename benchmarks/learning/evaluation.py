@@ -17,7 +17,8 @@ class FixedEvaluation(BaseCallback):
     """
     Beside RL Zoo's own evaluation, just before it: seed its environment, so that every evaluation of every run has the same
     start states; evaluate QVPO with one candidate instead of the best of ``n_eval_candidates``, in the same episodes; note how
-    much processor time training has taken so far without evaluations, which other processes hardly change.
+    much processor time training has taken so far without evaluations, which changes less with other processes than the time on
+    the clock.
 
     :param file: One JSON object for each evaluation is appended here: ``step``, ``train_minutes``, and for QVPO ``single``,
         the returns with one candidate.

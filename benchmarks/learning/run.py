@@ -35,20 +35,44 @@ COLUMNS += ["single_return", "train_minutes"]
 SETUP = ["commit", "sb3_qvpo", "stable_baselines3", "torch", "cpu", "threads"]
 
 
+FEWER: dict[str, Any] = dict(n_train_candidates=16)
+"""N_d 16 instead of 64."""
+
+
+def steps(n_sampling_steps: int, eta: float = 1.0, **policy_kwargs: Any) -> dict[str, Any]:
+    """Samples in some of the trained steps, with the paper's noise (DDPM, 1) or without noise after the start (DDIM, 0)."""
+    return dict(policy_kwargs=dict(n_sampling_steps=n_sampling_steps, sampling_eta=eta, **policy_kwargs))
+
+
+FAST: dict[str, Any] = {**FEWER, **steps(5, 0.0), "policy_delay": 2}
+"""``hyperparams/qvpo_fast.yml``."""
+
 ALGOS: dict[str, tuple[str, dict[str, Any]]] = {
     "qvpo": ("qvpo", {}),
-    # Fewer candidates, fewer steps: N_d 16 of 64, and S of the 20 trained steps with the paper's noise or without any
-    "qvpo_ddpm10": ("qvpo", dict(n_train_candidates=16, policy_kwargs=dict(n_sampling_steps=10))),
-    "qvpo_ddpm5": ("qvpo", dict(n_train_candidates=16, policy_kwargs=dict(n_sampling_steps=5))),
-    "qvpo_ddim10": ("qvpo", dict(n_train_candidates=16, policy_kwargs=dict(n_sampling_steps=10, sampling_eta=0.0))),
-    "qvpo_ddim5": ("qvpo", dict(n_train_candidates=16, policy_kwargs=dict(n_sampling_steps=5, sampling_eta=0.0))),
-    "qvpo_ddim5_delay2": (
+    "qvpo_nd16": ("qvpo", FEWER),
+    "qvpo_shared10": ("qvpo", {**FEWER, "n_shared_steps": 10}),
+    **{f"qvpo_ddpm{n}": ("qvpo", {**FEWER, **steps(n)}) for n in (5, 10)},
+    **{f"qvpo_ddim{n}": ("qvpo", {**FEWER, **steps(n, 0.0)}) for n in (5, 10)},
+    "qvpo_ddim5_delay2": ("qvpo", FAST),
+    # The paper's Figures 4 and 5 with the fast settings: entropy term and T, K_b and K_t, weighting, the authors' settings
+    **{
+        f"fast_T{T}_ent{c}": ("qvpo", {**FAST, "n_diffusion_steps": T, "ent_coef": c})
+        for T in (5, 10, 20)
+        for c in (0.0, 0.01)
+    },
+    **{
+        f"fast_Kb{b}_Kt{t}": ("qvpo", {**FAST, "n_behavior_candidates": b, "n_target_candidates": t})
+        for b, t in ((1, 1), (4, 1), (4, 2), (4, 4), (20, 2))
+    },
+    "fast_qcut": ("qvpo", {**FAST, "q_weighting": "qcut"}),
+    "fast_official": (
         "qvpo",
-        dict(n_train_candidates=16, policy_kwargs=dict(n_sampling_steps=5, sampling_eta=0.0), policy_delay=2),
+        {
+            **{**FAST, **steps(5, 0.0, net_arch=[256, 256, 256], optimizer_kwargs=dict(eps=1e-5))},
+            **dict(learning_rate=1e-4, qf_learning_rate=3e-4, max_grad_norm=2.0, n_target_candidates=4),
+            **dict(ent_coef="lin_0.02_0.002_0.9", replay_buffer_kwargs=dict(handle_timeout_termination=False)),
+        },
     ),
-    # Fewer candidates alone, and candidates that share the first half of the chain
-    "qvpo_nd16": ("qvpo", dict(n_train_candidates=16)),
-    "qvpo_shared10": ("qvpo", dict(n_train_candidates=16, n_shared_steps=10)),
     **{name: (name, {}) for name in ("sac", "td3", "tqc", "crossq")},
 }
 """Name in the tables: RL Zoo's name of the algorithm, and what is changed of its settings."""

@@ -3,6 +3,8 @@ The bandit of the paper's Figure 2 and four equally good goals: how many good ac
 
 ``python benchmarks/learning/toy_tasks.py bandit --seeds 0 1 2`` and ``... multi_goal --seeds 0 1 2 3 4``. The tasks are those
 of ``examples/``. What is in the CSV file already is not run again. Each run has one thread. Needs matplotlib.
+``... samples`` writes what the figure of the bandit and the animation of a chain show, ``bandit_samples.csv`` and
+``bandit_chain.csv``.
 """
 
 import argparse
@@ -28,9 +30,23 @@ from bandit import PEAKS, ThreePeaksEnv  # noqa: E402  # examples/ is no package
 from multi_goal import MultiGoalEnv  # noqa: E402
 
 from sb3_qvpo import QVPO  # noqa: E402
+from sb3_qvpo.qvpo.weights import qadv  # noqa: E402
 
 Row = dict[str, Any]
 SMALL = dict(learning_rate=1e-3, batch_size=64, policy_kwargs=dict(net_arch=[64, 64]))
+
+
+def drawn_by_weight(q_values: th.Tensor) -> th.Tensor:
+    """
+    Instead of the best candidate one that is drawn in proportion to its advantage weight. It gets the mean of all weights, so
+    that the loss is on average that of Eq. 6 over all candidates: without line 7 of Algorithm 1.
+
+    :param q_values: Values of the candidates, shape (B, K).
+    :return: Weights of shape (B, K), all but one of each row 0.
+    """
+    weights = qadv(q_values) + 1e-8  # equal candidates are equally likely
+    return th.zeros_like(weights).scatter(1, th.multinomial(weights, 1), weights.mean(dim=1, keepdim=True))
+
 
 # What is changed of the paper's settings: its Figures 4 and 5, and its weightings
 BANDIT: dict[str, dict[str, Any]] = {
@@ -42,11 +58,13 @@ BANDIT: dict[str, dict[str, Any]] = {
     "qcut": dict(q_weighting="qcut"),
     "ent_coef 0.1": dict(ent_coef=0.1),
     "N_d 4": dict(n_train_candidates=4),
+    "drawn by weight": dict(q_weighting=drawn_by_weight),
 }
 MULTI_GOAL: dict[str, tuple[type[BaseAlgorithm], dict[str, Any]]] = {
     "QVPO": (QVPO, dict(n_train_candidates=16)),
     "QVPO, ent_coef 0.1": (QVPO, dict(n_train_candidates=16, ent_coef=0.1)),
     "QVPO, N_d 2": (QVPO, dict(n_train_candidates=2)),
+    "QVPO, drawn by weight": (QVPO, dict(n_train_candidates=16, q_weighting=drawn_by_weight)),
     "SAC": (SAC, {}),
     "TD3": (TD3, {}),
 }
@@ -113,6 +131,49 @@ def multi_goal(setting: str, seed: int, timesteps: int = 6_000) -> list[Row]:
     return rows
 
 
+def write(file: Path, rows: list[Row]) -> None:
+    """Add rows to a file, with a header if it is new."""
+    is_new = not file.exists()
+    with file.open("a", newline="") as opened:
+        writer = csv.DictWriter(opened, list(rows[0]), lineterminator="\n")
+        if is_new:
+            writer.writeheader()
+        writer.writerows(rows)
+
+
+def chain(model: QVPO, n_candidates: int) -> list[np.ndarray]:
+    """All states of the chain that draws so many candidates for the bandit's one observation, in the scale of actions."""
+    states: list[np.ndarray] = []
+    actor = model.actor
+
+    def recording(x_t: th.Tensor, t: int, condition: Any) -> th.Tensor:
+        states.append(x_t[0].numpy())
+        return actor.noise_predictor(x_t, t, condition)
+
+    with th.no_grad():
+        condition = actor.noise_predictor.condition(actor.features(th.zeros(1, 1)))
+        states.append(actor.diffusion.sample(recording, condition, actor.draw_noise(1, n_candidates))[0].numpy())
+    return [2 * state for state in states]  # the box is [-2, 2]
+
+
+def write_samples(folder: Path, timesteps: int = 4_000) -> None:
+    """Samples of the policy at four moments of training, and one chain in the middle of it."""
+    th.set_num_threads(1)
+    for file in (folder / "bandit_samples.csv", folder / "bandit_chain.csv"):
+        file.unlink(missing_ok=True)
+    for ent_coef in (0.0, 0.01):
+        model = QVPO("MlpPolicy", ThreePeaksEnv(), learning_starts=200, seed=0, device="cpu", **SMALL, ent_coef=ent_coef)
+        for i in range(4):
+            model.learn(timesteps // 4, reset_num_timesteps=i == 0)
+            points = samples(model, np.zeros(1, np.float32), 300, 1).round(3).tolist()
+            rows = [{"ent_coef": ent_coef, "step": model.num_timesteps, "x": x, "y": y} for x, y in points]
+            write(folder / "bandit_samples.csv", rows)
+            if ent_coef and i == 1:
+                for step, state in enumerate(chain(model, 100)):
+                    rows = [{"step": step, "candidate": k, "x": x, "y": y} for k, (x, y) in enumerate(state.round(3).tolist())]
+                    write(folder / "bandit_chain.csv", rows)
+
+
 STUDIES: dict[str, tuple[Callable[..., list[Row]], dict[str, Any]]] = {
     "bandit": (bandit, BANDIT),
     "multi_goal": (multi_goal, MULTI_GOAL),
@@ -127,13 +188,16 @@ def run(study: str, timesteps: int | None, key: tuple[str, int]) -> tuple[tuple[
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study", choices=list(STUDIES))
+    parser.add_argument("study", choices=[*STUDIES, "samples"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--settings", nargs="+", help="some of the study's settings; all by default")
     parser.add_argument("--timesteps", type=int, help="environment steps of each run")
     parser.add_argument("--processes", type=int, default=os.cpu_count())
-    parser.add_argument("--csv", type=Path, help="the study's CSV file beside this script by default")
+    parser.add_argument("--csv", type=Path, help="the study's CSV file beside this script by default; for samples a folder")
     arguments = parser.parse_args()
+    if arguments.study == "samples":
+        write_samples(arguments.csv or HERE, **({"timesteps": arguments.timesteps} if arguments.timesteps else {}))
+        return
     file = arguments.csv or HERE / f"{arguments.study}.csv"
     done = {(row["setting"], int(row["seed"])) for row in csv.DictReader(file.open())} if file.exists() else set()
     settings = arguments.settings or list(STUDIES[arguments.study][1])
@@ -141,12 +205,7 @@ def main() -> None:
     with multiprocessing.get_context("spawn").Pool(arguments.processes, maxtasksperchild=1) as pool:
         for (setting, seed), rows in pool.imap_unordered(partial(run, arguments.study, arguments.timesteps), waiting):
             rows = [{"setting": setting, "seed": seed, **row} for row in rows]
-            is_new = not file.exists()
-            with file.open("a", newline="") as opened:
-                writer = csv.DictWriter(opened, list(rows[0]), lineterminator="\n")
-                if is_new:
-                    writer.writeheader()
-                writer.writerows(rows)
+            write(file, rows)
             print(rows[-1], flush=True)
 
 
