@@ -1,6 +1,7 @@
 """The benchmarks run, what they compare with computes the same losses, and the package is several times faster."""
 
 import csv
+import json
 import os
 import signal
 import subprocess
@@ -8,8 +9,13 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch as th
+from helpers import tiny_qvpo
+from stable_baselines3.common.callbacks import EvalCallback
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.evaluation import evaluate_policy
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
@@ -78,6 +84,41 @@ def test_benchmark(name, tmp_path):
     assert len(rows) > 7
     assert all(float(row["median_ms"]) >= 0 for row in rows if row["median_ms"])
     assert all(row["cpu"] and row["threads"] == "1" for row in rows)
+
+
+def test_evaluations_are_repeatable_and_leave_training_alone(tmp_path):
+    sys.path.insert(0, str(BENCHMARKS / "learning"))
+    try:
+        from evaluation import FixedEvaluation
+    finally:
+        sys.path.pop(0)
+
+    def run(name):
+        model = tiny_qvpo()
+        env = make_vec_env("Pendulum-v1", seed=3)
+        zoos = EvalCallback(env, eval_freq=20, n_eval_episodes=2, log_path=str(tmp_path / name), verbose=0)
+        ours = [FixedEvaluation(str(tmp_path / "ours.jsonl"))] if name == "both" else []
+        model.learn(40, [*ours, zoos])
+        return model, np.load(tmp_path / name / "evaluations.npz")["results"]
+
+    (alone, _), (both, results) = run("alone"), run("both")
+    for one, other in zip(alone.policy.parameters(), both.policy.parameters(), strict=True):
+        assert th.equal(one, other)
+    first, second = map(json.loads, (tmp_path / "ours.jsonl").read_text().splitlines())
+    assert (first["step"], second["step"]) == (20, 40)
+    assert 0 < first["train_minutes"] < second["train_minutes"]
+    assert len(first["single"]) == 2
+    # The last evaluation again, one update later: the same episodes, the best of all candidates and single samples
+    env = make_vec_env("Pendulum-v1")
+    env.seed(1_000_000)
+    again, _ = evaluate_policy(both, env, 2, return_episode_rewards=True)
+    assert again == pytest.approx(results[-1].tolist(), rel=1e-3)
+    assert second["single"] != pytest.approx(again, rel=1e-2)
+    both.n_behavior_candidates = 1
+    env.seed(1_000_000)
+    th.manual_seed(1_000_000)
+    single, _ = evaluate_policy(both, env, 2, deterministic=False, return_episode_rewards=True)
+    assert single == pytest.approx(second["single"], rel=1e-3)
 
 
 def test_learning_curves_are_resumed(tmp_path):

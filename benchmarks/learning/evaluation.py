@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch as th
 from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import sync_envs_normalization
@@ -16,12 +17,12 @@ SEED = 1_000_000
 class FixedEvaluation(BaseCallback):
     """
     Beside RL Zoo's own evaluation, just before it: seed its environment, so that every evaluation of every run has the same
-    start states; evaluate QVPO with one candidate instead of the best of ``n_eval_candidates``, in the same episodes; note how
-    much processor time training has taken so far without evaluations, which changes less with other processes than the time on
-    the clock.
+    start states; evaluate single samples of QVPO's policy, with fresh noise, instead of the best of ``n_eval_candidates``;
+    note how much processor time training has taken so far without evaluations, which changes less with other processes than
+    the time on the clock.
 
     :param file: One JSON object for each evaluation is appended here: ``step``, ``train_minutes``, and for QVPO ``single``,
-        the returns with one candidate.
+        the returns with single samples.
     """
 
     def __init__(self, file: str):
@@ -44,7 +45,7 @@ class FixedEvaluation(BaseCallback):
             self.evaluating_since = now
             trained = (now - self.start - self.evaluation_time) / 60
             row: dict[str, Any] = {"step": self.num_timesteps, "train_minutes": trained}
-            if hasattr(self.model, "n_eval_candidates"):
+            if hasattr(self.model.policy, "n_behavior_candidates"):
                 row["single"] = self.single_returns()
             with self.file.open("a") as opened:
                 opened.write(json.dumps(row) + "\n")
@@ -52,16 +53,19 @@ class FixedEvaluation(BaseCallback):
         return True
 
     def single_returns(self) -> list[float]:
-        """Returns of episodes with one candidate."""
+        """Returns of episodes with one sample of the policy in each step; training's random numbers stay as they are."""
         model, evaluation = self.model, self.evaluation
         if model.get_vec_normalize_env() is not None:
             sync_envs_normalization(self.training_env, evaluation.eval_env)
-        n_eval_candidates, model.n_eval_candidates = model.n_eval_candidates, 1
+        policy: Any = model.policy
+        n_behavior_candidates, policy.n_behavior_candidates = policy.n_behavior_candidates, 1
         evaluation.eval_env.seed(SEED)
         try:
-            returns, _ = evaluate_policy(
-                model, evaluation.eval_env, n_eval_episodes=evaluation.n_eval_episodes, return_episode_rewards=True
-            )
+            with th.random.fork_rng():
+                th.manual_seed(SEED)
+                returns, _ = evaluate_policy(
+                    model, evaluation.eval_env, evaluation.n_eval_episodes, deterministic=False, return_episode_rewards=True
+                )
         finally:
-            model.n_eval_candidates = n_eval_candidates
+            policy.n_behavior_candidates = n_behavior_candidates
         return list(map(float, returns))
