@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch as th
+import yaml
 from helpers import tiny_qvpo
 from stable_baselines3.common.callbacks import EvalCallback
 from stable_baselines3.common.env_util import make_vec_env
@@ -119,6 +120,19 @@ def test_evaluations_are_repeatable_and_leave_training_alone(tmp_path):
     th.manual_seed(1_000_000)
     single, _ = evaluate_policy(both, env, 2, deterministic=False, return_episode_rewards=True)
     assert single == pytest.approx(second["single"], rel=1e-3)
+
+
+def test_other_algorithms_get_their_tuned_settings(tmp_path):
+    sys.path.insert(0, str(BENCHMARKS / "learning"))
+    try:
+        from run import settings_of_v4
+    finally:
+        sys.path.pop(0)
+    for algo in ("sac", "td3", "tqc"):
+        settings = yaml.safe_load(settings_of_v4(algo, "HalfCheetah-v5", tmp_path).read_text())
+        assert settings["HalfCheetah-v5"]["learning_starts"] == 10_000, algo
+    assert settings_of_v4("sac", "Pendulum-v1", tmp_path) is None
+    assert settings_of_v4("qvpo", "HalfCheetah-v5", tmp_path) is None
 
 
 def test_learning_curves_are_resumed(tmp_path):

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
 HERE = Path(__file__).parent
 CHECKPOINT = "run.zip"
@@ -78,6 +79,27 @@ ALGOS: dict[str, tuple[str, dict[str, Any]]] = {
 """Name in the tables: RL Zoo's name of the algorithm, and what is changed of its settings."""
 
 
+def settings_of_v4(algo: str, task: str, folder: Path) -> Path | None:
+    """
+    RL Zoo's own algorithms have tuned settings for MuJoCo's v4 only, and train v5 with SB3's defaults, 100 random steps among
+    them. The settings of v4 are written to a file for v5.
+
+    :param algo: RL Zoo's name of the algorithm.
+    :param task: Name of the task.
+    :param folder: Where to write the file.
+    :return: The file, or None if RL Zoo has settings for the task itself, or none for v4 either.
+    """
+    import rl_zoo3
+
+    file = Path(rl_zoo3.__file__).parent / "hyperparams" / f"{algo}.yml"
+    known = yaml.safe_load(file.read_text()) if file.exists() else {}
+    entry = known.get(task.replace("-v5", "-v4"))
+    if task in known or entry is None:
+        return None
+    (folder / "settings.yml").write_text(yaml.safe_dump({task: entry}))
+    return folder / "settings.yml"
+
+
 @dataclass
 class Run:
     """One run in a process of its own."""
@@ -103,6 +125,9 @@ class Run:
         self.evaluations = self.logs / "evaluations.jsonl"
         callbacks: list[Any] = [{"evaluation.FixedEvaluation": dict(file=str(self.evaluations))}]
         command = [sys.executable, "-m", "rl_zoo3.train", "--algo", algo, "--env", self.task, "--seed", str(self.seed)]
+        settings_file = settings_of_v4(algo, self.task, self.folder)
+        if settings_file is not None:
+            command += ["-conf", str(settings_file)]
         command += ["-n", str(self.steps - self.steps_before), "-f", str(self.logs), "--num-threads", "1", "--verbose", "0"]
         command += ["--eval-freq", str(self.eval_freq), "--eval-episodes", str(self.episodes), "--n-eval-envs", "1"]
         if algo == "qvpo":
