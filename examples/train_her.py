@@ -1,7 +1,7 @@
 """
 Hindsight experience replay on FetchReach-v4: move a gripper to a point, with a reward of 0 there and -1 elsewhere.
 
-Needs ``pip install gymnasium-robotics "mujoco<3.12"``. Observations are normalised: without, nothing is learnt in this time.
+Needs ``pip install gymnasium-robotics "mujoco<3.12"``. Observations are normalised, without which learning takes longer.
 """
 
 import argparse

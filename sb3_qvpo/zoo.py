@@ -44,6 +44,8 @@ class ZooQVPO(QVPO):
     run is resumed. Constructor as in :class:`QVPO`.
     """
 
+    _resumed = False
+
     @classmethod
     def load(cls: type[SelfZooQVPO], path: Any, *args: Any, **kwargs: Any) -> SelfZooQVPO:
         """
@@ -59,13 +61,31 @@ class ZooQVPO(QVPO):
         if "custom_objects" in kwargs:
             return super().load(path, *args, **{"buffer_size": 1, "optimize_memory_usage": False, **kwargs})
         if is_checkpoint(path):
-            return cls.resume(path, *args, **kwargs)
+            resumed = cls.resume(path, *args, **kwargs)
+            resumed._resumed = True
+            return resumed
         asked_for = kwargs.pop("n_diffusion_steps", None)
         model = super().load(path, *args, **kwargs)
         if asked_for not in (None, model.n_diffusion_steps):
             saved = model.n_diffusion_steps
             warnings.warn(f"n_diffusion_steps stays {saved}, as in the saved model; {asked_for} was asked for", stacklevel=2)
         return model
+
+    def load_replay_buffer(self, path: Any, truncate_last_traj: bool = True) -> None:
+        """
+        Load a replay buffer, unless a run has just been resumed: RL Zoo loads any ``replay_buffer.pkl`` that lies beside the
+        file, and a checkpoint has its own.
+
+        :param path: Path of the buffer's file, or an open file.
+        :param truncate_last_traj: As in SB3.
+        """
+        if self._resumed:
+            warnings.warn(f"{path} is not loaded: the checkpoint has its own replay buffer", stacklevel=2)
+        else:
+            super().load_replay_buffer(path, truncate_last_traj)
+
+    def _excluded_save_params(self) -> list[str]:
+        return [*super()._excluded_save_params(), "_resumed"]
 
     def _setup_learn(
         self,

@@ -81,9 +81,12 @@ def test_a_killed_run_is_resumed_by_the_same_command(tmp_path):
     arguments = ["--timesteps", "820", "--save-freq", "200"]
     (tmp_path / "once").mkdir()
     uninterrupted = run_example("resume_training.py", arguments, tmp_path / "once")
-    process = subprocess.Popen([sys.executable, str(EXAMPLES / "resume_training.py"), *arguments], cwd=tmp_path)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # bits agree with the same number of threads
+    command = [sys.executable, str(EXAMPLES / "resume_training.py"), *arguments]
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment)
+    deadline = time.monotonic() + 120
     while not (tmp_path / "pendulum_run.zip").exists():
-        assert process.poll() is None
+        assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
     process.kill()
     process.wait()

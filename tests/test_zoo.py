@@ -234,6 +234,23 @@ def test_the_official_settings_are_the_authors():
     ours = tiny_qvpo(ent_coef=entry["ent_coef"])._ent_coef_schedule
     assert [ours(p / 10) for p in range(11)] == pytest.approx([theirs(p / 10) for p in range(11)])
     assert (entry["learning_rate"], entry["qf_learning_rate"], entry["max_grad_norm"]) == (1e-4, 3e-4, 2.0)
+    assert (entry["n_target_candidates"], entry["learning_starts"]) == (4, 10_000)
+    assert "net_arch=[256, 256, 256]" in entry["policy_kwargs"]
+    assert all(other == entry for other in OFFICIAL.values())
+
+
+def test_the_papers_settings_are_the_default():
+    """Tables 2 and 3 of the paper; 10 000 random steps are the authors' code's."""
+    k_t = {"Hopper": 1, "Walker2d": 2, "Ant": 2, "HalfCheetah": 4, "Humanoid": 2}
+    for task, n_target_candidates in k_t.items():
+        entry = PAPER[f"{task}-v5"]
+        assert (entry["n_target_candidates"], entry["learning_starts"]) == (n_target_candidates, 10_000), task
+        assert entry["n_behavior_candidates"] == 4
+        assert not {"learning_rate", "qf_learning_rate", "max_grad_norm", "policy_kwargs"} & entry.keys()
+    model = QVPO("MlpPolicy", "Pendulum-v1", buffer_size=10, device="cpu")
+    assert (model.learning_rate, model.qf_learning_rate, model.max_grad_norm, model.ent_coef) == (3e-4, None, None, 0.01)
+    assert model.learning_starts == 100
+    assert [layer.out_features for layer in model.critic.qf0 if isinstance(layer, th.nn.Linear)] == [256, 256, 1]
 
 
 # Tuning
@@ -367,6 +384,17 @@ def test_a_checkpoint_is_resumed(tmp_path):
     assert (resumed.num_timesteps, resumed._n_updates) == (25, 15)
     for one, other in zip(resumed.policy.parameters(), by_hand.policy.parameters(), strict=True):
         assert th.equal(one, other)
+    # RL Zoo loads any buffer that it finds beside the file: not over the checkpoint's own
+    model.save_replay_buffer(tmp_path / "replay_buffer")
+    again = zoo.ZooQVPO.load(str(tmp_path / "run.zip"), **{**as_training_does, "env": env()})
+    buffer = again.replay_buffer
+    with pytest.warns(UserWarning, match="the checkpoint has its own replay buffer"):
+        again.load_replay_buffer(tmp_path / "replay_buffer")
+    assert again.replay_buffer is buffer
+    again.save(tmp_path / "saved")
+    later = zoo.ZooQVPO.load(tmp_path / "saved", env=env(), device="cpu")
+    later.load_replay_buffer(tmp_path / "replay_buffer")
+    assert later.replay_buffer.size() == 20
     played = zoo.ZooQVPO.load(str(tmp_path / "run.zip"), custom_objects={})
     assert (played.num_timesteps, played.replay_buffer.buffer_size) == (20, 1)
 

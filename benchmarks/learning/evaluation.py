@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch as th
 from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
 from stable_baselines3.common.evaluation import evaluate_policy
@@ -14,43 +15,75 @@ SEED = 1_000_000
 """Seed of the episodes of every evaluation; training has the seed of its run."""
 
 
+def lines_of(file: Path) -> list[dict[str, Any]]:
+    """The evaluations in a file of :class:`FixedEvaluation`, without a line that is being written."""
+    if not file.exists():
+        return []
+    return [json.loads(line) for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
 class FixedEvaluation(BaseCallback):
     """
-    Beside RL Zoo's own evaluation, just before it: seed its environment, so that every evaluation of every run has the same
-    start states; evaluate single samples of QVPO's policy, with fresh noise, instead of the best of ``n_eval_candidates``;
-    note how much processor time training has taken so far without evaluations, which changes less with other processes than
-    the time on the clock.
+    Beside RL Zoo's own evaluation: seed its environment, so that every evaluation of every run has the same start states;
+    evaluate single samples of QVPO's policy, with fresh noise, instead of the best of ``n_eval_candidates``; note how much
+    processor time training has taken so far without evaluations, which changes less with other processes than the time on the
+    clock.
 
-    :param file: One JSON object for each evaluation is appended here: ``step``, ``train_minutes``, and for QVPO ``single``,
-        the returns with single samples.
+    To be given before a callback that saves checkpoints: an evaluation is noted before the checkpoint after it is taken, and a
+    run that is resumed goes on in the same file.
+
+    :param file: One JSON object for each evaluation: ``step``, ``mean_return``, ``std_return``, ``episodes``, ``minutes`` on
+        the clock, ``train_minutes``, and for QVPO ``single_return``.
     """
 
     def __init__(self, file: str):
         super().__init__()
         self.file = Path(file)
-        self.evaluating_since: float | None = None
+        self.pending: dict[str, Any] | None = None
         self.evaluation_time = 0.0
 
     def _on_training_start(self) -> None:
         callbacks = self.locals["callback"].callbacks  # of the CallbackList given to learn()
         (self.evaluation,) = (callback for callback in callbacks if isinstance(callback, EvalCallback))
-        self.start = time.process_time()
+        # Evaluations at multiples of their frequency, also where a resumed run starts between them
+        self.n_calls = self.evaluation.n_calls = self.model.num_timesteps // self.training_env.num_envs
+        before = [line for line in lines_of(self.file) if line["step"] <= self.model.num_timesteps]
+        self.file.write_text("".join(json.dumps(line) + "\n" for line in before))
+        self.minutes_before = {name: before[-1][name] if before else 0.0 for name in ("minutes", "train_minutes")}
+        self.start, self.clock_start = time.process_time(), time.time()
 
     def _on_step(self) -> bool:
-        now = time.process_time()
-        if self.evaluating_since is not None:
-            self.evaluation_time += now - self.evaluating_since
-            self.evaluating_since = None
         if self.n_calls % self.evaluation.eval_freq == 0:
-            self.evaluating_since = now
-            trained = (now - self.start - self.evaluation_time) / 60
-            row: dict[str, Any] = {"step": self.num_timesteps, "train_minutes": trained}
+            self.evaluating_since = time.process_time()
+            trained = self.evaluating_since - self.start - self.evaluation_time
+            self.pending = {
+                "step": self.num_timesteps,
+                "train_minutes": self.minutes_before["train_minutes"] + trained / 60,
+            }
             if hasattr(self.model.policy, "n_behavior_candidates"):
-                row["single"] = self.single_returns()
-            with self.file.open("a") as opened:
-                opened.write(json.dumps(row) + "\n")
+                self.pending["single_return"] = float(np.mean(self.single_returns()))
             self.evaluation.eval_env.seed(SEED)
         return True
+
+    def _on_rollout_start(self) -> None:
+        self._note()
+
+    def _on_training_end(self) -> None:
+        self._note()
+
+    def _note(self) -> None:
+        if self.pending is None:
+            return
+        returns = self.evaluation.evaluations_results[-1]
+        line = {
+            **self.pending,
+            **{"mean_return": float(np.mean(returns)), "std_return": float(np.std(returns)), "episodes": len(returns)},
+            "minutes": self.minutes_before["minutes"] + (time.time() - self.clock_start) / 60,
+        }
+        with self.file.open("a") as opened:
+            opened.write(json.dumps(line) + "\n")
+        self.pending = None
+        self.evaluation_time += time.process_time() - self.evaluating_since
 
     def single_returns(self) -> list[float]:
         """Returns of episodes with one sample of the policy in each step; training's random numbers stay as they are."""
@@ -68,4 +101,4 @@ class FixedEvaluation(BaseCallback):
                 )
         finally:
             policy.n_behavior_candidates = n_behavior_candidates
-        return list(map(float, returns))
+        return list(returns)

@@ -13,23 +13,22 @@ evaluations and all else on the machine included; ``train_minutes`` of processor
 
 import argparse
 import csv
-import json
+import functools
 import os
 import platform
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
+from evaluation import lines_of
 
 HERE = Path(__file__).parent
-CHECKPOINT = "run.zip"
+CHECKPOINT, EVALUATIONS = "run.zip", "evaluations.jsonl"
 RUN = ["task", "algo", "seed", "last_step"]
 COLUMNS = ["task", "algo", "seed", "step", "mean_return", "std_return", "episodes", "minutes", "last_step"]
 COLUMNS += ["single_return", "train_minutes"]
@@ -60,6 +59,7 @@ ALGOS: dict[str, tuple[str, dict[str, Any]]] = {
         f"fast_T{T}_ent{c}": ("qvpo", {**FAST, "n_diffusion_steps": T, "ent_coef": c})
         for T in (5, 10, 20)
         for c in (0.0, 0.01)
+        if (T, c) != (20, 0.01)  # qvpo_ddim5_delay2
     },
     **{
         f"fast_Kb{b}_Kt{t}": ("qvpo", {**FAST, "n_behavior_candidates": b, "n_target_candidates": t})
@@ -100,75 +100,108 @@ def settings_of_v4(algo: str, task: str, folder: Path) -> Path | None:
     return folder / "settings.yml"
 
 
+def training_command(task: str, algo: str, seed: int, folder: Path, n_steps: int, evaluation: list[str]) -> list[str]:
+    """
+    RL Zoo's command for a run.
+
+    :param task: Name of the task.
+    :param algo: A name in :data:`ALGOS`.
+    :param seed: Seed of the run.
+    :param folder: Where the run keeps its files; a checkpoint in it is resumed.
+    :param n_steps: Environment steps, from the checkpoint if there is one.
+    :param evaluation: RL Zoo's options for evaluations.
+    :return: The command.
+    """
+    algorithm, settings = ALGOS[algo]
+    command = [sys.executable, "-m", "rl_zoo3.train", "--algo", algorithm, "--env", task, "--seed", str(seed)]
+    command += ["-n", str(n_steps), "-f", str(folder), "--num-threads", "1", "--verbose", "0", *evaluation]
+    settings_file = settings_of_v4(algorithm, task, folder)
+    if settings_file is not None:
+        command += ["-conf", str(settings_file)]
+    callbacks: list[Any] = [{"evaluation.FixedEvaluation": dict(file=str(folder / EVALUATIONS))}]
+    if algorithm == "qvpo":
+        checkpoint = folder / CHECKPOINT
+        if checkpoint.exists():
+            command += ["-i", str(checkpoint)]
+        eval_freq = int(evaluation[evaluation.index("--eval-freq") + 1])
+        callbacks += [{"sb3_qvpo.ResumableCheckpointCallback": dict(save_freq=eval_freq, save_path=str(checkpoint))}]
+    return [*command, "-params", *(f"{name}:{value!r}" for name, value in {**settings, "callback": callbacks}.items())]
+
+
 @dataclass
 class Run:
-    """One run in a process of its own."""
+    """One run, trained in a process of its own."""
 
     task: str
     algo: str
     seed: int
     steps: int
-    eval_freq: int
-    episodes: int
     folder: Path
-    steps_before: int
-    """Where the checkpoint goes on."""
-    minutes_before: float
-    train_minutes_before: float
-    written: int = 0
-    started: float = field(default_factory=time.time)
+    csv: Path
+    process: subprocess.Popen[bytes] | None = None
 
-    def __post_init__(self) -> None:
-        # A folder of its own for each part, so that its evaluations are found
-        self.logs = Path(tempfile.mkdtemp(prefix=f"from_{self.steps_before}_", dir=self.folder))
-        algo, settings = ALGOS[self.algo]
-        self.evaluations = self.logs / "evaluations.jsonl"
-        callbacks: list[Any] = [{"evaluation.FixedEvaluation": dict(file=str(self.evaluations))}]
-        command = [sys.executable, "-m", "rl_zoo3.train", "--algo", algo, "--env", self.task, "--seed", str(self.seed)]
-        settings_file = settings_of_v4(algo, self.task, self.folder)
-        if settings_file is not None:
-            command += ["-conf", str(settings_file)]
-        command += ["-n", str(self.steps - self.steps_before), "-f", str(self.logs), "--num-threads", "1", "--verbose", "0"]
-        command += ["--eval-freq", str(self.eval_freq), "--eval-episodes", str(self.episodes), "--n-eval-envs", "1"]
-        if algo == "qvpo":
-            checkpoint = str(self.folder / CHECKPOINT)
-            if self.steps_before:
-                command += ["-i", checkpoint]
-            save = dict(save_freq=self.eval_freq, save_path=checkpoint)
-            callbacks += [{"sb3_qvpo.ResumableCheckpointCallback": save}]
-        command += ["-params", *(f"{name}:{value!r}" for name, value in {**settings, "callback": callbacks}.items())]
-        self.log = (self.logs / "log.txt").open("w")
+    def __str__(self) -> str:
+        return f"{self.task} {self.algo} seed {self.seed}"
+
+    def rows(self) -> list[dict[str, str]]:
+        """Its rows in the CSV file."""
+        key = [self.task, self.algo, str(self.seed), str(self.steps)]
+        return [row for row in read(self.csv) if [row[name] for name in RUN] == key]
+
+    def is_finished(self) -> bool:
+        """Whether the CSV file has its last evaluation."""
+        return any(int(row["step"]) >= self.steps for row in self.rows())
+
+    def start(self, evaluation: list[str]) -> None:
+        """Train from the checkpoint, or from the start."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        done = steps_in(self.folder / CHECKPOINT)
+        # An evaluation is noted before the checkpoint after it: what the CSV file lacks of it is there
+        self.collect(done)
+        if self.is_finished():
+            return
+        remove(self.csv, [row for row in self.rows() if int(row["step"]) > done])
+        command = training_command(self.task, self.algo, self.seed, self.folder, self.steps - done, evaluation)
         path = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-        self.process = subprocess.Popen(command, env=environment, stdout=self.log, stderr=self.log)
+        with (self.folder / "log.txt").open("w") as log:
+            self.process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+        print(f"{self}: started" + f" from step {done}" * bool(done), flush=True)
 
-    def new_rows(self) -> list[dict[str, Any]]:
-        """Evaluations since the last call."""
-        files = list(self.logs.glob("*/*/evaluations.npz"))
-        if not files:
-            return []
-        try:
-            data = np.load(files[0])
-            steps, results = data["timesteps"], data["results"]
-        except (OSError, ValueError, EOFError, KeyError):  # being written
-            return []
-        minutes = self.minutes_before + (time.time() - self.started) / 60
-        ours = {row["step"]: row for row in map(json.loads, self.evaluations.read_text().splitlines())}
-        run = {"task": self.task, "algo": self.algo, "seed": self.seed, "last_step": self.steps}
-        rows = []
-        for step, returns in list(zip(steps, results, strict=True))[self.written :]:
-            numbers = {
-                **{"mean_return": returns.mean(), "std_return": returns.std(), "minutes": minutes},
-                "train_minutes": self.train_minutes_before + ours[step]["train_minutes"],
+    def collect(self, last: int | None = None) -> None:
+        """Add new evaluations, up to a step, to the CSV file."""
+        known = {int(row["step"]) for row in self.rows()}
+        new = [
+            {
+                **{"task": self.task, "algo": self.algo, "seed": self.seed, "last_step": self.steps},
+                **{name: round(value, 2) if isinstance(value, float) else value for name, value in line.items()},
             }
-            if "single" in ours[step]:
-                numbers["single_return"] = np.mean(ours[step]["single"])
-            rounded = {name: round(float(number), 2) for name, number in numbers.items()}
-            rows.append({**run, "step": int(step), "episodes": len(returns), **rounded})
-        self.written = len(steps)
-        return rows
+            for line in lines_of(self.folder / EVALUATIONS)
+            if line["step"] not in known and (last is None or line["step"] <= last)
+        ]
+        for row in new:
+            print(f"{self}: {row['mean_return']} after {row['step']} steps", flush=True)
+        if new:
+            append(self.csv, new)
+
+    def has_ended(self) -> bool:
+        """
+        Whether the process has ended; then its files are removed.
+
+        :return: False while it runs.
+        :raises SystemExit: If training failed, or stopped before its end.
+        """
+        if self.process is not None and self.process.poll() is None:
+            return False
+        self.collect()
+        if not self.is_finished():
+            log = (self.folder / "log.txt").read_text()[-3000:]
+            raise SystemExit(f"{self} stopped before its end; what it has done is in {self.folder}:\n{log}")
+        shutil.rmtree(self.folder)
+        return True
 
 
+@functools.cache
 def setup() -> dict[str, Any]:
     """What the runs are made with."""
     import stable_baselines3
@@ -189,11 +222,6 @@ def read(file: Path) -> list[dict[str, str]]:
     return list(csv.DictReader(file.open())) if file.exists() else []
 
 
-def rows_of(rows: list[dict[str, str]], *run: str | int) -> list[dict[str, str]]:
-    """The rows of one run: task, algorithm, seed, last step."""
-    return [row for row in rows if [row[name] for name in RUN] == [str(key) for key in run]]
-
-
 def steps_in(checkpoint: Path) -> int:
     """How many steps a run had done when its checkpoint was taken; 0 without one."""
     if not checkpoint.exists():
@@ -208,13 +236,15 @@ def remove(file: Path, rows: list[dict[str, str]]) -> None:
     if not rows:
         return
     kept = [row for row in read(file) if row not in rows]
-    with file.open("w", newline="") as opened:
+    beside = file.with_suffix(".new")
+    with beside.open("w", newline="") as opened:
         writer = csv.DictWriter(opened, [*COLUMNS, *SETUP], lineterminator="\n")
         writer.writeheader()
         writer.writerows(kept)
+    beside.replace(file)
 
 
-def append(file: Path, rows: list[dict[str, Any]], with_setup: dict[str, Any]) -> None:
+def append(file: Path, rows: list[dict[str, Any]]) -> None:
     """Add rows to the file, with its header if it is new."""
     is_new = not file.exists()
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -222,7 +252,7 @@ def append(file: Path, rows: list[dict[str, Any]], with_setup: dict[str, Any]) -
         writer = csv.DictWriter(opened, [*COLUMNS, *SETUP], lineterminator="\n")
         if is_new:
             writer.writeheader()
-        writer.writerows({**row, **with_setup} for row in rows)
+        writer.writerows({**row, **setup()} for row in rows)
 
 
 def main() -> None:
@@ -237,39 +267,39 @@ def main() -> None:
     parser.add_argument("--csv", type=Path, default=HERE / "results.csv")
     parser.add_argument("--folder", type=Path, default=HERE / "runs", help="checkpoints and logs of unfinished runs")
     arguments = parser.parse_args()
+    if arguments.steps % arguments.eval_freq:
+        parser.error(f"--steps must be a multiple of --eval-freq {arguments.eval_freq}, got {arguments.steps}")
 
-    waiting = [(task, algo, seed) for seed in arguments.seeds for task in arguments.tasks for algo in arguments.algos]
-    with_setup, running = setup(), []
-    while waiting or running:
-        while waiting and len(running) < arguments.processes:
-            task, algo, seed = waiting.pop(0)
-            before = rows_of(read(arguments.csv), task, algo, seed, arguments.steps)
-            if before and int(before[-1]["step"]) >= arguments.steps:
-                continue
-            folder = arguments.folder.absolute() / f"{task}_{algo}_{seed}_{arguments.steps}"
-            folder.mkdir(parents=True, exist_ok=True)
-            done = steps_in(folder / CHECKPOINT)
-            done = done if done < arguments.steps else 0
-            remove(arguments.csv, [row for row in before if int(row["step"]) > done])
-            kept = [row for row in before if int(row["step"]) <= done]
-            minutes = [max((float(row[name] or 0) for row in kept), default=0.0) for name in ("minutes", "train_minutes")]
-            print(f"{task} {algo} seed {seed}: started" + f" from step {done}" * bool(done), flush=True)
-            evaluation = (arguments.eval_freq, arguments.episodes)
-            running.append(Run(task, algo, seed, arguments.steps, *evaluation, folder, done, *minutes))
-        time.sleep(1)
-        for run in list(running):
-            ended = run.process.poll() is not None
-            rows = run.new_rows()
-            if rows:
-                append(arguments.csv, rows, with_setup)
-                last = rows[-1]
-                print(f"{run.task} {run.algo} seed {run.seed}: {last['mean_return']} after {last['step']} steps", flush=True)
-            if ended:
-                running.remove(run)
-                run.log.close()
-                if run.process.returncode != 0:
-                    raise SystemExit(f"{run.task} {run.algo} failed:\n{(run.logs / 'log.txt').read_text()[-3000:]}")
-                shutil.rmtree(run.folder)
+    evaluation = ["--eval-freq", str(arguments.eval_freq), "--eval-episodes", str(arguments.episodes), "--n-eval-envs", "1"]
+    waiting = [
+        Run(
+            task,
+            algo,
+            seed,
+            arguments.steps,
+            arguments.folder.absolute() / f"{task}_{algo}_{seed}_{arguments.steps}",
+            arguments.csv,
+        )
+        for seed in arguments.seeds
+        for task in arguments.tasks
+        for algo in arguments.algos
+    ]
+    waiting, running = [run for run in waiting if not run.is_finished()], []
+    try:
+        while waiting or running:
+            while waiting and len(running) < arguments.processes:
+                running.append(waiting.pop(0))
+                running[-1].start(evaluation)
+            time.sleep(1)
+            for run in list(running):
+                run.collect()
+                if run.has_ended():
+                    running.remove(run)
+    finally:
+        # Nobody would collect what they do
+        for run in running:
+            if run.process is not None:
+                run.process.terminate()
 
 
 if __name__ == "__main__":
