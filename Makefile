@@ -1,5 +1,5 @@
-# The two commands: make train, make test. Both set up .venv by themselves; they need Python 3.11+ and make. So does make doc,
-# which builds the documentation.
+# The two commands: make train, make test. Both set up .venv by themselves; they need Python 3.11+ and make. So do make
+# doc, which builds the documentation, and make report, which draws its figures of learning.
 # make test-oldest checks the oldest versions that the package admits; on Linux it downloads torch with CUDA, several GB.
 
 PYTHON ?= python3
@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PIP_ENV := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1
 
-.PHONY: train test test-slow test-oldest doc lint format type pytest clean
+.PHONY: train test test-slow test-oldest doc report lint format type pytest clean
 
 OLDEST := .venv-oldest
 
@@ -27,6 +27,9 @@ test-slow: $(READY)
 doc: $(READY)
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
 	@echo "Built docs/_build/html/index.html"
+
+report: $(READY)
+	$(BIN)/python benchmarks/learning/report.py
 
 # RL Zoo is left out: the sb3-contrib that it needs asks for Stable-Baselines3 2.9.2
 test-oldest: $(OLDEST)/.ready

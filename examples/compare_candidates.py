@@ -36,10 +36,10 @@ def main() -> None:
 
     means, errors = [], []
     for n_candidates in arguments.candidates:
-        # Deterministic predictions take the best of n_eval_candidates, others the best of n_behavior_candidates
-        model.n_eval_candidates = n_candidates
+        # Fresh noise: the one fixed noise of n_eval_candidates = 1 need not be typical of the policy
+        model.n_behavior_candidates = n_candidates
         env = make_vec_env("Pendulum-v1", seed=1_000)  # the same episodes each time
-        mean, std = evaluate_policy(model, env, n_eval_episodes=arguments.episodes)
+        mean, std = evaluate_policy(model, env, n_eval_episodes=arguments.episodes, deterministic=False)
         print(f"Best of {n_candidates:2d} candidates: {mean:.0f} +- {std:.0f}")
         means.append(mean)
         errors.append(std / arguments.episodes**0.5)

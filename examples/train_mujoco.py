@@ -40,10 +40,10 @@ def main() -> None:
     # The zip holds everything for prediction and for further training (with a replay buffer, see save_replay_buffer)
     model = QVPO.load("qvpo_mujoco")
     env = make_vec_env(arguments.env, seed=1_000)
-    for n_eval_candidates in (1, 32):
-        model.n_eval_candidates = n_eval_candidates
-        mean, std = evaluate_policy(model, env, n_eval_episodes=arguments.episodes)
-        print(f"Return, best of {n_eval_candidates} candidates: {mean:.0f} +- {std:.0f}")
+    for n_behavior_candidates in (1, 32):
+        model.n_behavior_candidates = n_behavior_candidates
+        mean, std = evaluate_policy(model, env, n_eval_episodes=arguments.episodes, deterministic=False)
+        print(f"Return, best of {n_behavior_candidates} candidates: {mean:.0f} +- {std:.0f}")
 
 
 if __name__ == "__main__":

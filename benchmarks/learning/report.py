@@ -2,13 +2,15 @@
 Figures and tables of the learning curves, from the CSV files beside this script: ``make report``.
 
 Draws ``docs/figures/*.png`` and fills the tables in ``docs/results.md`` between ``<!-- table: NAME -->`` and ``<!-- end -->``.
-Interquartile means and 95 % intervals are rliable's: stratified bootstrap over seeds, percentiles of 2 000 resamples. Only
-runs that came to their end count. Needs ``pip install "sb3-qvpo[zoo]"``.
+Interquartile means and 95 % intervals are rliable's: stratified bootstrap over seeds, percentiles of 2 000 resamples. Runs
+that did not come to their end count in the table of the screen only. Needs ``pip install "sb3-qvpo[zoo]"``.
 """
 
 import argparse
 import csv
+import itertools
 import re
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,9 +20,16 @@ import matplotlib
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.animation import FuncAnimation, PillowWriter
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
 from rliable import library, metrics
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parents[1] / "examples"))
+
+from bandit import ThreePeaksEnv  # noqa: E402  # examples/ is no package
+
 DOCS = HERE.parents[1] / "docs"
 NAMES = {
     "qvpo": "QVPO, the paper's settings",
@@ -71,20 +80,30 @@ def interval(scores: np.ndarray, n_resamples: int = 2_000) -> tuple[float, float
 
 def column(runs: dict[int, list[Row]], name: str) -> np.ndarray:
     """A column of all seeds of one algorithm, shape (seeds, evaluations); NaN where it was not measured."""
-    return np.array([[float(row[name] or "nan") for row in rows] for _, rows in sorted(runs.items())])
+    steps = sorted({int(row["step"]) for rows in runs.values() for row in rows})
+    values = {(seed, int(row["step"])): float(row[name] or "nan") for seed, rows in runs.items() for row in rows}
+    return np.array([[values.get((seed, step), np.nan) for step in steps] for seed in sorted(runs)])
 
 
 def estimate(values: np.ndarray) -> str:
     """Interquartile mean and interval over seeds, for a table."""
     if np.isnan(values).any():
         return "-"
+    mean = f"{interquartile_mean(values[:, None]):.0f}"
+    if len(values) == 1:
+        return mean
     low, high = interval(values[:, None])
-    return f"{interquartile_mean(values[:, None]):.0f} ({low:.0f} to {high:.0f})"
+    return f"{mean} ({low:.0f} to {high:.0f})"
 
 
 def ordered(algos: Sequence[str]) -> list[str]:
-    """In the order of :data:`NAMES`."""
-    return [name for name in NAMES if name in algos]
+    """In the order of :data:`NAMES`, then all others."""
+    return [*(name for name in NAMES if name in algos), *sorted(name for name in algos if name not in NAMES)]
+
+
+def name_of(algo: str) -> str:
+    """What a setting is called in tables."""
+    return NAMES.get(algo, algo)
 
 
 def returns_table(runs: Runs) -> str:
@@ -96,8 +115,8 @@ def returns_table(runs: Runs) -> str:
             returns = column(algos[algo], "mean_return")
             single, minutes = column(algos[algo], "single_return")[:, -1], column(algos[algo], "train_minutes")[:, -1]
             spent = "-" if np.isnan(minutes).any() else f"{minutes.mean():.0f}"
-            cells = [estimate(returns[:, -1]), estimate(returns.max(axis=1)), estimate(single), spent]
-            lines.append(f"| {task} | {NAMES[algo]} | {len(returns)} | {' | '.join(cells)} |")
+            cells = [estimate(returns[:, -1]), estimate(np.nanmax(returns, axis=1)), estimate(single), spent]
+            lines.append(f"| {task} | {name_of(algo)} | {len(returns)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -123,22 +142,30 @@ def thresholds_table(runs: Runs) -> str:
                     median = np.median(np.where(np.isnan(reached), np.inf, reached))
                     cells.append("-" if np.isinf(median) else f"{median:.0f}")
                 n_reached = sum(bool((curve >= threshold).any()) for curve in curves)
-                lines.append(f"| {task} | {threshold} | {NAMES[algo]} | {n_reached} of {len(curves)} | {' | '.join(cells)} |")
+                lines.append(
+                    f"| {task} | {threshold} | {name_of(algo)} | {n_reached} of {len(curves)} | {' | '.join(cells)} |"
+                )
     return "\n".join(lines)
 
 
-def screen_table(runs: Runs) -> str:
-    """Every seed's returns at every evaluation."""
-    lines = []
-    for task, algos in runs.items():
-        steps = [int(row["step"]) for row in next(iter(next(iter(algos.values())).values()))]
-        lines += [f"| {task} | " + " | ".join(f"{step} steps" for step in steps) + " |", "|---" * (1 + len(steps)) + "|"]
-        for algo in ordered(list(algos)):
-            returns = column(algos[algo], "mean_return")
-            cells = ["; ".join(f"{value:.0f}" for value in returns[:, i]) for i in range(returns.shape[1])]
-            lines.append(f"| {NAMES[algo]} | " + " | ".join(cells) + " |")
-        lines.append("")
-    return "\n".join(lines).rstrip()
+def screen_table(rows: Sequence[Row], task: str, last_step: int) -> str:
+    """Every seed's return at every evaluation, of runs that were broken off, too."""
+    returns = {
+        (row["algo"], int(row["seed"]), int(row["step"])): float(row["mean_return"])
+        for row in rows
+        if row["task"] == task and int(row["last_step"]) == last_step
+    }
+    steps = sorted({step for _, _, step in returns})
+    lines = ["| setting | seeds | " + " | ".join(f"{step} steps" for step in steps) + " |"]
+    lines.append("|---" * (2 + len(steps)) + "|")
+    for algo in ordered(list({algo for algo, _, _ in returns})):
+        seeds = sorted({seed for name, seed, _ in returns if name == algo})
+        cells = [
+            "; ".join(f"{returns[key]:.0f}" if (key := (algo, seed, step)) in returns else "-" for seed in seeds)
+            for step in steps
+        ]
+        lines.append(f"| {name_of(algo)} | {', '.join(map(str, seeds))} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def draw_curves(runs: Runs, file: Path) -> None:
@@ -151,7 +178,7 @@ def draw_curves(runs: Runs, file: Path) -> None:
             low, high = np.transpose([interval(values[:, None]) for values in returns.T])
             for axis, name in ((above, "step"), (below, "train_minutes")):
                 x = column(algos[algo], name).mean(axis=0)
-                axis.plot(x, means, label=NAMES[algo].split(":")[0])
+                axis.plot(x, means, label=name_of(algo).split(":")[0])
                 axis.fill_between(x, low, high, alpha=0.2)
         above.set_title(task)
         above.set_xlabel("environment steps")
@@ -161,6 +188,98 @@ def draw_curves(runs: Runs, file: Path) -> None:
     panels[0, 0].legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(file, dpi=100, metadata={"Software": None})
+    plt.close(figure)
+
+
+def spread(values: Sequence[float], digits: int = 1) -> str:
+    """Mean and standard deviation over seeds."""
+    return f"{np.mean(values):.{digits}f} ± {np.std(values):.{digits}f}"
+
+
+def last_rows(rows: Sequence[Row], *keys: str) -> dict[tuple[str, ...], list[Row]]:
+    """The rows at the end of training, all seeds of a setting together."""
+    end = max(int(row["step"]) for row in rows)
+    groups: dict[tuple[str, ...], list[Row]] = defaultdict(list)
+    for row in sorted(rows, key=lambda row: int(row["seed"])):
+        if int(row["step"]) == end:
+            groups[tuple(row[key] for key in keys)].append(row)
+    return groups
+
+
+def bandit_table(rows: Sequence[Row]) -> str:
+    """The policy itself at the end of training."""
+    lines = [
+        "| setting | seeds | reward | deviation of samples | peaks with 5 % of samples or more, by seed |",
+        "|---" * 5 + "|",
+    ]
+    for (setting,), group in last_rows(rows, "setting").items():
+        n_peaks = [sum(float(row[f"peak_{i}"]) >= 0.05 for i in range(3)) for row in group]
+        numbers = [spread([float(row["reward"]) for row in group]), spread([float(row["std"]) for row in group], 2)]
+        lines.append(f"| {setting} | {len(group)} | {' | '.join(numbers)} | {', '.join(map(str, n_peaks))} |")
+    return "\n".join(lines)
+
+
+GOALS = ("right", "left", "top", "bottom")
+
+
+def multi_goal_table(rows: Sequence[Row]) -> str:
+    """Goals reached and first actions at the end of training."""
+    lines = ["| policy | seeds | goals with 5 % of 200 episodes or more, by seed | most frequent goal | first action: most "]
+    lines[0] += "frequent quarter | return |"
+    lines.append("|---" * 6 + "|")
+    for (setting, candidates), group in last_rows(rows, "setting", "candidates").items():
+        reached = np.array([[int(row[f"reached_{goal}"]) for goal in GOALS] for row in group])
+        first = np.array([[int(row[f"first_{goal}"]) for goal in GOALS] for row in group])
+        name = f"{setting}, best of {candidates}" if setting.startswith("QVPO") else setting
+        cells = [
+            ", ".join(map(str, (reached >= 10).sum(axis=1))),
+            f"{(reached.max(axis=1) / 200).mean():.0%}",
+            f"{(first.max(axis=1) / first.sum(axis=1)).mean():.0%}",
+            spread([float(row["return"]) for row in group], 0),
+        ]
+        lines.append(f"| {name} | {len(group)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def contours(axis: Axes) -> None:
+    """The bandit's reward."""
+    grid = np.stack(np.meshgrid(*[np.linspace(-2, 2, 200)] * 2), -1)
+    axis.contour(grid[..., 0], grid[..., 1], ThreePeaksEnv.reward(grid), levels=[1, 5, 10, 20])
+    axis.set_xlim(-2, 2)
+    axis.set_ylim(-2, 2)
+
+
+def draw_bandit(rows: Sequence[Row], file: Path) -> None:
+    """Samples during training, without and with the entropy term: the paper's Figure 2."""
+    coefs, steps = (sorted({row[name] for row in rows}, key=float) for name in ("ent_coef", "step"))
+    figure, axes = plt.subplots(len(coefs), len(steps), figsize=(3 * len(steps), 3 * len(coefs)), squeeze=False)
+    for (i, coef), (j, step) in itertools.product(enumerate(coefs), enumerate(steps)):
+        points = [(float(row["x"]), float(row["y"])) for row in rows if (row["ent_coef"], row["step"]) == (coef, step)]
+        contours(axes[i, j])
+        axes[i, j].scatter(*np.transpose(points), s=3, alpha=0.4, color="black")
+        axes[i, j].set_title(f"ent_coef {coef}, {step} steps", fontsize=9)
+    figure.tight_layout()
+    figure.savefig(file, dpi=80, metadata={"Software": None})
+    plt.close(figure)
+
+
+def draw_chain(rows: Sequence[Row], file: Path) -> None:
+    """An animation of the reverse chain of 100 candidates."""
+    states: dict[int, list[tuple[float, float]]] = defaultdict(list)
+    for row in rows:
+        states[int(row["step"])].append((float(row["x"]), float(row["y"])))
+    figure, axis = plt.subplots(figsize=(4, 4))
+    contours(axis)
+    points = axis.scatter([], [], s=8, color="black")
+    end = max(states)
+
+    def draw(frame: int) -> list[Artist]:
+        step = min(frame, end)  # the result stays for a while
+        points.set_offsets(states[step])
+        title = axis.set_title(f"{step} of {end} steps")
+        return [points, title]
+
+    FuncAnimation(figure, draw, frames=end + 11).save(file, PillowWriter(fps=5), dpi=70)
     plt.close(figure)
 
 
@@ -186,16 +305,25 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=HERE, help="folder of the CSV files")
     parser.add_argument("--docs", type=Path, default=DOCS, help="folder of results.md and figures/")
     arguments = parser.parse_args()
-    rows = list(csv.DictReader((arguments.results / "results.csv").open()))
-    screen, curves = finished_runs(rows, 40_000), finished_runs(rows, 100_000)
+
+    def read(name: str) -> list[Row]:
+        return list(csv.DictReader((arguments.results / f"{name}.csv").open()))
+
+    rows = read("results")
+    curves = finished_runs(rows, 100_000)
     tables: dict[str, Callable[[], str]] = {
-        "screen": lambda: screen_table(screen),
+        "screen": lambda: screen_table(rows, "HalfCheetah-v5", 40_000),
         "returns": lambda: returns_table(curves),
         "thresholds": lambda: thresholds_table(curves),
+        "bandit": lambda: bandit_table(read("bandit")),
+        "multi_goal": lambda: multi_goal_table(read("multi_goal")),
     }
     page = arguments.docs / "results.md"
     page.write_text(fill(page.read_text(), {name: table() for name, table in tables.items()}))
-    draw_curves(curves, arguments.docs / "figures" / "learning_curves.png")
+    figures = arguments.docs / "figures"
+    draw_curves(curves, figures / "learning_curves.png")
+    draw_bandit(read("bandit_samples"), figures / "bandit.png")
+    draw_chain(read("bandit_chain"), figures / "chain.gif")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,130 @@
+"""The report of the learning curves: its statistics, its tables, and that the documentation shows what the CSV files say."""
+
+import csv
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+
+pytest.importorskip("rliable")  # not with the oldest versions
+
+ROOT = Path(__file__).parents[1]
+LEARNING = ROOT / "benchmarks" / "learning"
+sys.path.insert(0, str(LEARNING))
+
+import report  # noqa: E402  # benchmarks/ is no package
+
+
+def stored_scores():
+    """Last returns of two settings, shape (seeds, settings)."""
+    rows = list(csv.DictReader((LEARNING / "results.csv").open()))
+    algos = report.finished_runs(rows, 40_000)["HalfCheetah-v5"]
+    last = [report.column(algos[name], "mean_return")[:2, -1] for name in ("qvpo_ddim5", "qvpo_ddim5_delay2")]
+    return np.transpose(last)
+
+
+def test_interquartile_mean_and_interval_are_scipys():
+    """Of another implementation, on stored data."""
+    scores = stored_scores()
+    assert report.interquartile_mean(scores) == pytest.approx(stats.trim_mean(scores, 0.25, axis=None))
+
+    def statistic(*columns, axis=-1):
+        return stats.trim_mean(np.concatenate(columns, axis=axis), 0.25, axis=axis)
+
+    theirs = stats.bootstrap(
+        list(scores.T),
+        statistic,
+        n_resamples=20_000,
+        method="percentile",
+        vectorized=True,
+        random_state=np.random.RandomState(1),
+    ).confidence_interval
+    ours = report.interval(scores, 20_000)
+    np.testing.assert_allclose(ours, theirs, rtol=0.02)
+    assert ours[0] < report.interquartile_mean(scores) < ours[1]
+
+
+def row(seed, step, mean_return, algo="sac", last_step=20, minutes="1"):
+    numbers = dict(task="T", algo=algo, seed=seed, step=step, mean_return=mean_return, last_step=last_step)
+    return {name: str(value) for name, value in {**numbers, "train_minutes": minutes, "single_return": ""}.items()}
+
+
+def test_only_finished_runs_of_one_length_count():
+    rows = [row(0, 20, 5), row(0, 10, 3), row(1, 10, 4), row(2, 10, 4, last_step=10), row(3, 20, 6)]
+    runs = report.finished_runs(rows, 20)
+    assert list(runs["T"]["sac"]) == [0, 3]
+    assert [int(row["step"]) for row in runs["T"]["sac"][0]] == [10, 20]
+    np.testing.assert_array_equal(report.column({0: runs["T"]["sac"][0]}, "mean_return"), [[3, 5]])
+
+
+def test_time_to_a_return_counts_seeds_that_never_reach_it(monkeypatch):
+    monkeypatch.setitem(report.THRESHOLDS, "T", [5])
+    rows = [
+        *(row(0, 10, 6, minutes="1"), row(0, 20, 2, minutes="2")),  # at 10
+        *(row(1, 10, 1, minutes="1"), row(1, 20, 5, minutes="4")),  # at 20
+        *(row(2, 10, 1), row(2, 20, 4)),  # never
+    ]
+    assert report.thresholds_table(report.finished_runs(rows, 20)).splitlines()[2:] == ["| T | 5 | SAC | 2 of 3 | 20 | 4 |"]
+    rows += [row(3, 10, 1), row(3, 20, 1), row(4, 10, 1), row(4, 20, 1)]
+    assert report.thresholds_table(report.finished_runs(rows, 20)).splitlines()[2:] == ["| T | 5 | SAC | 2 of 5 | - | - |"]
+
+
+def test_tables_of_single_seeds_and_many(monkeypatch):
+    monkeypatch.setitem(report.NAMES, "ours", "Our name")
+    rows = [
+        row(0, 10, 7),
+        row(0, 20, 5),
+        row(0, 10, 1, "ours"),
+        row(0, 20, 2, "ours"),
+        row(1, 10, 3, "ours"),
+        row(1, 20, 4, "ours"),
+    ]
+    assert report.returns_table(report.finished_runs(rows, 20)).splitlines()[2:] == [
+        "| T | SAC | 1 | 5 | 7 | - | 1 |",
+        "| T | Our name | 2 | 3 (2 to 4) | 3 (2 to 4) | - | 1 |",
+    ]
+    screen = report.screen_table([*rows, row(2, 10, 9, "new")], "T", 20).splitlines()[2:]
+    assert screen == ["| SAC | 0 | 7 | 5 |", "| Our name | 0, 1 | 1; 3 | 2; 4 |", "| new | 2 | 9 | - |"]
+    gap = report.finished_runs([row(0, 20, 5), row(1, 10, 1), row(1, 20, 2)], 20)["T"]["sac"]
+    np.testing.assert_array_equal(report.column(gap, "mean_return"), [[np.nan, 5], [1, 2]])
+
+
+def test_tables_of_the_toy_tasks():
+    bandit = [
+        dict(setting="a", seed=seed, step=step, reward=reward, std="0.5", peak_0=peak, peak_1="0.05", peak_2="0.049")
+        for seed, step, reward, peak in (("0", "1", "9", "1"), ("0", "2", "4", "0.9"), ("1", "2", "2", "0"))
+    ]
+    assert report.bandit_table(bandit).splitlines()[2:] == ["| a | 2 | 3.0 ± 1.0 | 0.50 ± 0.00 | 2, 1 |"]
+    counts = [dict(reached=(190, 10, 0, 0), first=(700, 100, 100, 100)), dict(reached=(0, 200, 0, 0), first=(0, 900, 100, 0))]
+    goals = [
+        {
+            **{"setting": "QVPO", "seed": str(seed), "step": "2", "candidates": "4", "return": str(10 * seed)},
+            **{f"{kind}_{goal}": str(n) for kind, ns in count.items() for goal, n in zip(report.GOALS, ns, strict=True)},
+        }
+        for seed, count in enumerate(counts)
+    ]
+    assert report.multi_goal_table(goals).splitlines()[2:] == ["| QVPO, best of 4 | 2 | 2, 1 | 98% | 80% | 5 ± 5 |"]
+
+
+def test_tables_need_their_places():
+    page = "a\n<!-- table: one -->\nold\n<!-- end -->\nb"
+    assert report.fill(page, {"one": "| new |"}) == "a\n<!-- table: one -->\n\n| new |\n\n<!-- end -->\nb"
+    for tables in ({}, {"one": "", "two": ""}):
+        with pytest.raises(ValueError, match="places for"):
+            report.fill(page, tables)
+
+
+def test_the_page_of_results_shows_what_the_csv_files_say(tmp_path, monkeypatch):
+    """The report leaves the committed page as it is, and draws every figure that it shows."""
+    shutil.copy(ROOT / "docs" / "results.md", tmp_path)
+    (tmp_path / "figures").mkdir()
+    monkeypatch.setattr(sys, "argv", ["report.py", "--docs", str(tmp_path)])
+    report.main()
+    assert (tmp_path / "results.md").read_text() == (ROOT / "docs" / "results.md").read_text()
+    drawn = {file.name for file in (tmp_path / "figures").iterdir() if file.stat().st_size > 10_000}
+    shown = set(report.re.findall(r"\]\(figures/(.*?)\)", (tmp_path / "results.md").read_text()))
+    assert drawn == shown
+    assert all((ROOT / "docs" / "figures" / name).is_file() for name in shown)
