@@ -71,6 +71,33 @@ class CountdownEnv(gym.Env):
         )
 
 
+class GoalEnv(gym.Env):
+    """Move a point to a goal; observations of different sizes, episodes of 5 steps."""
+
+    def __init__(self):
+        box = spaces.Box(-20, 20, (2,), np.float32)
+        self.observation_space = spaces.Dict(observation=box, achieved_goal=box, desired_goal=box)
+        self.action_space = spaces.Box(-1, 1, (2,), np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.steps = 0
+        self.point, self.goal = self.np_random.uniform(-20, 20, (2, 2)).astype(np.float32)
+        return self._observation(), {}
+
+    def step(self, action):
+        self.steps += 1
+        self.point = np.clip(self.point + action, -20, 20)
+        reward = self.compute_reward(self.point, self.goal, {})
+        return self._observation(), float(reward), False, self.steps == 5, {"step": self.steps, "is_success": reward == 0}
+
+    def compute_reward(self, achieved_goal, desired_goal, info):
+        return -(np.linalg.norm(achieved_goal - desired_goal, axis=-1) > 1).astype(np.float32)
+
+    def _observation(self):
+        return dict(observation=self.point.copy(), achieved_goal=self.point.copy(), desired_goal=self.goal.copy())
+
+
 def layers_to_numpy(module):
     """The linear layers of a module as float64 (weight, bias) pairs in order."""
     linear_layers = [layer for layer in module.modules() if isinstance(layer, th.nn.Linear)]

@@ -21,7 +21,7 @@ TOY = {
     "resume_training.py": (["--timesteps", "520", "--save-freq", "200"], PENDULUM),
     # A small task with a goal, registered below: gymnasium-robotics needs another MuJoCo than the other tasks
     "train_her.py": (
-        ["--env", "Bits-v0", "--timesteps", "1020", "--episodes", "4"],
+        ["--env", "Goal-v0", "--timesteps", "1020", "--episodes", "4"],
         r"Success in \d+% of 4 episodes after 1020 steps",
     ),
     "train_images.py": (["--timesteps", "510"], r"Distance to the spot after 510 steps: \d\.\d\d \+- \d\.\d\d"),
@@ -47,17 +47,22 @@ def test_every_example_is_covered_and_short():
 RUN = """
 import runpy, sys
 import gymnasium as gym
-from stable_baselines3.common.envs import BitFlippingEnv
-gym.register("Bits-v0", entry_point=lambda: BitFlippingEnv(n_bits=3, continuous=True), max_episode_steps=10)
+sys.path[:0] = {folders!r}
+gym.register("Goal-v0", entry_point="helpers:GoalEnv")
 sys.argv = sys.argv[1:]
-sys.path.insert(0, {examples!r})
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
 def run_example(name, arguments, folder):
     """What an example prints."""
-    command = [sys.executable, "-c", RUN.format(examples=str(EXAMPLES)), str(EXAMPLES / name), *arguments]
+    command = [
+        sys.executable,
+        "-c",
+        RUN.format(folders=[str(EXAMPLES), str(Path(__file__).parent)]),
+        str(EXAMPLES / name),
+        *arguments,
+    ]
     environment = {**os.environ, "MPLBACKEND": "agg", "OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert result.returncode == 0, result.stderr

@@ -6,7 +6,7 @@ import pytest
 import torch as th
 from gymnasium import spaces
 from gymnasium.wrappers import FlattenObservation
-from helpers import same_weights, tiny_qvpo, weights_of
+from helpers import GoalEnv, same_weights, tiny_qvpo, weights_of
 from stable_baselines3 import HerReplayBuffer
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import BitFlippingEnv, FakeImageEnv, SimpleMultiObsEnv
@@ -201,33 +201,6 @@ def test_a_cnn_actor_is_saved_and_loaded_alone(tmp_path):
 
 
 # Hindsight experience replay
-
-
-class GoalEnv(gym.Env):
-    """Move a point to a goal; observations of different sizes, episodes of 5 steps."""
-
-    def __init__(self):
-        box = spaces.Box(-20, 20, (2,), np.float32)
-        self.observation_space = spaces.Dict(observation=box, achieved_goal=box, desired_goal=box)
-        self.action_space = spaces.Box(-1, 1, (2,), np.float32)
-
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        self.steps = 0
-        self.point, self.goal = self.np_random.uniform(-20, 20, (2, 2)).astype(np.float32)
-        return self._observation(), {}
-
-    def step(self, action):
-        self.steps += 1
-        self.point = np.clip(self.point + action, -20, 20)
-        reward = self.compute_reward(self.point, self.goal, {})
-        return self._observation(), float(reward), False, self.steps == 5, {"step": self.steps}
-
-    def compute_reward(self, achieved_goal, desired_goal, info):
-        return -(np.linalg.norm(achieved_goal - desired_goal, axis=-1) > 1).astype(np.float32)
-
-    def _observation(self):
-        return dict(observation=self.point.copy(), achieved_goal=self.point.copy(), desired_goal=self.goal.copy())
 
 
 def her_qvpo(env, strategy="future", copy_info_dict=False, **kwargs):
