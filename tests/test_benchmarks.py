@@ -176,9 +176,13 @@ def test_learning_curves_are_resumed(tmp_path):
     half = {**first, "algo": "sac"}
     with file.open("a") as opened:  # broken off without a checkpoint
         opened.write(",".join(half.values()) + "\n")
+    stale = tmp_path / "runs" / "Pendulum-v1_sac_3_1000" / "evaluations.jsonl"
+    stale.parent.mkdir()
+    stale.write_text(json.dumps({"step": 500, "mean_return": 123.0, "minutes": 9.0}) + "\n")
     assert run("--algos", "sac", "qvpo_ddim5") == ["Pendulum-v1 sac seed 3: started"]
     assert rows()[:2] == finished
     assert [(row["algo"], row["step"], row["single_return"]) for row in rows()[2:]] == [
         ("sac", "500", ""),
         ("sac", "1000", ""),
     ]
+    assert all(float(row["mean_return"]) < 0 and float(row["minutes"]) < 9 for row in rows())

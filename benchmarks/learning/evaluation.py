@@ -22,6 +22,13 @@ def lines_of(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
 
 
+def keep_lines(file: Path, last_step: int) -> list[dict[str, Any]]:
+    """Keep the evaluations up to a step, and return them."""
+    kept = [line for line in lines_of(file) if line["step"] <= last_step]
+    file.write_text("".join(json.dumps(line) + "\n" for line in kept))
+    return kept
+
+
 class FixedEvaluation(BaseCallback):
     """
     Beside RL Zoo's own evaluation: seed its environment, so that every evaluation of every run has the same start states;
@@ -47,8 +54,7 @@ class FixedEvaluation(BaseCallback):
         (self.evaluation,) = (callback for callback in callbacks if isinstance(callback, EvalCallback))
         # Evaluations at multiples of their frequency, also where a resumed run starts between them
         self.n_calls = self.evaluation.n_calls = self.model.num_timesteps // self.training_env.num_envs
-        before = [line for line in lines_of(self.file) if line["step"] <= self.model.num_timesteps]
-        self.file.write_text("".join(json.dumps(line) + "\n" for line in before))
+        before = keep_lines(self.file, self.model.num_timesteps)
         self.minutes_before = {name: before[-1][name] if before else 0.0 for name in ("minutes", "train_minutes")}
         self.start, self.clock_start = time.process_time(), time.time()
 

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from evaluation import lines_of
+from evaluation import keep_lines, lines_of
 
 HERE = Path(__file__).parent
 CHECKPOINT, EVALUATIONS = "run.zip", "evaluations.jsonl"
@@ -160,7 +160,9 @@ class Run:
         self.collect(done)
         if self.is_finished():
             return
+        # What came after the checkpoint will come again
         remove(self.csv, [row for row in self.rows() if int(row["step"]) > done])
+        keep_lines(self.folder / EVALUATIONS, done)
         command = training_command(self.task, self.algo, self.seed, self.folder, self.steps - done, evaluation)
         path = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
