@@ -2,6 +2,8 @@
 
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,16 @@ def keep_lines(file: Path, last_step: int) -> list[dict[str, Any]]:
     kept = [line for line in lines_of(file) if line["step"] <= last_step]
     file.write_text("".join(json.dumps(line) + "\n" for line in kept))
     return kept
+
+
+@contextmanager
+def best_of(policy: Any, n_candidates: int) -> Iterator[None]:
+    """For a while, predictions that are not deterministic take the best of so many candidates."""
+    before, policy.n_behavior_candidates = policy.n_behavior_candidates, n_candidates
+    try:
+        yield
+    finally:
+        policy.n_behavior_candidates = before
 
 
 class FixedEvaluation(BaseCallback):
@@ -96,15 +108,10 @@ class FixedEvaluation(BaseCallback):
         model, evaluation = self.model, self.evaluation
         if model.get_vec_normalize_env() is not None:
             sync_envs_normalization(self.training_env, evaluation.eval_env)
-        policy: Any = model.policy
-        n_behavior_candidates, policy.n_behavior_candidates = policy.n_behavior_candidates, 1
         evaluation.eval_env.seed(SEED)
-        try:
-            with th.random.fork_rng():
-                th.manual_seed(SEED)
-                returns, _ = evaluate_policy(
-                    model, evaluation.eval_env, evaluation.n_eval_episodes, deterministic=False, return_episode_rewards=True
-                )
-        finally:
-            policy.n_behavior_candidates = n_behavior_candidates
+        with best_of(model.policy, 1), th.random.fork_rng():
+            th.manual_seed(SEED)
+            returns, _ = evaluate_policy(
+                model, evaluation.eval_env, evaluation.n_eval_episodes, deterministic=False, return_episode_rewards=True
+            )
         return list(returns)

@@ -52,9 +52,10 @@ def main() -> None:
                         **{"task": "Pendulum-v1", "algo": dtype, "seed": seed, "step": step, "last_step": arguments.steps},
                         **{"mean_return": round(float(np.mean(returns)), 2), "std_return": round(float(np.std(returns)), 2)},
                         **{"episodes": 20, "minutes": round((time.time() - start) / 60, 2)},
+                        **setup(),
                     }
                 )
-            append(arguments.csv, rows, setup())
+            append(arguments.csv, rows)
             print(f"seed {seed}, {dtype}: {rows[-1]['mean_return']}", flush=True)
 
 

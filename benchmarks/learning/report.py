@@ -12,7 +12,7 @@ import itertools
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
@@ -121,9 +121,9 @@ def returns_table(runs: Runs) -> str:
 
 
 def first_reached(curve: np.ndarray, axis: np.ndarray, threshold: float) -> float:
-    """Where a run's evaluations first reach a return; NaN if never."""
+    """Where a run's evaluations first reach a return; infinity if never: later than all others."""
     reached = np.flatnonzero(curve >= threshold)
-    return float(axis[reached[0]]) if len(reached) else float("nan")
+    return float(axis[reached[0]]) if len(reached) else float("inf")
 
 
 def thresholds_table(runs: Runs) -> str:
@@ -137,9 +137,7 @@ def thresholds_table(runs: Runs) -> str:
                 cells = []
                 for name in ("step", "train_minutes"):
                     axes = column(algos[algo], name)
-                    reached = np.array([first_reached(*pair, threshold) for pair in zip(curves, axes, strict=True)])
-                    # A seed that never reached it counts as later than all others
-                    median = np.median(np.where(np.isnan(reached), np.inf, reached))
+                    median = np.median([first_reached(*pair, threshold) for pair in zip(curves, axes, strict=True)])
                     cells.append("-" if np.isinf(median) else f"{median:.0f}")
                 n_reached = sum(bool((curve >= threshold).any()) for curve in curves)
                 lines.append(
@@ -311,15 +309,15 @@ def main() -> None:
 
     rows = read("results")
     curves = finished_runs(rows, 100_000)
-    tables: dict[str, Callable[[], str]] = {
-        "screen": lambda: screen_table(rows, "HalfCheetah-v5", 40_000),
-        "returns": lambda: returns_table(curves),
-        "thresholds": lambda: thresholds_table(curves),
-        "bandit": lambda: bandit_table(read("bandit")),
-        "multi_goal": lambda: multi_goal_table(read("multi_goal")),
+    tables = {
+        "screen": screen_table(rows, "HalfCheetah-v5", 40_000),
+        "returns": returns_table(curves),
+        "thresholds": thresholds_table(curves),
+        "bandit": bandit_table(read("bandit")),
+        "multi_goal": multi_goal_table(read("multi_goal")),
     }
     page = arguments.docs / "results.md"
-    page.write_text(fill(page.read_text(), {name: table() for name, table in tables.items()}))
+    page.write_text(fill(page.read_text(), tables))
     figures = arguments.docs / "figures"
     draw_curves(curves, figures / "learning_curves.png")
     draw_bandit(read("bandit_samples"), figures / "bandit.png")

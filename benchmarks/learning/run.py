@@ -15,7 +15,6 @@ import argparse
 import csv
 import functools
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -28,6 +27,10 @@ import yaml
 from evaluation import keep_lines, lines_of
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+
+from timing import processor  # noqa: E402  # benchmarks/ is no package
+
 CHECKPOINT, EVALUATIONS = "run.zip", "evaluations.jsonl"
 RUN = ["task", "algo", "seed", "last_step"]
 COLUMNS = ["task", "algo", "seed", "step", "mean_return", "std_return", "episodes", "minutes", "last_step"]
@@ -184,7 +187,7 @@ class Run:
         for row in new:
             print(f"{self}: {row['mean_return']} after {row['step']} steps", flush=True)
         if new:
-            append(self.csv, new)
+            append(self.csv, [{**row, **setup()} for row in new], [*COLUMNS, *SETUP])
 
     def has_ended(self) -> bool:
         """
@@ -213,10 +216,7 @@ def setup() -> dict[str, Any]:
 
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True, check=False)
     versions = [sb3_qvpo.__version__, stable_baselines3.__version__, torch.__version__]
-    cpuinfo = Path("/proc/cpuinfo")
-    names = [line for line in cpuinfo.read_text().splitlines() if "model name" in line] if cpuinfo.exists() else []
-    cpu = names[0].split(":")[1].strip() if names else platform.processor()
-    return dict(zip(SETUP, [commit.stdout.strip(), *versions, cpu, 1], strict=True))
+    return dict(zip(SETUP, [commit.stdout.strip(), *versions, processor(), 1], strict=True))
 
 
 def read(file: Path) -> list[dict[str, str]]:
@@ -246,15 +246,16 @@ def remove(file: Path, rows: list[dict[str, str]]) -> None:
     beside.replace(file)
 
 
-def append(file: Path, rows: list[dict[str, Any]]) -> None:
-    """Add rows to the file, with its header if it is new."""
+def append(file: Path, rows: list[dict[str, Any]], columns: list[str] | None = None) -> None:
+    """Add rows to a file, which keeps its columns; a new one gets those that are named, or those of the rows."""
     is_new = not file.exists()
     file.parent.mkdir(parents=True, exist_ok=True)
+    columns = (columns or list(rows[0])) if is_new else next(csv.reader(file.open()))
     with file.open("a", newline="") as opened:
-        writer = csv.DictWriter(opened, [*COLUMNS, *SETUP], lineterminator="\n")
+        writer = csv.DictWriter(opened, columns, lineterminator="\n")
         if is_new:
             writer.writeheader()
-        writer.writerows({**row, **setup()} for row in rows)
+        writer.writerows(rows)
 
 
 def main() -> None:

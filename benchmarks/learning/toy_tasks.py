@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,11 +28,12 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1] / "examples"))
 
 from bandit import PEAKS, ThreePeaksEnv  # noqa: E402  # examples/ is no package
-from multi_goal import MultiGoalEnv  # noqa: E402
-from run import setup  # noqa: E402
+from evaluation import best_of  # noqa: E402  # sorted among the above
+from multi_goal import MultiGoalEnv  # noqa: E402  # examples/ is no package
+from run import append, setup  # noqa: E402  # sorted among the above
 
-from sb3_qvpo import QVPO  # noqa: E402
-from sb3_qvpo.qvpo.weights import qadv  # noqa: E402
+from sb3_qvpo import QVPO  # noqa: E402  # after the path is set, like all above
+from sb3_qvpo.qvpo.weights import qadv  # noqa: E402  # after the path is set, like all above
 
 Row = dict[str, Any]
 SMALL = dict(learning_rate=1e-3, batch_size=64, policy_kwargs=dict(net_arch=[64, 64]))
@@ -71,13 +73,8 @@ MULTI_GOAL: dict[str, tuple[type[BaseAlgorithm], dict[str, Any]]] = {
 
 def samples(model: BaseAlgorithm, observation: np.ndarray, n: int, n_candidates: int) -> np.ndarray:
     """Actions of the policy for one observation, for QVPO the best of so many candidates."""
-    if isinstance(model, QVPO):
-        before, model.policy.n_behavior_candidates = model.policy.n_behavior_candidates, n_candidates
-        try:
-            return model.predict(np.repeat(observation[None], n, axis=0))[0]
-        finally:
-            model.policy.n_behavior_candidates = before
-    return model.predict(np.repeat(observation[None], n, axis=0))[0]
+    with best_of(model.policy, n_candidates) if isinstance(model, QVPO) else nullcontext():
+        return model.predict(np.repeat(observation[None], n, axis=0))[0]
 
 
 def bandit(setting: str, seed: int, timesteps: int = 4_000) -> list[Row]:
@@ -133,16 +130,6 @@ def multi_goal(setting: str, seed: int, timesteps: int = 6_000) -> list[Row]:
     return rows
 
 
-def write(file: Path, rows: list[Row]) -> None:
-    """Add rows to a file, with a header if it is new."""
-    is_new = not file.exists()
-    with file.open("a", newline="") as opened:
-        writer = csv.DictWriter(opened, list(rows[0]), lineterminator="\n")
-        if is_new:
-            writer.writeheader()
-        writer.writerows(rows)
-
-
 def chain(model: QVPO, n_candidates: int) -> list[np.ndarray]:
     """All states of the chain that draws so many candidates for the bandit's one observation, in the scale of actions."""
     states: list[np.ndarray] = []
@@ -169,11 +156,11 @@ def write_samples(folder: Path, timesteps: int = 4_000) -> None:
             model.learn(timesteps // 4, reset_num_timesteps=i == 0)
             points = samples(model, np.zeros(1, np.float32), 300, 1).round(3).tolist()
             rows = [{"ent_coef": ent_coef, "step": model.num_timesteps, "x": x, "y": y} for x, y in points]
-            write(folder / "bandit_samples.csv", rows)
+            append(folder / "bandit_samples.csv", rows)
             if ent_coef and i == 1:
                 for step, state in enumerate(chain(model, 100)):
                     rows = [{"step": step, "candidate": k, "x": x, "y": y} for k, (x, y) in enumerate(state.round(3).tolist())]
-                    write(folder / "bandit_chain.csv", rows)
+                    append(folder / "bandit_chain.csv", rows)
 
 
 STUDIES: dict[str, tuple[Callable[..., list[Row]], dict[str, Any]]] = {
@@ -207,7 +194,7 @@ def main() -> None:
     with multiprocessing.get_context("spawn").Pool(arguments.processes, maxtasksperchild=1) as pool:
         for (setting, seed), rows in pool.imap_unordered(partial(run, arguments.study, arguments.timesteps), waiting):
             rows = [{"setting": setting, "seed": seed, **row, **setup()} for row in rows]
-            write(file, rows)
+            append(file, rows)
             print(rows[-1], flush=True)
 
 
