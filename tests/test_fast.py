@@ -254,7 +254,11 @@ def test_whether_onednn_keeps_float32_is_seen_from_a_product(monkeypatch):
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have other rules")
 def test_freed_memory_is_kept():
-    """Large results are written to memory that the process has already, in a process of its own."""
+    """
+    Large results are written to memory that the process has already, in a process of its own.
+
+    The heap grows once or twice until it holds them all; what counts is what each later turn costs.
+    """
     code = """
 import resource, torch as th
 from sb3_qvpo.common import fast
@@ -264,10 +268,9 @@ def faults():
         [th.ones(700_000) + 1 for _ in range(8)]
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 th.set_num_threads(1)
-before = faults()
+before = min(faults() for _ in range(5))
 fast.keep_freed_memory()
-faults()
-print(before, faults())
+print(before, min(faults() for _ in range(5)))
 """
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     before, after = map(int, output.split())
