@@ -257,7 +257,8 @@ def test_freed_memory_is_kept():
     """
     Large results are written to memory that the process has already, in a process of its own.
 
-    The heap grows once or twice until it holds them all; what counts is what each later turn costs.
+    The heap grows once or twice until it holds them all; what counts is what each later turn costs. Without the
+    call each mostly writes to 60 000 new pages.
     """
     code = """
 import resource, torch as th
@@ -268,13 +269,11 @@ def faults():
         [th.ones(700_000) + 1 for _ in range(8)]
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 th.set_num_threads(1)
-before = min(faults() for _ in range(5))
 fast.keep_freed_memory()
-print(before, min(faults() for _ in range(5)))
+print(min(faults() for _ in range(10)))
 """
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    before, after = map(int, output.split())
-    assert after < before / 10
+    assert int(output) < 10, "of 110 000 pages that each turn writes"
 
 
 @pytest.mark.parametrize(("n_threads", "n_blocks"), [(1, 16), (2, 8), (64, 1)])
