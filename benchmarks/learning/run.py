@@ -57,6 +57,7 @@ ALGOS: dict[str, tuple[str, dict[str, Any]]] = {
     **{f"qvpo_ddpm{n}": ("qvpo", {**FEWER, **steps(n)}) for n in (5, 10)},
     **{f"qvpo_ddim{n}": ("qvpo", {**FEWER, **steps(n, 0.0)}) for n in (5, 10)},
     "qvpo_ddim5_delay2": ("qvpo", FAST),
+    "qvpo_ddpm5_delay2": ("qvpo", {**FEWER, **steps(5), "policy_delay": 2}),
     # The paper's Figures 4 and 5 with the fast settings: entropy term and T, K_b and K_t, weighting, the authors' settings
     **{
         f"fast_T{T}_ent{c}": ("qvpo", {**FAST, "n_diffusion_steps": T, "ent_coef": c})
