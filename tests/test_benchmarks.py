@@ -13,17 +13,17 @@ import numpy as np
 import pytest
 import torch as th
 import yaml
+from evaluation import FixedEvaluation
 from helpers import tiny_qvpo
+from run import training_command
 from stable_baselines3.common.callbacks import EvalCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
+from timing import interleaved, ratio, reference_of, reference_process, trained
+
+from sb3_qvpo import QVPO
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-
-from timing import interleaved, ratio, reference_of, reference_process, trained  # noqa: E402  # benchmarks/ is no package
-
-from sb3_qvpo import QVPO  # noqa: E402
 
 
 def copy_layers(source, target):
@@ -87,13 +87,23 @@ def test_benchmark(name, tmp_path):
     assert all(row["cpu"] and row["threads"] == "1" for row in rows)
 
 
-def test_evaluations_are_repeatable_and_leave_training_alone(tmp_path):
-    sys.path.insert(0, str(BENCHMARKS / "learning"))
-    try:
-        from evaluation import FixedEvaluation
-    finally:
-        sys.path.pop(0)
+def test_learning_with_both_types_of_candidates(tmp_path):
+    """The same seed's runs differ in the type alone; runs that are in the file are skipped."""
+    file = tmp_path / "precision.csv"
+    command = [sys.executable, str(BENCHMARKS / "learning" / "precision.py"), "--seeds", "7", "--steps", "700"]
+    command += ["--eval-freq", "350", "--csv", str(file)]
+    for _ in range(2):
+        subprocess.run(command, check=True, timeout=300)
+    rows = list(csv.DictReader(file.open()))
+    assert [(row["algo"], row["step"]) for row in rows] == [
+        (dtype, step) for dtype in ("float32", "bfloat16") for step in ("350", "700")
+    ]
+    random, trained_on = [[row["mean_return"] for row in rows if row["step"] == step] for step in ("350", "700")]
+    assert random[0] == random[1], "no update yet, and evaluations take float32"
+    assert trained_on[0] != trained_on[1]
 
+
+def test_evaluations_are_repeatable_and_leave_training_alone(tmp_path):
     def run(name):
         model = tiny_qvpo()
         env = make_vec_env("Pendulum-v1", seed=3)
@@ -123,11 +133,6 @@ def test_evaluations_are_repeatable_and_leave_training_alone(tmp_path):
 
 
 def test_other_algorithms_get_their_tuned_settings(tmp_path):
-    sys.path.insert(0, str(BENCHMARKS / "learning"))
-    try:
-        from run import training_command
-    finally:
-        sys.path.pop(0)
     for algo, learning_starts in (("sac", 10_000), ("td3", 10_000), ("tqc", 10_000), ("crossq", 5_000)):
         command = training_command("HalfCheetah-v5", algo, 0, tmp_path, 10, ["--eval-freq", "5"])
         settings = yaml.safe_load(Path(command[command.index("-conf") + 1]).read_text())

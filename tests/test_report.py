@@ -13,9 +13,8 @@ pytest.importorskip("rliable")  # not with the oldest versions
 
 ROOT = Path(__file__).parents[1]
 LEARNING = ROOT / "benchmarks" / "learning"
-sys.path.insert(0, str(LEARNING))
 
-import report  # noqa: E402  # benchmarks/ is no package
+import report  # noqa: E402  # needs rliable
 
 
 def stored_scores():

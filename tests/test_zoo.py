@@ -15,6 +15,7 @@ import yaml
 from helpers import TINY, tiny_qvpo
 from rl_zoo3.exp_manager import ExperimentManager
 from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER
+from run import ALGOS
 from stable_baselines3 import HerReplayBuffer
 from stable_baselines3.common.envs import BitFlippingEnv
 from stable_baselines3.common.utils import LinearSchedule
@@ -211,11 +212,6 @@ def test_every_entry_builds_a_model(config, name, tmp_path, monkeypatch):
 
 def test_the_fast_settings_change_the_cost_only():
     """And are those of the learning curves."""
-    sys.path.insert(0, str(ROOT / "benchmarks" / "learning"))
-    try:
-        from run import ALGOS
-    finally:
-        sys.path.pop(0)
     changed = dict(n_train_candidates=16, policy_delay=2, policy_kwargs="dict(n_sampling_steps=5, sampling_eta=0.0)")
     for name, entry in FAST.items():
         assert entry == {**PAPER[name], **changed}, name
