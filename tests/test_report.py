@@ -87,6 +87,9 @@ def test_tables_of_single_seeds_and_many(monkeypatch):
     ]
     screen = report.screen_table([*rows, row(2, 10, 9, "new")], "T", 20).splitlines()[2:]
     assert screen == ["| SAC | 0 | 7 | 5 |", "| Our name | 0, 1 | 1; 3 | 2; 4 |", "| new | 2 | 9 | - |"]
+    longer = [row(seed, step, 100 * step, last_step=40) for seed in (0, 5) for step in (10, 40)]
+    screen = report.screen_table([*longer, row(0, 10, 7), row(0, 20, 5), *longer], "T", 20).splitlines()[2:]
+    assert screen == ["| SAC | 0, 5 | 7; 1000 | 5; - |"], "a run of this length counts before the start of a longer one"
     gap = report.finished_runs([row(0, 20, 5), row(1, 10, 1), row(1, 20, 2)], 20)["T"]["sac"]
     np.testing.assert_array_equal(report.column(gap, "mean_return"), [[np.nan, 5], [1, 2]])
 

@@ -45,7 +45,7 @@ NAMES = {
     **{name: name.upper() for name in ("sac", "td3", "tqc")},
     "crossq": "CrossQ",
 }
-"""What a setting is called in tables, in their order; in legends up to the colon."""
+"""What a setting is called in tables, in their order; in legends with QVPO before it, up to the colon."""
 THRESHOLDS = {"HalfCheetah-v5": [1000, 3000, 5000], "Hopper-v5": [1000, 2000], "Walker2d-v5": [1000, 2000], "Ant-v5": [1000]}
 
 Row = dict[str, str]
@@ -108,6 +108,11 @@ def name_of(algo: str) -> str:
     return NAMES.get(algo, algo)
 
 
+def label_of(algo: str) -> str:
+    """What a setting is called in the legend of a figure."""
+    return "QVPO, " * algo.startswith("qvpo_") + name_of(algo).split(":")[0]
+
+
 def returns_table(runs: Runs) -> str:
     """Last evaluation, single samples, best evaluation, processor time."""
     lines = ["| task | algorithm | seeds | last return | best in training | last, single sample | training, minutes |"]
@@ -149,11 +154,11 @@ def thresholds_table(runs: Runs) -> str:
 
 
 def screen_table(rows: Sequence[Row], task: str, last_step: int) -> str:
-    """Every seed's return at every evaluation, of runs that were broken off, too."""
+    """Every seed's return at every evaluation, of runs that were broken off and of the first part of longer runs, too."""
+    wanted = [row for row in rows if row["task"] == task and int(row["step"]) <= last_step <= int(row["last_step"])]
     returns = {
         (row["algo"], int(row["seed"]), int(row["step"])): float(row["mean_return"])
-        for row in rows
-        if row["task"] == task and int(row["last_step"]) == last_step
+        for row in sorted(wanted, key=lambda row: -int(row["last_step"]))  # runs of this length count
     }
     steps = sorted({step for _, _, step in returns})
     lines = ["| setting | seeds | " + " | ".join(f"{step} steps" for step in steps) + " |"]
@@ -178,7 +183,7 @@ def draw_curves(runs: Runs, file: Path) -> None:
             low, high = np.transpose([interval(values[:, None]) for values in returns.T])
             for axis, name in ((above, "step"), (below, "train_minutes")):
                 x = column(algos[algo], name).mean(axis=0)
-                axis.plot(x, means, label=name_of(algo).split(":")[0])
+                axis.plot(x, means, label=label_of(algo))
                 axis.fill_between(x, low, high, alpha=0.2)
         above.set_title(task)
         above.set_xlabel("environment steps")
