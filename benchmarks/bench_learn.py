@@ -47,7 +47,7 @@ def main() -> None:
     arguments = parse_arguments(str(__doc__), "learn.csv")
     quick = dict(n_train_candidates=4, n_diffusion_steps=3, policy_kwargs=dict(net_arch=[16, 16])) if arguments.quick else {}
     n_steps, repeats = (20, 1) if arguments.quick else (100, min(arguments.repeats, 3))
-    fast = dict(n_train_candidates=16, policy_delay=2, policy_kwargs=dict(n_sampling_steps=5, sampling_eta=0.0))
+    fast = dict(n_train_candidates=16, policy_delay=2, policy_kwargs=dict(n_sampling_steps=5))
     runs: dict[str, list[dict[str, float]]] = {"QVPO": [], "QVPO, qvpo_fast.yml": [], "SB3 SAC": [], "SB3 TD3": []}
     for _ in range(repeats):
         runs["QVPO"].append(shares(QVPO, "Hopper-v5", n_steps, **quick))
