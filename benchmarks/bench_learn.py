@@ -4,13 +4,19 @@ Where ``learn()`` spends its time with the paper's settings: update, environment
 ``python benchmarks/bench_learn.py [--threads 2] [--repeats 3]``; needs ``pip install "sb3-qvpo[mujoco]"``.
 """
 
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from stable_baselines3 import SAC, TD3
 from stable_baselines3.common.env_util import make_vec_env
 from timing import Rows, parse_arguments, report, summary
+
+sys.path.insert(0, str(Path(__file__).parent / "learning"))  # is no package
+
+from run import FAST
 
 from sb3_qvpo import QVPO
 
@@ -47,11 +53,10 @@ def main() -> None:
     arguments = parse_arguments(str(__doc__), "learn.csv")
     quick = dict(n_train_candidates=4, n_diffusion_steps=3, policy_kwargs=dict(net_arch=[16, 16])) if arguments.quick else {}
     n_steps, repeats = (20, 1) if arguments.quick else (100, min(arguments.repeats, 3))
-    fast = dict(n_train_candidates=16, policy_delay=2, policy_kwargs=dict(n_sampling_steps=5))
     runs: dict[str, list[dict[str, float]]] = {"QVPO": [], "QVPO, qvpo_fast.yml": [], "SB3 SAC": [], "SB3 TD3": []}
     for _ in range(repeats):
         runs["QVPO"].append(shares(QVPO, "Hopper-v5", n_steps, **quick))
-        runs["QVPO, qvpo_fast.yml"].append(shares(QVPO, "Hopper-v5", n_steps, **(quick or fast)))
+        runs["QVPO, qvpo_fast.yml"].append(shares(QVPO, "Hopper-v5", n_steps, **(quick or FAST)))
         runs["SB3 SAC"].append(shares(SAC, "Hopper-v5", 5 * n_steps))
         runs["SB3 TD3"].append(shares(TD3, "Hopper-v5", 5 * n_steps))
     rows: Rows = []

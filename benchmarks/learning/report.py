@@ -25,11 +25,11 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from rliable import library, metrics
 
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))  # is no package
+
+from bandit import ThreePeaksEnv
+
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parents[1] / "examples"))
-
-from bandit import ThreePeaksEnv  # noqa: E402  # examples/ is no package
-
 DOCS = HERE.parents[1] / "docs"
 NAMES = {
     "qvpo": "QVPO, the paper's settings",

@@ -26,11 +26,11 @@ from typing import Any
 import yaml
 from evaluation import keep_lines, lines_of
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks/ is no package
+
+from timing import processor
+
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent))
-
-from timing import processor  # noqa: E402  # benchmarks/ is no package
-
 CHECKPOINT, EVALUATIONS = "run.zip", "evaluations.jsonl"
 RUN = ["task", "algo", "seed", "last_step"]
 COLUMNS = ["task", "algo", "seed", "step", "mean_return", "std_return", "episodes", "minutes", "last_step"]

@@ -24,17 +24,17 @@ import torch as th
 from stable_baselines3 import SAC, TD3
 from stable_baselines3.common.base_class import BaseAlgorithm
 
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))  # is no package
+
+from bandit import PEAKS, ThreePeaksEnv
+from evaluation import best_of
+from multi_goal import MultiGoalEnv
+from run import append, setup
+
+from sb3_qvpo import QVPO
+from sb3_qvpo.qvpo.weights import qadv
+
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parents[1] / "examples"))
-
-from bandit import PEAKS, ThreePeaksEnv  # noqa: E402  # examples/ is no package
-from evaluation import best_of  # noqa: E402  # sorted among the above
-from multi_goal import MultiGoalEnv  # noqa: E402  # examples/ is no package
-from run import append, setup  # noqa: E402  # sorted among the above
-
-from sb3_qvpo import QVPO  # noqa: E402  # after the path is set, like all above
-from sb3_qvpo.qvpo.weights import qadv  # noqa: E402  # after the path is set, like all above
-
 Row = dict[str, Any]
 SMALL = dict(learning_rate=1e-3, batch_size=64, policy_kwargs=dict(net_arch=[64, 64]))
 
