@@ -152,11 +152,14 @@ def parse_arguments(description: str, csv_name: str) -> argparse.Namespace:
 
 
 def processor() -> str:
-    """Name of the processor."""
+    """Name of the processor, with family and model: virtual machines call several generations by one name."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
+    fields = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    if "model name" not in fields:
+        return platform.processor()
+    generation = [f"{name} {fields[key]}" for name, key in (("family", "cpu family"), ("model", "model")) if key in fields]
+    return fields["model name"] + f" ({' '.join(generation)})" * bool(generation)
 
 
 def report(rows: Rows, arguments: argparse.Namespace) -> None:

@@ -50,6 +50,9 @@ def steps(n_sampling_steps: int, eta: float = 1.0, **policy_kwargs: Any) -> dict
 FAST: dict[str, Any] = {**FEWER, **steps(5), "policy_delay": 2}
 """``hyperparams/qvpo_fast.yml``."""
 
+EIGHT: dict[str, Any] = {"n_train_candidates": 8, "n_uniform_actions": 2, "ent_coef": 0.05, **steps(5)}
+"""Half the candidates again; a fifth of the uniform actions, each with five times the weight: the same mean."""
+
 ALGOS: dict[str, tuple[str, dict[str, Any]]] = {
     "qvpo": ("qvpo", {}),
     "qvpo_nd16": ("qvpo", FEWER),
@@ -58,8 +61,8 @@ ALGOS: dict[str, tuple[str, dict[str, Any]]] = {
     **{f"qvpo_ddim{n}": ("qvpo", {**FEWER, **steps(n, 0.0)}) for n in (5, 10)},
     "qvpo_ddpm5_delay2": ("qvpo", FAST),
     "qvpo_ddim5_delay2": ("qvpo", {**FAST, **steps(5, 0.0)}),
-    # Half the candidates again; a fifth of the uniform actions, each with five times the weight: the same mean
-    "qvpo_ddpm5_nd8": ("qvpo", {"n_train_candidates": 8, "n_uniform_actions": 2, "ent_coef": 0.05, **steps(5)}),
+    "qvpo_ddpm5_nd8": ("qvpo", EIGHT),
+    "qvpo_ddpm5_nd8_delay2": ("qvpo", {**EIGHT, "policy_delay": 2}),
     # The paper's Figures 4 and 5 with the fast settings: entropy term and T, K_b and K_t, weighting, the authors' settings
     **{
         f"fast_T{T}_ent{c}": ("qvpo", {**FAST, "n_diffusion_steps": T, "ent_coef": c})
