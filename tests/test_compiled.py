@@ -42,7 +42,7 @@ def model_with(seed=0, **policy_kwargs):
 
 
 def is_compiled(model, n_candidates=None) -> bool:
-    with th.no_grad():
+    with th.no_grad(), compiled.collecting(model.policy):
         return compiled.ranking_of(model.policy, n_candidates or model.n_behavior_candidates) is not None
 
 
@@ -152,6 +152,27 @@ def test_long_runs_compile_on_their_own(long_runs_are_short):
         return weights_of(model)
 
     assert same_weights(run(), run())
+
+
+def test_predictions_stay_those_of_a_loaded_model(long_runs_are_short, monkeypatch, tmp_path):
+    """``learn()`` compiles for the actions it collects; predictions are compiled only if the user asks, also the other way."""
+    used, call = [], compiled.CompiledRanking.__call__
+    monkeypatch.setattr(compiled.CompiledRanking, "__call__", lambda *args: (used.append(1), call(*args))[1])
+    model = tiny_qvpo(n_behavior_candidates=4, n_eval_candidates=4).learn(30)
+    assert is_compiled(model) and len(used) >= 20
+    used.clear()
+    model.save(tmp_path / "model")
+    loaded, observation = QVPO.load(tmp_path / "model"), np.ones(3, np.float32)
+    for deterministic in (True, False):
+        answers = []
+        for each in (model, loaded):
+            th.manual_seed(0)
+            answers.append(each.predict(observation, deterministic=deterministic)[0])
+        np.testing.assert_array_equal(*answers)
+    assert not used
+    assert model.policy.compile_actions(4), "already compiled"
+    model.predict(observation)
+    assert used
 
 
 def test_switched_off(long_runs_are_short, monkeypatch):
@@ -294,7 +315,7 @@ def test_only_a_few_programs(no_compiler):
 def test_nothing_is_saved_or_copied(tmp_path):
     """A model with compiled actions loads anywhere; copies start without; programs go with their policy."""
     gc.collect()
-    n_before = len(compiled._rankings)
+    n_before = len(compiled._programs)
     model = model_with(net_arch=[32, 32])
     before = set(model.policy.state_dict()), set(vars(model.policy)), set(vars(model))
     assert model.policy.compile_actions(2)
@@ -307,4 +328,4 @@ def test_nothing_is_saved_or_copied(tmp_path):
     assert same_weights(weights_of(model), weights_of(loaded))
     del model
     gc.collect()
-    assert len(compiled._rankings) == n_before
+    assert len(compiled._programs) == n_before

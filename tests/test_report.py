@@ -47,8 +47,8 @@ def test_interquartile_mean_and_interval_are_scipys():
     assert ours[0] < report.interquartile_mean(scores) < ours[1]
 
 
-def row(seed, step, mean_return, algo="sac", last_step=20, minutes="1"):
-    numbers = dict(task="T", algo=algo, seed=seed, step=step, mean_return=mean_return, last_step=last_step)
+def row(seed, step, mean_return, algo="sac", last_step=20, minutes="1", cpu="A"):
+    numbers = dict(task="T", algo=algo, seed=seed, step=step, mean_return=mean_return, last_step=last_step, cpu=cpu)
     return {name: str(value) for name, value in {**numbers, "train_minutes": minutes, "single_return": ""}.items()}
 
 
@@ -87,10 +87,16 @@ def test_tables_of_single_seeds_and_many(monkeypatch):
         "| T | Our name | 2 | 3 (2 to 4) | 3 (2 to 4) | - | 1 |",
     ]
     screen = report.screen_table([*rows, row(2, 10, 9, "new")], "T", 20).splitlines()[2:]
-    assert screen == ["| SAC | 0 | 7 | 5 |", "| Our name | 0, 1 | 1; 3 | 2; 4 |", "| new | 2 | 9 | - |"]
+    assert screen == ["| SAC | 0 | 7 | 5 | 1 |", "| Our name | 0, 1 | 1; 3 | 2; 4 | 1 |", "| new | 2 | 9 | - | - |"]
     longer = [row(seed, step, 100 * step, last_step=40) for seed in (0, 5) for step in (10, 40)]
     screen = report.screen_table([*longer, row(0, 10, 7), row(0, 20, 5), *longer], "T", 20).splitlines()[2:]
-    assert screen == ["| SAC | 0, 5 | 7; 1000 | 5; - |"], "a run of this length counts before the start of a longer one"
+    assert screen == ["| SAC | 0, 5 | 7; 1000 | 5; - | 1 |"], "a run of this length counts before the start of a longer one"
+    timed = [
+        row(seed, 20, 1, minutes=minutes, cpu=cpu) for seed, minutes, cpu in ((0, "2", "A"), (1, "4", "A"), (2, "9", "B"))
+    ]
+    untimed = [row(3, 20, 1, minutes=""), row(0, 20, 1, "ours", cpu="B")]
+    screen = report.screen_table([*timed, *untimed], "T", 20).splitlines()[2:]
+    assert screen == ["| SAC | 0, 1, 2, 3 | 1; 1; 1; 1 | 3 |", "| Our name | 0 | 1 | - |"], "times of one processor only"
     gap = report.finished_runs([row(0, 20, 5), row(1, 10, 1), row(1, 20, 2)], 20)["T"]["sac"]
     np.testing.assert_array_equal(report.column(gap, "mean_return"), [[np.nan, 5], [1, 2]])
 

@@ -11,7 +11,7 @@ import csv
 import itertools
 import re
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -154,22 +154,30 @@ def thresholds_table(runs: Runs) -> str:
     return "\n".join(lines)
 
 
+def usual_processor(rows: Sequence[Row]) -> str:
+    """The processor that most runs were made on; times on another one cannot be compared with theirs."""
+    return Counter(row["cpu"] for row in rows).most_common(1)[0][0]
+
+
 def screen_table(rows: Sequence[Row], task: str, last_step: int) -> str:
-    """Every seed's return at every evaluation, of runs that were broken off and of the first part of longer runs, too."""
+    """
+    Every seed's return at every evaluation, of runs that were broken off and of the first part of longer runs, too; the time
+    for all steps, the mean over the seeds that ran on the usual processor.
+    """
     wanted = [row for row in rows if row["task"] == task and int(row["step"]) <= last_step <= int(row["last_step"])]
-    returns = {
-        (row["algo"], int(row["seed"]), int(row["step"])): float(row["mean_return"])
+    chosen = {
+        (row["algo"], int(row["seed"]), int(row["step"])): row
         for row in sorted(wanted, key=lambda row: -int(row["last_step"]))  # runs of this length count
     }
-    steps = sorted({step for _, _, step in returns})
-    lines = ["| setting | seeds | " + " | ".join(f"{step} steps" for step in steps) + " |"]
-    lines.append("|---" * (2 + len(steps)) + "|")
-    for algo in ordered(list({algo for algo, _, _ in returns})):
-        seeds = sorted({seed for name, seed, _ in returns if name == algo})
-        cells = [
-            "; ".join(f"{returns[key]:.0f}" if (key := (algo, seed, step)) in returns else "-" for seed in seeds)
-            for step in steps
-        ]
+    steps, cpu = sorted({step for _, _, step in chosen}), usual_processor(wanted)
+    titles = ["setting", "seeds", *(f"{step} steps" for step in steps), "training, minutes"]
+    lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
+    for algo in ordered(list({algo for algo, _, _ in chosen})):
+        seeds = sorted({seed for name, seed, _ in chosen if name == algo})
+        by_step = [[chosen.get((algo, seed, step)) for seed in seeds] for step in steps]
+        cells = ["; ".join(f"{float(row['mean_return']):.0f}" if row else "-" for row in at_step) for at_step in by_step]
+        ends = [row for row in by_step[-1] if row and row["train_minutes"] and row["cpu"] == cpu]
+        cells.append(f"{np.mean([float(row['train_minutes']) for row in ends]):.0f}" if ends else "-")
         lines.append(f"| {name_of(algo)} | {', '.join(map(str, seeds))} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -298,7 +306,7 @@ def fill(page: str, tables: dict[str, str]) -> str:
     :return: The page with the tables in their places.
     :raises ValueError: If a place has no table, or a table no place.
     """
-    places = re.findall(r"<!-- table: (\w+) -->", page)
+    places = re.findall(r"<!-- table: ([\w-]+) -->", page)
     if sorted(places) != sorted(tables):
         raise ValueError(f"the page has places for {places}, and there are tables {sorted(tables)}")
     for name, table in tables.items():
@@ -318,7 +326,7 @@ def main() -> None:
     rows = read("results")
     curves = finished_runs(rows, 100_000)
     tables = {
-        "screen": screen_table(rows, "HalfCheetah-v5", 40_000),
+        **{f"screen_{task}": screen_table(rows, task, 40_000) for task in ("HalfCheetah-v5", "Hopper-v5", "Walker2d-v5")},
         "returns": returns_table(curves),
         "thresholds": thresholds_table(curves),
         "bandit": bandit_table(read("bandit")),

@@ -16,6 +16,7 @@ from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch as th
+from torch import nn
 
 EAGER_UPDATES = 10
 """Updates of a kind that run as they are written before one is captured."""
@@ -83,10 +84,47 @@ def on_side_stream(function: Callable[[], Results], device: th.device) -> Result
     return results
 
 
+class Places:
+    """
+    Where the tensors lie that a graph reads and writes: whether something else was put in the place of one, a loaded optimiser
+    state for instance, is seen in a few microseconds.
+
+    :param modules: The modules that the graph uses.
+    :param optimizers: Its optimisers.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module], optimizers: Sequence[th.optim.Optimizer] = ()):
+        holders: list[dict[str, Any]] = [
+            cast(dict[str, Any], holder)
+            for root in modules
+            for module in root.modules()
+            for holder in (module._parameters, module._buffers, module._modules)
+        ]
+        holders += [values for optimizer in optimizers for values in optimizer.state.values()]
+        places = [(holder, name) for holder in holders for name in holder]
+        places += [(vars(optimizer), "state") for optimizer in optimizers]
+        self.places = [(holder, name, holder[name], self._address(holder[name])) for holder, name in places]
+
+    @staticmethod
+    def _address(value: object) -> int:
+        return value.data_ptr() if isinstance(value, th.Tensor) else 0
+
+    def are_the_same(self) -> bool:
+        """
+        Whether all is where it was.
+
+        :return: False if a tensor, its memory, a module or the state of an optimiser is another.
+        """
+        return all(
+            holder.get(name) is value and self._address(value) == address for holder, name, value, address in self.places
+        )
+
+
 class CapturedUpdates:
     """
     Runs updates, captured ones where there are.
 
+    :param module: The module that an update changes.
     :param state: The tensors that an update changes, besides those of the optimisers.
     :param optimizers: The optimisers that an update uses.
     :param device: The device of the updates.
@@ -95,13 +133,15 @@ class CapturedUpdates:
 
     def __init__(
         self,
+        module: nn.Module,
         state: Callable[[], Sequence[th.Tensor]],
         optimizers: Sequence[th.optim.Optimizer],
         device: th.device,
         capture: Capture = cuda_graph,
     ):
-        self.state, self.optimizers, self.device, self.capture = state, optimizers, device, capture
-        self.graphs: dict[Hashable, tuple[Callable[[], None], list[th.Tensor], Results, list[int]]] = {}
+        self.module, self.state, self.optimizers = module, state, optimizers
+        self.device, self.capture = device, capture
+        self.graphs: dict[Hashable, tuple[Callable[[], None], list[th.Tensor], Results, Places]] = {}
         self.counts: dict[Hashable, int] = {}
         self.failed = not all([make_capturable(optimizer) for optimizer in optimizers])
         if self.failed:
@@ -129,7 +169,7 @@ class CapturedUpdates:
         kind = (kind, *hyperparameters, *((argument.shape, argument.dtype) for argument in arguments))
         if self.failed:
             return function(*arguments)
-        if kind in self.graphs and self.graphs[kind][3] != self._addresses():
+        if kind in self.graphs and not self.graphs[kind][3].are_the_same():
             self.graphs.clear()  # something else was put in the place of a tensor: graphs write to the old one
         if kind not in self.graphs:
             self.counts[kind] = self.counts.get(kind, 0) + 1
@@ -163,7 +203,7 @@ class CapturedUpdates:
             self._restore(after, random_state_after)
             self._fail(error)
             return written_results
-        self.graphs[kind] = replay, inputs, results, self._addresses()
+        self.graphs[kind] = replay, inputs, results, Places([self.module], self.optimizers)
         return results
 
     def _check(self, before: Sequence[th.Tensor], after: Sequence[th.Tensor]) -> None:
@@ -175,9 +215,6 @@ class CapturedUpdates:
                 raise RuntimeError(
                     f"captured and written update differ by {float(difference):.2g}, in a step of {float(step):.2g}"
                 )
-
-    def _addresses(self) -> list[int]:
-        return [tensor.data_ptr() for tensor in self._state()]
 
     def _fail(self, error: Exception) -> None:
         self.failed = True
@@ -256,16 +293,20 @@ def set_learning_rate(optimizer: th.optim.Optimizer, learning_rate: float) -> No
 
 def plain_state(state: dict[str, Any]) -> dict[str, Any]:
     """
-    The state of an optimiser as it would be without :func:`make_capturable`, for saving.
+    The state of an optimiser as it would be without :func:`make_capturable` and ``fast.use_fused()``, for saving.
 
     :param state: The optimiser's ``state_dict()``.
     :return: The same with plain learning rates and counts; it is not changed itself.
     """
-    if not any(isinstance(group["lr"], th.Tensor) for group in state["param_groups"]):
-        return state
-    groups = [{**group, "capturable": False, "lr": float(group["lr"])} for group in state["param_groups"]]
+    groups = []
+    for group in state["param_groups"]:
+        captured = {"capturable": False, "lr": float(group["lr"])} if isinstance(group["lr"], th.Tensor) else {}
+        groups.append({**group, **captured, **({"fused": None} if group.get("fused") else {})})
     values = {
-        index: {name: value.cpu() if name == "step" else value for name, value in cast(dict[str, Any], each).items()}
+        index: {
+            name: value.cpu() if name == "step" and isinstance(value, th.Tensor) else value
+            for name, value in cast(dict[str, Any], each).items()
+        }
         for index, each in state["state"].items()
     }
     return {**state, "param_groups": groups, "state": values}

@@ -10,8 +10,9 @@ saved with a model, and where it fails there is one warning and all goes on as b
 """
 
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from types import FunctionType, MethodType
 from typing import Any, cast
 from weakref import WeakKeyDictionary
@@ -23,7 +24,7 @@ from torch.nn import functional as F
 import sb3_qvpo.common.fast as fast
 from sb3_qvpo.common.actor_critic import CandidateCritic, DiffusionActor
 from sb3_qvpo.common.candidates import minimum_q
-from sb3_qvpo.common.captured import Capture, Results, cuda_graph, on_side_stream
+from sb3_qvpo.common.captured import Capture, Places, Results, cuda_graph, on_side_stream
 from sb3_qvpo.common.diffusion import GaussianDiffusion
 from sb3_qvpo.common.networks import NoisePredictor
 
@@ -42,7 +43,24 @@ TOLERANCE = 1e-3
 MOST_PROGRAMS = 4
 """Numbers of candidates of one policy that are compiled."""
 
-_rankings: WeakKeyDictionary[nn.Module, dict[int, "CompiledRanking | CapturedRanking | None"]] = WeakKeyDictionary()
+
+@dataclass
+class Programs:
+    """
+    What has been compiled for a policy.
+
+    :param by_count: Programs by number of candidates, None where it failed.
+    :param for_predictions: Numbers of candidates whose programs serve all predictions, because the user asked for them. Others
+        only choose the actions that ``learn()`` collects: predictions are those of a loaded model, bit for bit.
+    :param collecting: Whether ``learn()`` is choosing an action.
+    """
+
+    by_count: "dict[int, CompiledRanking | CapturedRanking | None]" = field(default_factory=dict)
+    for_predictions: set[int] = field(default_factory=set)
+    collecting: bool = False
+
+
+_programs: WeakKeyDictionary[nn.Module, Programs] = WeakKeyDictionary()
 
 
 def mish(x: th.Tensor) -> th.Tensor:
@@ -166,7 +184,7 @@ class CapturedRanking:
 
     def __init__(self, actor: DiffusionActor, critic: CandidateCritic, capture: Capture = cuda_graph):
         self.actor, self.critic, self.capture = actor, critic, capture
-        self.graph: tuple[Callable[[], None], list[th.Tensor], Results] | None = None
+        self.graph: tuple[Callable[[], None], list[th.Tensor], Results, Places] | None = None
 
     def __call__(self, actor_features: th.Tensor, critic_features: th.Tensor, noise: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
         """
@@ -178,12 +196,12 @@ class CapturedRanking:
         :return: Actions of shape (1, K, A) and the minimum of their values over critics, shape (1, K).
         """
         arguments = (actor_features, critic_features, noise)
-        if self.graph is None:
+        if self.graph is None or not self.graph[3].are_the_same():
             inputs = [argument.clone() for argument in arguments]
             on_side_stream(lambda: self._rank(*inputs), noise.device)  # libraries set themselves up
             replay, results = self.capture(lambda: self._rank(*inputs), noise.device)
-            self.graph = replay, inputs, results
-        replay, inputs, results = self.graph
+            self.graph = replay, inputs, results, Places([self.actor, self.critic])
+        replay, inputs, results, _ = self.graph
         for fixed, argument in zip(inputs, arguments, strict=True):
             fixed.copy_(argument, non_blocking=True)
         replay()
@@ -194,17 +212,23 @@ class CapturedRanking:
         return {"candidates": candidates, "q_values": minimum_q(self.critic.value_candidates(critic_features, candidates))}
 
 
-def compile_ranking(policy: nn.Module, actor: DiffusionActor, critic: CandidateCritic, n_candidates: int) -> bool:
+def compile_ranking(
+    policy: nn.Module, actor: DiffusionActor, critic: CandidateCritic, n_candidates: int, for_predictions: bool = True
+) -> bool:
     """
-    Compile what :func:`ranking_of` finds from then on. Does nothing if that was tried before.
+    Compile what :func:`ranking_of` finds from then on. Compiles nothing if that was tried before.
 
     :param policy: The policy that the networks belong to.
     :param actor: Its actor.
     :param critic: Its critics.
     :param n_candidates: Number of candidates K.
+    :param for_predictions: Whether it serves all predictions, or only :func:`collecting`.
     :return: Whether it is compiled. If not there is a warning, once.
     """
-    rankings = _rankings.setdefault(policy, {})
+    programs = _programs.setdefault(policy, Programs())
+    rankings = programs.by_count
+    if for_predictions:
+        programs.for_predictions.add(n_candidates)
     if n_candidates not in rankings and len(rankings) < MOST_PROGRAMS:
         rankings[n_candidates] = None
         try:
@@ -280,14 +304,30 @@ def warn_of_failure(error: Exception) -> None:
     warnings.warn(f"Actions are not compiled and take twice the time: {reason}", stacklevel=4)
 
 
-def tried_counts(policy: nn.Module) -> list[int]:
+def tried_counts(policy: nn.Module) -> list[tuple[int, bool]]:
     """
     For how many candidates a policy has been compiled.
 
     :param policy: The policy.
-    :return: All counts, in their order, those included for which it failed.
+    :return: All counts, in their order, those included for which it failed; and whether their programs serve all predictions.
     """
-    return list(_rankings.get(policy, {}))
+    programs = _programs.get(policy, Programs())
+    return [(count, count in programs.for_predictions) for count in programs.by_count]
+
+
+@contextmanager
+def collecting(policy: nn.Module) -> Iterator[None]:
+    """
+    While it lasts, the programs that ``learn()`` has compiled are used.
+
+    :param policy: The policy.
+    """
+    programs = _programs.get(policy, Programs())
+    programs.collecting = True
+    try:
+        yield
+    finally:
+        programs.collecting = False
 
 
 def rank(
@@ -310,7 +350,7 @@ def rank(
     try:
         return ranking(actor_features, critic_features, noise)
     except Exception as error:  # another number of threads is compiled anew, and may fail then
-        _rankings[policy][noise.shape[2]] = None
+        _programs[policy].by_count[noise.shape[2]] = None
         warn_of_failure(error)
         return None
 
@@ -321,9 +361,12 @@ def ranking_of(policy: nn.Module, n_candidates: int) -> CompiledRanking | Captur
 
     :param policy: The policy.
     :param n_candidates: Number of candidates K.
-    :return: The program; None if there is none, while gradients are on or fast paths off, and while a policy is exported.
+    :return: The program; None if there is none for what is being done, while gradients are on or fast paths off, and while a
+        policy is exported.
     """
-    rankings = _rankings.get(policy)
-    if not rankings or not fast.settings.enabled or th.is_grad_enabled() or th.compiler.is_compiling():
+    programs = _programs.get(policy)
+    if programs is None or not (programs.collecting or n_candidates in programs.for_predictions):
         return None
-    return rankings.get(n_candidates)
+    if not fast.settings.enabled or th.is_grad_enabled() or th.compiler.is_compiling():
+        return None
+    return programs.by_count.get(n_candidates)

@@ -10,6 +10,7 @@ different:
 - Mish costs three vectorised passes instead of torch's ``log1p`` and ``tanh`` one number at a time: :func:`mish_of_negated`.
 - Products of matrices go to oneDNN, see :class:`OneDnnProducts`: in float32 torch takes MKL by default, which is half as fast
   on AMD processors. This and Mish also serve the losses.
+- Adam takes its step in one pass over all weights: :func:`use_fused`.
 - Candidates that only serve training may have their hidden layers multiplied in bfloat16 where the processor has it in
   hardware. No gradient flows through them; their values, and all that is trained, stay in float32.
 
@@ -29,6 +30,7 @@ from typing import Any, ClassVar, cast
 
 import torch as th
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from sb3_qvpo.common.diffusion import GaussianDiffusion, NoiseNetwork
@@ -211,6 +213,29 @@ def keep_freed_memory() -> None:
     th.empty(31 * 2**20, dtype=th.uint8)
 
 
+def use_fused(optimizer: th.optim.Optimizer) -> None:
+    """
+    Let Adam and AdamW take their step in torch's fused kernel, unless the user has chosen another: the same step, to rounding,
+    in an eighth of the time on the CPU, and in one launch instead of a dozen on a GPU.
+
+    To be called again after a state was loaded, which holds plain groups (``captured.plain_state``).
+
+    :param optimizer: The optimiser.
+    """
+    if not settings.enabled or type(optimizer) not in (th.optim.Adam, th.optim.AdamW):
+        return
+    for group in optimizer.param_groups:
+        parameters: list[nn.Parameter] = group["params"]
+        is_free = group["fused"] is None and group["foreach"] is None and not group["differentiable"]
+        if not is_free or any(p.device.type not in ("cpu", "cuda") or not p.is_floating_point() for p in parameters):
+            continue
+        group["fused"] = True
+        for parameter in parameters:
+            values = optimizer.state.get(parameter, {})
+            if "step" in values:
+                values["step"] = values["step"].to(parameter.device)
+
+
 class Scratch:
     """Memory for intermediate results that is used again in every block and step."""
 
@@ -257,7 +282,8 @@ _ONE = th.tensor(1.0)
 class TrainableMish(th.autograd.Function):
     """
     Mish and its derivative in vectorised passes, see :func:`mish_of_negated`. With the sigmoid u of -x and
-    ``r = 1 / (1 + u^2)``: ``mish(x) = 2 x r - x`` and ``mish'(x) = (1 - u^2 + 4 x r u^2 (1 - u)) r``.
+    ``r = 1 / (1 + u^2)``: ``mish(x) = 2 x r - x`` and ``mish'(x) = (1 - u^2 + 4 x r u^2 (1 - u)) r``. For losses, which take
+    one derivative; a second one is an error.
     """
 
     @staticmethod
@@ -279,6 +305,7 @@ class TrainableMish(th.autograd.Function):
         return double.sub_(x)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: th.Tensor) -> th.Tensor:
         """
         Gradient of the input.

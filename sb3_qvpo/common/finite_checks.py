@@ -1,7 +1,7 @@
 """Stopping at the first number that is not finite, before it reaches the weights."""
 
 from collections.abc import Mapping
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch as th
@@ -106,7 +106,15 @@ class FiniteGuard:
 
     @staticmethod
     def _step_or_undo(optimizer: th.optim.Optimizer, parameters: list[nn.Parameter], finite: th.Tensor) -> None:
-        """Take the step, then put parameters and optimiser state back where ``finite`` is false, without reading it."""
+        """Take the step, or leave parameters and optimiser state as they are if ``finite`` is false, without reading it."""
+        if all(group.get("fused") for group in optimizer.param_groups):
+            # Torch's fused optimisers can be told, as by mixed precision's GradScaler
+            cast(Any, optimizer).found_inf = (~finite).float()
+            try:
+                optimizer.step()
+            finally:
+                del cast(Any, optimizer).found_inf
+            return
         state = [
             value
             for parameter in parameters

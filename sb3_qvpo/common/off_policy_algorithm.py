@@ -277,6 +277,9 @@ class DiffusionOffPolicyAlgorithm(GuardedOffPolicyAlgorithm):
                 f"n_diffusion_steps is {self.n_diffusion_steps} in this model, other than in the saved policy; it is fixed "
                 "when a policy is trained, because the noise predictor has learnt these steps and no others"
             ) from error
+        finally:
+            for optimizer in (self.actor.optimizer, self.critic.optimizer):
+                fast.use_fused(optimizer)
 
     def get_parameters(self) -> dict[str, dict[str, Any]]:
         """
@@ -322,7 +325,7 @@ class DiffusionOffPolicyAlgorithm(GuardedOffPolicyAlgorithm):
         def state() -> list[th.Tensor]:
             return [*self.policy.state_dict().values(), *self._finite_guard.tensors()]
 
-        return CapturedUpdates(state, [self.actor.optimizer, self.critic.optimizer], self.device)
+        return CapturedUpdates(self.policy, state, [self.actor.optimizer, self.critic.optimizer], self.device)
 
     def _run_update(self, update: Callable[..., Metrics], batch: ReplayBufferSamples, *numbers: float) -> None:
         """
@@ -335,7 +338,8 @@ class DiffusionOffPolicyAlgorithm(GuardedOffPolicyAlgorithm):
         if not (self._can_be_captured() and fast.settings.enabled):
             self._add_metrics(update(batch, *numbers))
             return
-        if self._captured_updates is None:
+        optimizers = [self.actor.optimizer, self.critic.optimizer]
+        if self._captured_updates is None or self._captured_updates.optimizers != optimizers:
             self._captured_updates = self._make_captured_updates()
         tensors = [tensor for _, tensor in flat_items(batch._asdict())]
 
@@ -365,16 +369,17 @@ class DiffusionOffPolicyAlgorithm(GuardedOffPolicyAlgorithm):
         # By counts of steps, so that the same seed gives the same run, also broken off and resumed
         steps, total = self.num_timesteps - self._first_timestep, self._total_timesteps - self._first_timestep
         if n_envs == 1 and steps >= COMPILE_AFTER and total >= LONG_RUN and fast.settings.compile_actions:
-            self.policy.compile_actions(self.n_behavior_candidates)
-        return super()._sample_action(learning_starts, action_noise, n_envs)
+            compiled.compile_ranking(self.policy, self.actor, self.critic, self.n_behavior_candidates, for_predictions=False)
+        with compiled.collecting(self.policy):
+            return super()._sample_action(learning_starts, action_noise, n_envs)
 
     def _process_state(self) -> dict[str, Any]:
         return {**super()._process_state(), "compiled": compiled.tried_counts(self.policy)}
 
     def _restore_process_state(self, state: dict[str, Any]) -> None:
         super()._restore_process_state(state)
-        for n_candidates in state["compiled"]:
-            self.policy.compile_actions(n_candidates)
+        for n_candidates, for_predictions in state["compiled"]:
+            compiled.compile_ranking(self.policy, self.actor, self.critic, n_candidates, for_predictions)
 
     # Metrics: summed on the device, read back when they are logged
 

@@ -20,8 +20,10 @@ from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from stable_baselines3.common.utils import get_parameters_by_name, polyak_update
 from stable_baselines3.common.vec_env import VecNormalize
 from torch import nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 import sb3_qvpo.common.compiled as compiled
+import sb3_qvpo.common.fast as fast
 from sb3_qvpo.common.actor_critic import CandidateCritic, DiffusionActor
 from sb3_qvpo.common.arguments import check_count
 from sb3_qvpo.common.candidates import best_candidate, minimum_q
@@ -213,6 +215,7 @@ class DiffusionPolicy(BasePolicy):
     def _make_optimizer(self, parameters: list[nn.Parameter], learning_rate: float) -> th.optim.Optimizer:
         optimizer_class = cast(Any, self.optimizer_class)
         optimizer: th.optim.Optimizer = optimizer_class(parameters, lr=learning_rate, **self.optimizer_kwargs)
+        fast.use_fused(optimizer)
         return optimizer
 
     def make_actor(self, features_extractor: BaseFeaturesExtractor | None = None) -> DiffusionActor:
@@ -285,11 +288,12 @@ class DiffusionPolicy(BasePolicy):
     def compile_actions(self, n_candidates: int | None = None) -> bool:
         """
         Compile decisions for single observations, which takes 10 to 20 s and makes them two to three times faster. Long runs
-        do it on their own for the actions they collect. Actions differ in their last bits from those that are not compiled.
+        do it on their own for the actions they collect, and for these alone. Actions differ in their last bits from those that
+        are not compiled.
 
         :param n_candidates: For how many candidates; if None for ``n_behavior_candidates`` and ``n_eval_candidates``.
-        :return: Whether they are compiled: False off the CPU and for networks of subclasses; also, with a warning, without a
-            C++ compiler.
+        :return: Whether they are compiled (on a GPU: captured): False for networks of subclasses on the CPU, on other devices
+            than these, and, with a warning, without a C++ compiler.
         """
         counts = [self.n_behavior_candidates, self.n_eval_candidates] if n_candidates is None else [n_candidates]
         return all([compiled.compile_ranking(self, self.actor, self.critic, count) for count in counts])
@@ -319,8 +323,10 @@ class DiffusionPolicy(BasePolicy):
 
         :param tau: Step size in [0, 1].
         """
-        polyak_update(self.actor.parameters(), self.actor_target.parameters(), tau)
-        polyak_update(self.critic_parameters(self.critic), self.critic_parameters(self.critic_target), tau)
+        # All tensors in one call: what SB3's polyak_update() does one by one
+        average = get_ema_multi_avg_fn(1 - tau)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        average(list(self.actor_target.parameters()), list(self.actor.parameters()), 0)
+        average(self.critic_parameters(self.critic_target), self.critic_parameters(self.critic), 0)
         for online, target in ((self.actor, self.actor_target), (self.critic, self.critic_target)):
             polyak_update(get_parameters_by_name(online, ["running_"]), get_parameters_by_name(target, ["running_"]), 1.0)
 
