@@ -4,6 +4,7 @@ How long an update takes: by setting against the eager reference, SB3's SAC and 
 ``python benchmarks/bench_update.py [--threads 2] [--repeats 7]``
 """
 
+import multiprocessing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,19 @@ from sb3_qvpo import QVPO
 from sb3_qvpo.common import fast
 
 PAPER = dict(obs_dim=11, action_dim=3, batch_size=256, n_train_candidates=64, n_diffusion_steps=20, hidden=[256, 256])
-SETTINGS = {
+SETTINGS: dict[str, dict[str, Any]] = {
     "paper (Hopper)": {},
     "three layers": dict(hidden=[256, 256, 256]),
     "Humanoid": dict(obs_dim=348, action_dim=17),
     "N_d 16": dict(n_train_candidates=16),
+    "N_d 16, 5 steps": dict(n_train_candidates=16, sampler=dict(n_sampling_steps=5)),
     "N_d 16, 5 DDIM steps": dict(n_train_candidates=16, sampler=dict(n_sampling_steps=5, sampling_eta=0.0)),
     "T 10": dict(n_diffusion_steps=10),
     "batch 128": dict(batch_size=128),
+}
+MEMORY: dict[str, dict[str, Any]] = {
+    **{name: SETTINGS[name] for name in ("paper (Hopper)", "Humanoid")},
+    "Humanoid, batch 1024, N_d 256": dict(SETTINGS["Humanoid"], batch_size=1024, n_train_candidates=256),
 }
 QUICK = dict(batch_size=16, n_train_candidates=4, n_diffusion_steps=3, hidden=[16, 16], sampler={})
 
@@ -119,21 +125,26 @@ def by_part(changes: dict[str, Any], repeats: int, seconds: float) -> Rows:
 
 
 def candidates_peak_mb(changes: dict[str, Any]) -> float | None:
-    """Memory that drawing and valuing the candidates adds at its peak, in MB; None where the kernel does not say."""
+    """
+    Memory that drawing and valuing the candidates adds at its peak, in MB; None where the kernel does not say. To be called in
+    a new process: memory that was freed and kept before would not be counted.
+    """
     status, clear = Path("/proc/self/status"), Path("/proc/self/clear_refs")
     if not clear.exists():
         return None
-    model, setting = built(changes)
-    observations = model.replay_buffer.sample(setting["batch_size"]).observations
+    model, setting = built({**changes, "n_steps": 0})
+    n_candidates, observations = model.n_train_candidates, th.randn(setting["batch_size"], setting["obs_dim"])
 
     def resident(field: str) -> int:
         return int(next(line for line in status.read_text().splitlines() if line.startswith(field)).split()[1])
 
-    clear.write_text("5")  # the peak starts at what is resident now
-    before = resident("VmRSS")
     with th.no_grad():
-        noise = model._draw_chain_noise(setting["batch_size"], model.n_train_candidates)
-        model.policy.rank_candidates(observations, model.n_train_candidates, noise, reduced_precision=True)
+        # Libraries set themselves up
+        model.policy.rank_candidates(observations[:8], n_candidates, reduced_precision=True)
+        clear.write_text("5")  # the peak starts at what is resident now
+        before = resident("VmRSS")
+        noise = model._draw_chain_noise(setting["batch_size"], n_candidates)
+        model.policy.rank_candidates(observations, n_candidates, noise, reduced_precision=True)
     return (resident("VmHWM") - before) / 1e3
 
 
@@ -141,11 +152,8 @@ def main() -> None:
     arguments = parse_arguments(str(__doc__), "update.csv")
     quick = QUICK if arguments.quick else {}
     rows: Rows = []
-    peaks = {
-        name: candidates_peak_mb(changes | quick)
-        for name, changes in SETTINGS.items()
-        if name in ("paper (Hopper)", "Humanoid")
-    }
+    with multiprocessing.get_context("spawn").Pool(1, th.set_num_threads, (arguments.threads,), maxtasksperchild=1) as pool:
+        peaks = {name: pool.apply(candidates_peak_mb, (changes | quick,)) for name, changes in MEMORY.items()}
     for name, changes in SETTINGS.items():
         rows += by_setting(name, changes | quick, arguments.repeats, arguments.seconds)
     rows += by_part(quick, arguments.repeats, arguments.seconds)

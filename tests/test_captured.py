@@ -15,9 +15,11 @@ import torch as th
 from gymnasium import spaces
 from helpers import TINY, CountdownEnv, same_weights, tiny_qvpo, weights_of
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from sb3_qvpo import QVPO
-from sb3_qvpo.common import captured
+from sb3_qvpo.common import captured, off_policy_algorithm
 from sb3_qvpo.common.captured import CapturedUpdates
 from sb3_qvpo.common.finite_checks import FiniteGuard
 from sb3_qvpo.common.off_policy_algorithm import flat_items, rebuild
@@ -238,6 +240,32 @@ def test_graphs_of_replaced_tensors_are_dropped():
     assert all(model._captured_updates.graphs.get(kind) is not graph for kind, graph in graphs.items())
 
 
+@pytest.mark.parametrize("what", ["parameter", "memory", "module", "buffer", "optimizer state", "optimizer"])
+def test_what_is_replaced_is_noticed(what):
+    """And nothing else: a graph is kept while all is where it was."""
+    model = on_an_accelerator().learn(40)
+    graphs = dict(model._captured_updates.graphs)
+    model.train(3, 8)
+    assert model._captured_updates.graphs == graphs
+    predictor, optimizer = model.actor.noise_predictor, model.actor.optimizer
+    if what == "parameter":
+        predictor.first_layer.bias = th.nn.Parameter(predictor.first_layer.bias.detach().clone())
+    elif what == "memory":
+        predictor.first_layer.bias.data = predictor.first_layer.bias.detach().clone()
+    elif what == "module":
+        predictor.first_layer = copy.deepcopy(predictor.first_layer)
+    elif what == "buffer":
+        predictor.time_features = predictor.time_features.clone()
+    elif what == "optimizer state":
+        optimizer.state[predictor.first_layer.bias]["exp_avg"] = th.zeros_like(predictor.first_layer.bias)
+    else:
+        model.actor.optimizer = model.policy._make_optimizer(list(model.actor.parameters()), 1e-3)
+    model.train(captured.EAGER_UPDATES + 3, 8)
+    now = model._captured_updates.graphs
+    assert not model._captured_updates.failed and len(now) == 2
+    assert all(now.get(kind) is not graph for kind, graph in graphs.items())
+
+
 def test_functions_of_the_user_are_not_captured():
     """They may have a state of their own, a temperature that falls say."""
     calls = []
@@ -256,16 +284,68 @@ def test_batches_are_taken_apart_and_put_together():
     assert again["observations"]["a"].equal(20 * ones) and again["rewards"].equal(70 * ones) and again["discounts"] is None
 
 
-def test_an_update_reads_nothing_back():
+class OnDeviceOnly(TorchDispatchMode):
+    """Fails where an operation takes or makes a tensor on the CPU: on a GPU a copy, for which it might wait."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for value in tree_leaves([args, kwargs, result]):
+            assert not isinstance(value, th.Tensor) or value.device.type == "meta", f"{function} with a tensor on the CPU"
+        return result
+
+
+@pytest.mark.parametrize("kwargs", [{}, dict(max_grad_norm=1.0), dict(n_shared_steps=1, q_weighting="qcut")])
+def test_an_update_reads_nothing_back_and_copies_nothing(kwargs, monkeypatch):
     """On torch's meta device, where no number can be read: what stalls a GPU, or breaks a graph, fails here."""
-    model = tiny_qvpo(device="meta", seed=None)
+    adam = sys.modules["torch.optim.adam"]
+    monkeypatch.setattr(adam, "_get_capturable_supported_devices", lambda *args, **kwargs: ["meta"])
+    model = tiny_qvpo(device="meta", seed=None, **kwargs)
+    # Moving to this device makes other parameters, which the optimisers do not know
+    for network, parameters in (
+        (model.actor, list(model.actor.parameters())),
+        (model.critic, model.policy.critic_parameters(model.critic)),
+    ):
+        network.optimizer = model.policy._make_optimizer(parameters, 1e-3)
+        assert captured.make_capturable(network.optimizer)
     batch = ReplayBufferSamples(*(th.empty(8, size, device="meta") for size in (3, 1, 3, 1, 1)))
-    for _ in range(2):
-        assert {"critic_loss", "q_value"} == model._update_critics(batch).keys()
-        metrics = model._update_policy(batch, th.empty((), device="meta"))
-        assert {"actor_loss", "critic_contrast"} <= metrics.keys()
+    model._update_on_device, ent_coef = th.zeros((), dtype=th.int64, device="meta"), th.empty((), device="meta")
+    with OnDeviceOnly():
+        for _ in range(2):
+            assert {"critic_loss", "q_value"} == model._update_critics(batch).keys()
+            metrics = model._update_policy(batch, ent_coef)
+            assert {"actor_loss", "critic_contrast"} <= metrics.keys()
+    for network in (model.actor, model.critic):
+        state = network.optimizer.state_dict()["state"]
+        assert len(state) == len(network.optimizer.param_groups[0]["params"]) > 5, "all parameters were stepped"
     with pytest.raises(RuntimeError, match="cannot be called on meta tensors"):
         metrics["actor_loss"].item()
+    with pytest.raises(AssertionError, match="tensor on the CPU"), OnDeviceOnly():
+        model.actor.diffusion.betas + th.ones(())
+
+
+@pytest.mark.parametrize("kind", ["vector", "n-step", "dict"])
+def test_batches_are_copied_from_pinned_memory(kind, monkeypatch):
+    """The same ones, and the buffer is as before, also after an error. The meta device stands for a GPU."""
+    where = (DictEnv(), "MultiInputPolicy") if kind == "dict" else ("Pendulum-v1", "MlpPolicy")
+    model = tiny_qvpo(*where, n_steps=3 if kind == "n-step" else 1).learn(20)
+    pinned, buffer = [], model.replay_buffer
+    monkeypatch.setattr(th.Tensor, "pin_memory", lambda self: (pinned.append(self), self)[1])
+    np.random.seed(0)
+    plain = model._sample_batch(8)
+    assert not pinned
+    monkeypatch.setattr(off_policy_algorithm, "PINNED_FOR", ("meta",))
+    model.device = buffer.device = th.device("meta")
+    np.random.seed(0)
+    moved = model._sample_batch(8)
+    assert type(moved) is type(plain) and buffer.device.type == "meta"
+    expected, tensors = flat_items(plain._asdict()), flat_items(moved._asdict())
+    assert [name for name, _ in expected] == [name for name, _ in tensors] and len(pinned) == len(expected) >= 5
+    for (_, value), tensor, (_, copied) in zip(expected, pinned, tensors, strict=True):
+        assert th.equal(value, tensor) and copied.device.type == "meta" and copied.shape == value.shape
+    monkeypatch.setattr(buffer, "to_torch", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model._sample_batch(8)
+    assert buffer.device.type == "meta"
 
 
 @pytest.mark.skipif(not th.cuda.is_available(), reason="needs a GPU")

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
@@ -15,7 +16,9 @@ from scipy.stats import ks_2samp
 from torch import nn
 from torch.nn import functional as F
 
-from sb3_qvpo.common import fast
+from sb3_qvpo import QVPO
+from sb3_qvpo.common import fast, policies
+from sb3_qvpo.common.actor_critic import DiffusionActor
 
 
 @pytest.fixture
@@ -139,7 +142,9 @@ def test_trainable_mish():
     results = [(function(x), *th.autograd.grad(function(x), x, gradient)) for function in (F.mish, fast.TrainableMish.apply)]
     for expected, result in zip(*results, strict=True):
         np.testing.assert_allclose(result.detach(), expected.detach(), atol=6e-6)
-    assert th.autograd.gradcheck(fast.TrainableMish.apply, th.randn(20, dtype=th.float64, requires_grad=True))
+    x = th.randn(20, dtype=th.float64, requires_grad=True)
+    assert th.autograd.gradcheck(fast.TrainableMish.apply, x)
+    assert th.autograd.gradgradcheck(fast.TrainableMish.apply, x)
 
 
 @pytest.mark.parametrize("name", ["the paper's", "three uneven layers", "relu"])
@@ -171,9 +176,9 @@ def test_the_critics_and_their_gradients_are_the_readable_ones(share_features_ex
         values = model.critic(observations, actions)
         sb3_values = super(type(model.critic), model.critic).forward(observations, actions)
         np.testing.assert_allclose(*(th.stack(each).detach() for each in (values, sb3_values)), atol=1e-5)
-        names = {type(value.grad_fn).__name__ for value in values}
+        layers = list(model.critic.q_networks[0])
+        assert (fast.trainable_layers(layers, 100) != layers) == enabled
         results.append(th.autograd.grad(th.stack(values).square().sum(), parameters))
-        assert names == {"AddmmBackward0"}
     for readable, gradient in zip(*results, strict=True):
         np.testing.assert_allclose(gradient, readable, atol=1e-5 * float(readable.abs().max()))
 
@@ -423,3 +428,84 @@ def test_bfloat16_does_not_change_the_distribution_of_a_policy(name):
     assert 0 < distances.mean() < 2e-3
     shifted = exact + 0.05 * exact.std()
     assert ks_2samp(shifted[:, 0], reduced[:, 0]).statistic > 0.01, "the test would notice a twentieth of a standard deviation"
+
+
+def test_memory_of_large_draws_has_a_bound(monkeypatch):
+    """States go through in parts, each with noise of its own; what is drawn is what the parts would draw alone."""
+    observations, width = th.randn(10, 3), 9
+    sizes, sample = [], DiffusionActor.sample_candidates
+
+    def watched(self, features, n_candidates, *args):
+        sizes.append(len(features))
+        return sample(self, features, n_candidates, *args)
+
+    monkeypatch.setattr(DiffusionActor, "sample_candidates", watched)
+    model = tiny_qvpo(n_train_candidates=6, policy_kwargs=dict(net_arch=dict(pi=[8], qf=[width])))
+    policy = model.policy
+    assert policy.states_at_once(6) > 10
+    monkeypatch.setattr(policies, "LARGEST_DRAW", 4 * 6 * width + 1)
+    assert policy.states_at_once(6) == 4 and policy.states_at_once(1000) == 1
+    th.manual_seed(0)
+    actions, values = policy.rank_candidates(observations, 6)
+    assert sizes == [4, 4, 2] and actions.shape == (10, 6, 1) and values.shape == (10, 6)
+    th.manual_seed(0)
+    parts = [policy.rank_candidates(part, 6) for part in th.split(observations, 4)]
+    for i, whole in enumerate((actions, values)):
+        th.testing.assert_close(th.cat([part[i] for part in parts]), whole)
+    policy.rank_candidates(observations, 6, model.actor.draw_noise(10, 6))
+    assert sizes[-1] == 10, "the caller's noise has its size already"
+    assert model._draw_actor_noise(10).chain is None and model._draw_actor_noise(4).chain.shape == (3, 4, 6, 1)
+    sizes.clear()
+    model.learn(7)
+    assert sizes[-3:] == [8, 4, 4], "the target's candidates are two, the policy step's six"
+    long_noise = tiny_qvpo(n_diffusion_steps=50).policy
+    assert long_noise.states_at_once(1) == (4 * 6 * width + 1) // 50
+
+
+@pytest.mark.parametrize("optimizer_class", [th.optim.Adam, th.optim.AdamW])
+def test_fused_steps_are_the_usual_ones(optimizer_class, settings):
+    generator, weights = th.Generator().manual_seed(0), []
+    gradients = [th.randn(40, 30, generator=generator) * 10.0**i for i in range(-3, 3)]
+    for enabled in (False, True):
+        settings.enabled = enabled
+        parameter = nn.Parameter(th.ones(40, 30))
+        optimizer = optimizer_class([parameter], lr=1e-2, eps=1e-5, weight_decay=0.1)
+        fast.use_fused(optimizer)
+        assert optimizer.param_groups[0]["fused"] is (True if enabled else None)
+        for gradient in gradients:
+            parameter.grad = gradient.clone()
+            optimizer.step()
+        weights.append(parameter.detach())
+    th.testing.assert_close(*weights, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("chosen", [dict(fused=False), dict(foreach=True), dict(foreach=False), dict(differentiable=True)])
+def test_what_the_user_has_chosen_is_not_fused(chosen):
+    model = tiny_qvpo(policy_kwargs=dict(net_arch=[8], optimizer_kwargs=chosen))
+    assert {name: model.actor.optimizer.param_groups[0][name] for name in chosen} == chosen
+    assert not model.actor.optimizer.param_groups[0]["fused"]
+    other = tiny_qvpo(policy_kwargs=dict(net_arch=[8], optimizer_class=th.optim.SGD, optimizer_kwargs=dict(fused=None)))
+    assert not other.actor.optimizer.param_groups[0]["fused"]
+
+
+def test_files_do_not_say_that_steps_are_fused(tmp_path, settings):
+    """It belongs to the process: a file that was written without loads with, and the other way."""
+    models = {}
+    for enabled in (False, True):
+        settings.enabled = enabled
+        models[enabled] = tiny_qvpo().learn(10)
+        assert models[enabled].actor.optimizer.state_dict()["param_groups"][0]["fused"] is (True if enabled else None)
+        assert models[enabled].get_parameters()["actor.optimizer"]["param_groups"][0]["fused"] is None
+        models[enabled].save(tmp_path / f"{enabled}")
+    for written in (False, True):
+        settings.enabled = not written
+        loaded = QVPO.load(tmp_path / f"{written}", env=gym.make("Pendulum-v1"))
+        assert loaded.critic.optimizer.param_groups[0]["fused"] is (None if written else True)
+        loaded.learn(10, reset_num_timesteps=False)
+        step = next(iter(loaded.critic.optimizer.state.values()))["step"]
+        assert int(step) == loaded._n_updates == 10
+    settings.enabled = True
+    model = models[True]
+    with pytest.raises(KeyError, match="param_groups"):
+        model.set_parameters({"policy": model.policy.state_dict(), "actor.optimizer": {}, "critic.optimizer": {}})
+    assert model.actor.optimizer.param_groups[0]["fused"] is True, "also after an error"

@@ -30,7 +30,6 @@ from typing import Any, ClassVar, cast
 
 import torch as th
 from torch import nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from sb3_qvpo.common.diffusion import GaussianDiffusion, NoiseNetwork
@@ -282,8 +281,8 @@ _ONE = th.tensor(1.0)
 class TrainableMish(th.autograd.Function):
     """
     Mish and its derivative in vectorised passes, see :func:`mish_of_negated`. With the sigmoid u of -x and
-    ``r = 1 / (1 + u^2)``: ``mish(x) = 2 x r - x`` and ``mish'(x) = (1 - u^2 + 4 x r u^2 (1 - u)) r``. For losses, which take
-    one derivative; a second one is an error.
+    ``r = 1 / (1 + u^2)``: ``mish(x) = 2 x r - x`` and ``mish'(x) = (1 - u^2 + 4 x r u^2 (1 - u)) r``. Where a second
+    derivative may follow, the first is torch's own.
     """
 
     @staticmethod
@@ -301,11 +300,10 @@ class TrainableMish(th.autograd.Function):
         # u^2 (1 - u), then the rest of the bracket
         derivative = th.addcmul(sigmoid, sigmoid, sigmoid, value=-1).mul_(sigmoid)
         derivative.mul_(double).mul_(2).addcmul_(sigmoid, sigmoid, value=-1).add_(1).mul_(reciprocal)
-        ctx.save_for_backward(derivative)
+        ctx.save_for_backward(x, derivative)
         return double.sub_(x)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: th.Tensor) -> th.Tensor:
         """
         Gradient of the input.
@@ -314,7 +312,10 @@ class TrainableMish(th.autograd.Function):
         :param gradient: Gradient of the output.
         :return: A tensor of the same shape.
         """
-        (derivative,) = ctx.saved_tensors
+        x, derivative = ctx.saved_tensors
+        if th.is_grad_enabled():
+            (result,) = th.autograd.grad(F.mish(x), x, gradient, create_graph=True)
+            return cast(th.Tensor, result)
         return cast(th.Tensor, derivative * gradient)
 
 

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Literal, cast
 
 import numpy as np
 import torch as th
+from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
@@ -33,6 +34,9 @@ from sb3_qvpo.common.policies import DiffusionPolicy
 
 COMPILE_AFTER, LONG_RUN = 10_000, 100_000
 """Environment steps after which actions are compiled, in calls of ``learn()`` that are this long: see ``docs/speed.md``."""
+
+PINNED_FOR = ("cuda",)
+"""Devices for which batches are copied from pinned memory."""
 
 Metrics = dict[str, th.Tensor]
 """Named scalars of a loss, still on the device."""
@@ -302,14 +306,36 @@ class DiffusionOffPolicyAlgorithm(GuardedOffPolicyAlgorithm):
 
     # Updates
 
-    def _draw_chain_noise(self, batch_size: int, n_candidates: int) -> th.Tensor:
+    def _sample_batch(self, batch_size: int) -> ReplayBufferSamples:
+        """
+        A mini-batch from the replay buffer. On a GPU the host does not wait for it: SB3 copies from pageable memory, which
+        lets the host go on only when all updates before are done.
+
+        :param batch_size: B.
+        :return: B transitions on the model's device.
+        """
+        buffer = cast(ReplayBuffer, self.replay_buffer)
+        if self.device.type not in PINNED_FOR:
+            return buffer.sample(batch_size, env=self._vec_normalize_env)
+        device, buffer.device = buffer.device, th.device("cpu")
+        try:
+            batch = buffer.sample(batch_size, env=self._vec_normalize_env)
+        finally:
+            buffer.device = device
+        tensors = (tensor.pin_memory().to(self.device, non_blocking=True) for _, tensor in flat_items(batch._asdict()))
+        return type(batch)(**rebuild(batch._asdict(), tensors))
+
+    def _draw_chain_noise(self, batch_size: int, n_candidates: int) -> th.Tensor | None:
         """
         Noise of reverse chains.
 
         :param batch_size: B.
         :param n_candidates: Candidates K of each state.
-        :return: Standard normal noise of shape (N, B, K, A); N is T unless samples take fewer steps.
+        :return: Standard normal noise of shape (N, B, K, A); N is T unless samples take fewer steps. None where it would take
+            too much memory at once: it is drawn with the candidates then.
         """
+        if batch_size > self.policy.states_at_once(n_candidates):
+            return None
         return self.actor.draw_noise(batch_size, n_candidates)
 
     def _update_learning_rates(self) -> None:

@@ -31,6 +31,9 @@ from sb3_qvpo.common.export import export_policy
 from sb3_qvpo.common.noise_schedules import FixedSchedule, NoiseSchedule, make_betas
 from sb3_qvpo.common.safe_files import atomic_file
 
+LARGEST_DRAW = 2**24
+"""Numbers in the noise, or a hidden layer, of candidates that are drawn together: 64 MB in float32; the paper's: 4 million."""
+
 
 @contextmanager
 def evaluation_mode(*modules: nn.Module) -> Iterator[None]:
@@ -273,6 +276,13 @@ class DiffusionPolicy(BasePolicy):
         :return: Actions of shape (B, K, A) in [-1, 1] and their values, shape (B, K).
         """
         actor, critic = (self.actor_target, self.critic_target) if target else (self.actor, self.critic)
+
+        def rank(
+            features: th.Tensor, critic_features: th.Tensor, noise: th.Tensor | None = None
+        ) -> tuple[th.Tensor, th.Tensor]:
+            candidates = actor.sample_candidates(features, n_candidates, noise, reduced_precision, n_shared_steps)
+            return candidates, minimum_q(critic.value_candidates(critic_features, candidates))
+
         with evaluation_mode(actor, critic):
             features = actor.features(observation)
             critic_features = features if self.share_features_extractor else critic.features(observation)
@@ -282,8 +292,23 @@ class DiffusionPolicy(BasePolicy):
                 ranked = compiled.rank(self, program, features, critic_features, noise)
                 if ranked is not None:
                     return ranked
-            candidates = actor.sample_candidates(features, n_candidates, noise, reduced_precision, n_shared_steps)
-            return candidates, minimum_q(critic.value_candidates(critic_features, candidates))
+            size = self.states_at_once(n_candidates)
+            if noise is not None or len(features) <= size:
+                return rank(features, critic_features, noise)
+            starts = range(0, len(features), size)
+            parts = [rank(features[i : i + size], critic_features[i : i + size]) for i in starts]
+            return th.cat([actions for actions, _ in parts]), th.cat([q_values for _, q_values in parts])
+
+    def states_at_once(self, n_candidates: int) -> int:
+        """
+        States whose candidates are drawn together, so that memory has a bound: at most :data:`LARGEST_DRAW` numbers in their
+        noise and in a hidden layer.
+
+        :param n_candidates: Candidates K for each state.
+        :return: Number of states, at least 1.
+        """
+        widths = [width for kwargs in (self.actor_kwargs, self.critic_kwargs) for width in cast(list[int], kwargs["net_arch"])]
+        return max(1, LARGEST_DRAW // (n_candidates * max(*widths, self.actor.diffusion.n_noises * self.actor.action_dim)))
 
     def compile_actions(self, n_candidates: int | None = None) -> bool:
         """

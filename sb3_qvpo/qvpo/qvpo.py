@@ -19,7 +19,7 @@ argument or variable        symbol              meaning
 
 import math
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple, TypeVar, cast
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch as th
 from stable_baselines3.common.buffers import ReplayBuffer
@@ -43,13 +43,13 @@ class ActorNoise(NamedTuple):
     """
     All random draws of one policy step.
 
-    :param chain: Noise of the candidates' reverse chains, shape (T, B, N_d, A).
+    :param chain: Noise of the candidates' reverse chains, shape (T, B, N_d, A). Drawn with them if None.
     :param uniform_actions: Uniform actions in [-1, 1], shape (B, N_e, A).
     :param timesteps: Diffusion steps of the loss, shape (B, 1 + N_e).
     :param denoising: Noise epsilon of the loss, shape (B, 1 + N_e, A).
     """
 
-    chain: th.Tensor
+    chain: th.Tensor | None
     uniform_actions: th.Tensor
     timesteps: th.Tensor
     denoising: th.Tensor
@@ -222,7 +222,7 @@ class QVPO(DiffusionOffPolicyAlgorithm):
         for _ in range(gradient_steps):
             self._n_updates += 1
             # Line 4: sample a mini-batch
-            batch = cast(ReplayBuffer, self.replay_buffer).sample(batch_size, env=self._vec_normalize_env)
+            batch = self._sample_batch(batch_size)
             self._finite_guard.check_batch(batch._asdict(), self._n_updates)
 
             # Lines 10-11: TD target and critics
@@ -246,13 +246,13 @@ class QVPO(DiffusionOffPolicyAlgorithm):
         self.policy.update_targets(self.tau)
         return metrics
 
-    def _critic_loss(self, batch: ReplayBufferSamples, target_noise: th.Tensor) -> tuple[th.Tensor, Metrics]:
+    def _critic_loss(self, batch: ReplayBufferSamples, target_noise: th.Tensor | None) -> tuple[th.Tensor, Metrics]:
         """
         Algorithm 1, lines 10-11: ``y = r + gamma^n (1 - done) max_i min_c Q'_c(s', a'_i)`` over K_t candidates a'_i of the
         target actor, and ``sum over critics of mean (Q_c(s, a) - y)^2``.
 
         :param batch: Transitions.
-        :param target_noise: Noise of the target actor's chains, shape (T, B, K_t, A).
+        :param target_noise: Noise of the target actor's chains, shape (T, B, K_t, A). Drawn if None.
         :return: The loss and its metrics.
         """
         with th.no_grad():
