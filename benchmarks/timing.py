@@ -22,6 +22,7 @@ from stable_baselines3 import SAC
 from sb3_qvpo import QVPO, __version__
 
 Rows = list[dict[str, Any]]
+CPUINFO = Path("/proc/cpuinfo")
 
 
 class NoiseEnv(gym.Env):
@@ -153,8 +154,7 @@ def parse_arguments(description: str, csv_name: str) -> argparse.Namespace:
 
 def processor() -> str:
     """Name of the processor, with family and model: virtual machines call several generations by one name."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    lines = CPUINFO.read_text().splitlines() if CPUINFO.exists() else []
     fields = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
     if "model name" not in fields:
         return platform.processor()

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timing
 import torch as th
 import yaml
 from evaluation import FixedEvaluation
@@ -81,6 +83,26 @@ def test_compiled_actions_are_several_times_faster_than_the_reference():
     times = {name: min(values) for name, values in interleaved(functions, repeats=5, seconds=0.1).items()}
     assert times["reference 4"] > 3 * times["QVPO 4"]
     assert times["reference 32"] > 2 * times["QVPO 32"]
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "name"),
+    [
+        (
+            "processor\t: 0\ncpu family\t: 25\nmodel\t\t: 17\nmodel name\t: AMD EPYC\n\nflags : a\n",
+            "AMD EPYC (family 25 model 17)",
+        ),
+        ("model name\t: One: fast\n", "One: fast"),
+        ("CPU implementer\t: 0x41\n", platform.processor()),
+        (None, platform.processor()),
+    ],
+)
+def test_name_of_the_processor(cpuinfo, name, monkeypatch, tmp_path):
+    """Two generations that a virtual machine calls alike differ by a factor of two."""
+    monkeypatch.setattr(timing, "CPUINFO", tmp_path / "cpuinfo")
+    if cpuinfo is not None:
+        timing.CPUINFO.write_text(cpuinfo)
+    assert timing.processor() == name
 
 
 @pytest.mark.parametrize("name", ["bench_update", "bench_action", "bench_learn"])

@@ -19,10 +19,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sb3_qvpo import QVPO
-from sb3_qvpo.common import captured, off_policy_algorithm
+from sb3_qvpo.common import batches, captured
+from sb3_qvpo.common.batches import flat_items, rebuild
 from sb3_qvpo.common.captured import CapturedUpdates
 from sb3_qvpo.common.finite_checks import FiniteGuard
-from sb3_qvpo.common.off_policy_algorithm import flat_items, rebuild
 
 
 def recorded(function, device):
@@ -333,7 +333,7 @@ def test_batches_are_copied_from_pinned_memory(kind, monkeypatch):
     np.random.seed(0)
     plain = model._sample_batch(8)
     assert not pinned
-    monkeypatch.setattr(off_policy_algorithm, "PINNED_FOR", ("meta",))
+    monkeypatch.setattr(batches, "PINNED_FOR", ("meta",))
     model.device = buffer.device = th.device("meta")
     np.random.seed(0)
     moved = model._sample_batch(8)

@@ -18,8 +18,8 @@ MODULES = [".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix("
 ON_SB3 = {
     f"sb3_qvpo.common.{name}"
     for name in (
-        *("actor_critic", "arguments", "callbacks", "checkpoints", "compiled", "export", "guarded_algorithm", "interruptions"),
-        *("policies", "off_policy_algorithm"),
+        *("actor_critic", "arguments", "batches", "callbacks", "checkpoints", "compiled", "export", "guarded_algorithm"),
+        *("interruptions", "policies", "off_policy_algorithm"),
     )
 }
 

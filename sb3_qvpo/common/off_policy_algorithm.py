@@ -10,7 +10,7 @@ import io
 import math
 import pathlib
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, Literal, cast
 
 import numpy as np
@@ -28,6 +28,7 @@ import sb3_qvpo.common.compiled as compiled
 import sb3_qvpo.common.fast as fast
 from sb3_qvpo.common.actor_critic import CandidateCritic, DiffusionActor
 from sb3_qvpo.common.arguments import check_action_space, check_count, check_interval, check_no_sde, parse_schedule
+from sb3_qvpo.common.batches import flat_items, rebuild, sample_batch
 from sb3_qvpo.common.captured import CapturedUpdates
 from sb3_qvpo.common.guarded_algorithm import GuardedOffPolicyAlgorithm
 from sb3_qvpo.common.policies import DiffusionPolicy
@@ -35,42 +36,8 @@ from sb3_qvpo.common.policies import DiffusionPolicy
 COMPILE_AFTER, LONG_RUN = 10_000, 100_000
 """Environment steps after which actions are compiled, in calls of ``learn()`` that are this long: see ``docs/speed.md``."""
 
-PINNED_FOR = ("cuda",)
-"""Devices for which batches are copied from pinned memory."""
-
 Metrics = dict[str, th.Tensor]
 """Named scalars of a loss, still on the device."""
-
-
-def flat_items(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, th.Tensor]]:
-    """
-    The tensors of a batch.
-
-    :param tree: Tensors, dictionaries of them, or None, by name.
-    :param prefix: Put before each name.
-    :return: Names and tensors.
-    """
-    items: list[tuple[str, th.Tensor]] = []
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            items += flat_items(value, f"{prefix}{name}.")
-        elif value is not None:
-            items.append((f"{prefix}{name}", value))
-    return items
-
-
-def rebuild(tree: Mapping[str, Any], tensors: Iterator[th.Tensor]) -> dict[str, Any]:
-    """
-    A batch with other tensors.
-
-    :param tree: What :func:`flat_items` took.
-    :param tensors: As many tensors as it gave, in their order.
-    :return: The same with these tensors.
-    """
-    return {
-        name: rebuild(value, tensors) if isinstance(value, Mapping) else None if value is None else next(tensors)
-        for name, value in tree.items()
-    }
 
 
 class DiffusionOffPolicyAlgorithm(GuardedOffPolicyAlgorithm):
@@ -308,22 +275,12 @@ class DiffusionOffPolicyAlgorithm(GuardedOffPolicyAlgorithm):
 
     def _sample_batch(self, batch_size: int) -> ReplayBufferSamples:
         """
-        A mini-batch from the replay buffer. On a GPU the host does not wait for it: SB3 copies from pageable memory, which
-        lets the host go on only when all updates before are done.
+        A mini-batch from the replay buffer.
 
         :param batch_size: B.
         :return: B transitions on the model's device.
         """
-        buffer = cast(ReplayBuffer, self.replay_buffer)
-        if self.device.type not in PINNED_FOR:
-            return buffer.sample(batch_size, env=self._vec_normalize_env)
-        device, buffer.device = buffer.device, th.device("cpu")
-        try:
-            batch = buffer.sample(batch_size, env=self._vec_normalize_env)
-        finally:
-            buffer.device = device
-        tensors = (tensor.pin_memory().to(self.device, non_blocking=True) for _, tensor in flat_items(batch._asdict()))
-        return type(batch)(**rebuild(batch._asdict(), tensors))
+        return sample_batch(cast(ReplayBuffer, self.replay_buffer), batch_size, self._vec_normalize_env, self.device)
 
     def _draw_chain_noise(self, batch_size: int, n_candidates: int) -> th.Tensor | None:
         """

@@ -308,7 +308,8 @@ class DiffusionPolicy(BasePolicy):
         :return: Number of states, at least 1.
         """
         widths = [width for kwargs in (self.actor_kwargs, self.critic_kwargs) for width in cast(list[int], kwargs["net_arch"])]
-        return max(1, LARGEST_DRAW // (n_candidates * max(*widths, self.actor.diffusion.n_noises * self.actor.action_dim)))
+        numbers = max([*widths, self.actor.diffusion.n_noises * self.actor.action_dim])
+        return max(1, LARGEST_DRAW // (n_candidates * numbers))
 
     def compile_actions(self, n_candidates: int | None = None) -> bool:
         """
