@@ -24,6 +24,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "Humanoid": dict(obs_dim=348, action_dim=17),
     "N_d 16": dict(n_train_candidates=16),
     "N_d 16, 5 steps": dict(n_train_candidates=16, sampler=dict(n_sampling_steps=5)),
+    "N_d 8, N_e 2, 5 steps": dict(n_train_candidates=8, n_uniform_actions=2, sampler=dict(n_sampling_steps=5)),
     "N_d 16, 5 DDIM steps": dict(n_train_candidates=16, sampler=dict(n_sampling_steps=5, sampling_eta=0.0)),
     "T 10": dict(n_diffusion_steps=10),
     "batch 128": dict(batch_size=128),

@@ -40,9 +40,9 @@ NAMES = {
     "qvpo_ddpm5": "N_d 16, 5 DDPM steps",
     "qvpo_ddim5": "N_d 16, 5 DDIM steps",
     "qvpo_ddim5_delay2": "N_d 16, 5 DDIM steps, policy_delay 2",
-    "qvpo_ddpm5_delay2": "N_d 16, 5 DDPM steps, policy_delay 2: `qvpo_fast.yml`",
+    "qvpo_ddpm5_delay2": "N_d 16, 5 DDPM steps, policy_delay 2",
     "qvpo_ddpm5_nd8": "N_d 8, 5 DDPM steps, N_e 2 with ent_coef 0.05",
-    "qvpo_ddpm5_nd8_delay2": "N_d 8, 5 DDPM steps, N_e 2 with ent_coef 0.05, policy_delay 2",
+    "qvpo_ddpm5_nd8_delay2": "N_d 8, 5 DDPM steps, N_e 2 with ent_coef 0.05, policy_delay 2: `qvpo_fast.yml`",
     **{name: name.upper() for name in ("sac", "td3", "tqc")},
     "crossq": "CrossQ",
 }
