@@ -141,7 +141,7 @@ def candidates_peak_mb(changes: dict[str, Any]) -> float | None:
 
     with th.no_grad():
         # Libraries set themselves up
-        model.policy.rank_candidates(observations[:8], n_candidates, reduced_precision=True)
+        model.policy.rank_candidates(observations[:2], n_candidates, reduced_precision=True)
         clear.write_text("5")  # the peak starts at what is resident now
         before = resident("VmRSS")
         noise = model._draw_chain_noise(setting["batch_size"], n_candidates)

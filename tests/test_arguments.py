@@ -1,5 +1,6 @@
 """Every constructor argument does something, and every bad one is refused by name."""
 
+import copy
 import inspect
 
 import numpy as np
@@ -380,7 +381,23 @@ def test_a_non_finite_critic_loss_is_named():
     assert same_weights(before, weights_of(model))
 
 
-@pytest.mark.parametrize("optimizer", [dict(), dict(optimizer_class=th.optim.AdamW), dict(optimizer_class=th.optim.SGD)])
+class OwnAdam(th.optim.Adam):
+    """Does not know what torch's fused kernel is told."""
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self.state[parameter]["sum"] = self.state[parameter].get("sum", 0) + parameter.grad
+                parameter.data.sub_(1e-3 * parameter.grad)
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        *(dict(), dict(optimizer_class=th.optim.AdamW), dict(optimizer_class=th.optim.SGD)),
+        *(dict(optimizer_kwargs=dict(foreach=False)), dict(optimizer_class=OwnAdam, optimizer_kwargs=dict(fused=True))),
+    ],
+)
 @pytest.mark.parametrize("max_grad_norm", [None, 1.0])
 def test_on_an_accelerator_a_bad_step_is_undone_and_reported_later(max_grad_norm, optimizer):
     """The path that a GPU takes, on the CPU: no error at once, not one weight moves, the first bad update is named."""
@@ -388,10 +405,12 @@ def test_on_an_accelerator_a_bad_step_is_undone_and_reported_later(max_grad_norm
     model._finite_guard = FiniteGuard(deferred=True)
     model.train(1, batch_size=8)  # update 6
     before = weights_of(model)
-    rewards = model.replay_buffer.rewards.copy()
+    rewards, state = model.replay_buffer.rewards.copy(), copy.deepcopy(model.critic.optimizer.state_dict()["state"])
     model.replay_buffer.rewards[:] = np.inf
     model.train(2, batch_size=8)  # updates 7 and 8
     after = weights_of(model)
+    for index, values in model.critic.optimizer.state_dict()["state"].items():
+        assert all(value is None or th.equal(value, state[index][name]) for name, value in values.items())
     assert all(th.equal(before[name], after[name]) for name in before if name.startswith("critic."))
     assert not all(th.equal(before[name], after[name]) for name in before if name.startswith("actor."))  # its loss is finite
     model.replay_buffer.rewards[:] = rewards

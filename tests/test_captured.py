@@ -7,6 +7,7 @@ last test trains on it.
 import copy
 import sys
 import warnings
+from collections import defaultdict
 
 import gymnasium as gym
 import numpy as np
@@ -19,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sb3_qvpo import QVPO
-from sb3_qvpo.common import batches, captured
+from sb3_qvpo.common import batches, captured, fused_steps
 from sb3_qvpo.common.batches import flat_items, rebuild
 from sb3_qvpo.common.captured import CapturedUpdates
 from sb3_qvpo.common.finite_checks import FiniteGuard
@@ -240,26 +241,38 @@ def test_graphs_of_replaced_tensors_are_dropped():
     assert all(model._captured_updates.graphs.get(kind) is not graph for kind, graph in graphs.items())
 
 
-@pytest.mark.parametrize("what", ["parameter", "memory", "module", "buffer", "optimizer state", "optimizer"])
+def new_optimizer(model, predictor, optimizer):
+    model.actor.optimizer = model.policy._make_optimizer(list(model.actor.parameters()), 1e-3)
+
+
+KINDS_OF_PLACES = {
+    "parameter": lambda model, predictor, _: setattr(
+        predictor.first_layer, "bias", th.nn.Parameter(predictor.first_layer.bias.detach().clone())
+    ),
+    "memory": lambda model, predictor, _: setattr(
+        predictor.first_layer.bias, "data", predictor.first_layer.bias.detach().clone()
+    ),
+    "module": lambda model, predictor, _: setattr(predictor, "first_layer", copy.deepcopy(predictor.first_layer)),
+    "buffer": lambda model, predictor, _: setattr(predictor, "time_features", predictor.time_features.clone()),
+    "another buffer": lambda model, predictor, _: predictor.register_buffer("more", th.zeros(1)),
+    "moment": lambda model, predictor, optimizer: optimizer.state[predictor.first_layer.bias].update(
+        exp_avg=th.zeros_like(predictor.first_layer.bias)
+    ),
+    "moments of a parameter": lambda model, predictor, optimizer: optimizer.state.pop(predictor.first_layer.bias),
+    "all moments": lambda model, predictor, optimizer: optimizer.state.clear(),
+    "state": lambda model, predictor, optimizer: setattr(optimizer, "state", defaultdict(dict)),
+    "optimizer": new_optimizer,
+}
+
+
+@pytest.mark.parametrize("what", [*KINDS_OF_PLACES])
 def test_what_is_replaced_is_noticed(what):
     """And nothing else: a graph is kept while all is where it was."""
     model = on_an_accelerator().learn(40)
     graphs = dict(model._captured_updates.graphs)
     model.train(3, 8)
     assert model._captured_updates.graphs == graphs
-    predictor, optimizer = model.actor.noise_predictor, model.actor.optimizer
-    if what == "parameter":
-        predictor.first_layer.bias = th.nn.Parameter(predictor.first_layer.bias.detach().clone())
-    elif what == "memory":
-        predictor.first_layer.bias.data = predictor.first_layer.bias.detach().clone()
-    elif what == "module":
-        predictor.first_layer = copy.deepcopy(predictor.first_layer)
-    elif what == "buffer":
-        predictor.time_features = predictor.time_features.clone()
-    elif what == "optimizer state":
-        optimizer.state[predictor.first_layer.bias]["exp_avg"] = th.zeros_like(predictor.first_layer.bias)
-    else:
-        model.actor.optimizer = model.policy._make_optimizer(list(model.actor.parameters()), 1e-3)
+    KINDS_OF_PLACES[what](model, model.actor.noise_predictor, model.actor.optimizer)
     model.train(captured.EAGER_UPDATES + 3, 8)
     now = model._captured_updates.graphs
     assert not model._captured_updates.failed and len(now) == 2
@@ -294,12 +307,25 @@ class OnDeviceOnly(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("kwargs", [{}, dict(max_grad_norm=1.0), dict(n_shared_steps=1, q_weighting="qcut")])
-def test_an_update_reads_nothing_back_and_copies_nothing(kwargs, monkeypatch):
-    """On torch's meta device, where no number can be read: what stalls a GPU, or breaks a graph, fails here."""
+@pytest.fixture
+def fused_adam_on_meta(monkeypatch):
+    """A kernel that does nothing: the device has no numbers."""
     adam = sys.modules["torch.optim.adam"]
+    monkeypatch.setattr(adam, "_device_dtype_check_for_fused", lambda *args, **kwargs: None)
     monkeypatch.setattr(adam, "_get_capturable_supported_devices", lambda *args, **kwargs: ["meta"])
-    model = tiny_qvpo(device="meta", seed=None, **kwargs)
+    monkeypatch.setattr(fused_steps, "FUSED_ON", ("meta",))
+    calls, library = [], th.library.Library("aten", "IMPL", "Meta")
+    library.impl("_fused_adam_.tensor_lr", lambda *args, **kwargs: calls.append(kwargs["found_inf"]))
+    yield calls
+    library._destroy()
+
+
+@pytest.mark.parametrize("chosen", [{}, dict(foreach=False), dict(foreach=True)])
+@pytest.mark.parametrize("kwargs", [{}, dict(max_grad_norm=1.0), dict(n_shared_steps=1, q_weighting="qcut")])
+def test_an_update_reads_nothing_back_and_copies_nothing(kwargs, chosen, fused_adam_on_meta):
+    """On torch's meta device, where no number can be read: what stalls a GPU, or breaks a graph, fails here."""
+    policy_kwargs = dict(net_arch=[8, 8], time_embedding_dim=4, optimizer_kwargs=chosen)
+    model = tiny_qvpo(device="meta", seed=None, policy_kwargs=policy_kwargs, **kwargs)
     # Moving to this device makes other parameters, which the optimisers do not know
     for network, parameters in (
         (model.actor, list(model.actor.parameters())),
@@ -307,6 +333,7 @@ def test_an_update_reads_nothing_back_and_copies_nothing(kwargs, monkeypatch):
     ):
         network.optimizer = model.policy._make_optimizer(parameters, 1e-3)
         assert captured.make_capturable(network.optimizer)
+        assert network.optimizer.param_groups[0]["fused"] is (None if chosen else True)
     batch = ReplayBufferSamples(*(th.empty(8, size, device="meta") for size in (3, 1, 3, 1, 1)))
     model._update_on_device, ent_coef = th.zeros((), dtype=th.int64, device="meta"), th.empty((), device="meta")
     with OnDeviceOnly():
@@ -317,6 +344,8 @@ def test_an_update_reads_nothing_back_and_copies_nothing(kwargs, monkeypatch):
     for network in (model.actor, model.critic):
         state = network.optimizer.state_dict()["state"]
         assert len(state) == len(network.optimizer.param_groups[0]["params"]) > 5, "all parameters were stepped"
+    assert len(fused_adam_on_meta) == (0 if chosen else 4)
+    assert all(found_inf.device.type == "meta" for found_inf in fused_adam_on_meta)
     with pytest.raises(RuntimeError, match="cannot be called on meta tensors"):
         metrics["actor_loss"].item()
     with pytest.raises(AssertionError, match="tensor on the CPU"), OnDeviceOnly():
@@ -342,6 +371,12 @@ def test_batches_are_copied_from_pinned_memory(kind, monkeypatch):
     assert [name for name, _ in expected] == [name for name, _ in tensors] and len(pinned) == len(expected) >= 5
     for (_, value), tensor, (_, copied) in zip(expected, pinned, tensors, strict=True):
         assert th.equal(value, tensor) and copied.device.type == "meta" and copied.shape == value.shape
+    pinned.clear()
+    monkeypatch.setattr(buffer, "sample", lambda *args, **kwargs: moved)
+    assert model._sample_batch(8).rewards is moved.rewards and not pinned, "a buffer that keeps them there"
+    monkeypatch.undo()
+    model.device = buffer.device = th.device("meta")
+    monkeypatch.setattr(batches, "PINNED_FOR", ("meta",))
     monkeypatch.setattr(buffer, "to_torch", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         model._sample_batch(8)

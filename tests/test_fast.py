@@ -7,7 +7,6 @@ import subprocess
 import sys
 import threading
 
-import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
@@ -16,18 +15,8 @@ from scipy.stats import ks_2samp
 from torch import nn
 from torch.nn import functional as F
 
-from sb3_qvpo import QVPO
 from sb3_qvpo.common import fast, policies
 from sb3_qvpo.common.actor_critic import DiffusionActor
-
-
-@pytest.fixture
-def settings():
-    """The settings of this process, put back afterwards."""
-    before = vars(fast.settings).copy()
-    yield fast.settings
-    vars(fast.settings).update(before)
-
 
 CPU = th.device("cpu")
 
@@ -166,18 +155,20 @@ def test_the_loss_and_its_gradients_are_the_readable_ones(name, settings):
 
 
 @pytest.mark.parametrize("share_features_extractor", [False, True])
-def test_the_critics_and_their_gradients_are_the_readable_ones(share_features_extractor, settings):
+def test_the_critics_and_their_gradients_are_the_readable_ones(share_features_extractor, settings, monkeypatch):
     """SB3's own critics, which the readable path is, on the same weights."""
     model = model_with(net_arch=[256, 256], share_features_extractor=share_features_extractor)
     observations, actions = th.randn(100, 3), th.rand(100, 1)
     parameters, results = [p for q_network in model.critic.q_networks for p in q_network.parameters()], []
+    applied, apply = [], fast.TrainableMish.apply
+    monkeypatch.setattr(fast.TrainableMish, "apply", lambda x: (applied.append(1), apply(x))[1])
     for enabled in (False, True):
         settings.enabled = enabled
         values = model.critic(observations, actions)
         sb3_values = super(type(model.critic), model.critic).forward(observations, actions)
         np.testing.assert_allclose(*(th.stack(each).detach() for each in (values, sb3_values)), atol=1e-5)
-        layers = list(model.critic.q_networks[0])
-        assert (fast.trainable_layers(layers, 100) != layers) == enabled
+        assert len(applied) == (4 if enabled else 0), "two layers of two critics"
+        applied.clear()
         results.append(th.autograd.grad(th.stack(values).square().sum(), parameters))
     for readable, gradient in zip(*results, strict=True):
         np.testing.assert_allclose(gradient, readable, atol=1e-5 * float(readable.abs().max()))
@@ -460,52 +451,3 @@ def test_memory_of_large_draws_has_a_bound(monkeypatch):
     assert sizes[-3:] == [8, 4, 4], "the target's candidates are two, the policy step's six"
     long_noise = tiny_qvpo(n_diffusion_steps=50).policy
     assert long_noise.states_at_once(1) == (4 * 6 * width + 1) // 50
-
-
-@pytest.mark.parametrize("optimizer_class", [th.optim.Adam, th.optim.AdamW])
-def test_fused_steps_are_the_usual_ones(optimizer_class, settings):
-    generator, weights = th.Generator().manual_seed(0), []
-    gradients = [th.randn(40, 30, generator=generator) * 10.0**i for i in range(-3, 3)]
-    for enabled in (False, True):
-        settings.enabled = enabled
-        parameter = nn.Parameter(th.ones(40, 30))
-        optimizer = optimizer_class([parameter], lr=1e-2, eps=1e-5, weight_decay=0.1)
-        fast.use_fused(optimizer)
-        assert optimizer.param_groups[0]["fused"] is (True if enabled else None)
-        for gradient in gradients:
-            parameter.grad = gradient.clone()
-            optimizer.step()
-        weights.append(parameter.detach())
-    th.testing.assert_close(*weights, atol=1e-6, rtol=1e-6)
-
-
-@pytest.mark.parametrize("chosen", [dict(fused=False), dict(foreach=True), dict(foreach=False), dict(differentiable=True)])
-def test_what_the_user_has_chosen_is_not_fused(chosen):
-    model = tiny_qvpo(policy_kwargs=dict(net_arch=[8], optimizer_kwargs=chosen))
-    assert {name: model.actor.optimizer.param_groups[0][name] for name in chosen} == chosen
-    assert not model.actor.optimizer.param_groups[0]["fused"]
-    other = tiny_qvpo(policy_kwargs=dict(net_arch=[8], optimizer_class=th.optim.SGD, optimizer_kwargs=dict(fused=None)))
-    assert not other.actor.optimizer.param_groups[0]["fused"]
-
-
-def test_files_do_not_say_that_steps_are_fused(tmp_path, settings):
-    """It belongs to the process: a file that was written without loads with, and the other way."""
-    models = {}
-    for enabled in (False, True):
-        settings.enabled = enabled
-        models[enabled] = tiny_qvpo().learn(10)
-        assert models[enabled].actor.optimizer.state_dict()["param_groups"][0]["fused"] is (True if enabled else None)
-        assert models[enabled].get_parameters()["actor.optimizer"]["param_groups"][0]["fused"] is None
-        models[enabled].save(tmp_path / f"{enabled}")
-    for written in (False, True):
-        settings.enabled = not written
-        loaded = QVPO.load(tmp_path / f"{written}", env=gym.make("Pendulum-v1"))
-        assert loaded.critic.optimizer.param_groups[0]["fused"] is (None if written else True)
-        loaded.learn(10, reset_num_timesteps=False)
-        step = next(iter(loaded.critic.optimizer.state.values()))["step"]
-        assert int(step) == loaded._n_updates == 10
-    settings.enabled = True
-    model = models[True]
-    with pytest.raises(KeyError, match="param_groups"):
-        model.set_parameters({"policy": model.policy.state_dict(), "actor.optimizer": {}, "critic.optimizer": {}})
-    assert model.actor.optimizer.param_groups[0]["fused"] is True, "also after an error"

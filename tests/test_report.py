@@ -72,6 +72,21 @@ def test_time_to_a_return_counts_seeds_that_never_reach_it(monkeypatch):
     assert report.thresholds_table(report.finished_runs(rows, 20)).splitlines()[2:] == ["| T | 5 | SAC | 2 of 5 | - | - |"]
 
 
+def test_times_of_another_processor_are_left_out(monkeypatch):
+    """Of all rows of a run, which add up; returns stay."""
+    monkeypatch.setitem(report.THRESHOLDS, "T", [3])
+    rows = [row(0, 10, 1), row(0, 20, 5), row(0, 10, 1, "ours"), row(0, 20, 3, "ours", cpu="B"), row(1, 10, 4), row(1, 20, 6)]
+    runs = report.finished_runs(report.comparable(rows), 20)
+    assert report.returns_table(runs).splitlines()[2:] == [
+        "| T | SAC | 2 | 6 (5 to 6) | 6 (5 to 6) | - | 1 |",
+        "| T | ours | 1 | 3 | 3 | - | - |",
+    ]
+    assert report.thresholds_table(runs).splitlines()[2:] == [
+        "| T | 3 | SAC | 2 of 2 | 15 | 1 |",
+        "| T | 3 | ours | 1 of 1 | 20 | - |",
+    ]
+
+
 def test_tables_of_single_seeds_and_many(monkeypatch):
     monkeypatch.setitem(report.NAMES, "ours", "Our name")
     rows = [

@@ -146,7 +146,7 @@ def thresholds_table(runs: Runs) -> str:
                 for name in ("step", "train_minutes"):
                     axes = column(algos[algo], name)
                     median = np.median([first_reached(*pair, threshold) for pair in zip(curves, axes, strict=True)])
-                    cells.append("-" if np.isinf(median) else f"{median:.0f}")
+                    cells.append(f"{median:.0f}" if np.isfinite(median) else "-")
                 n_reached = sum(bool((curve >= threshold).any()) for curve in curves)
                 lines.append(
                     f"| {task} | {threshold} | {name_of(algo)} | {n_reached} of {len(curves)} | {' | '.join(cells)} |"
@@ -155,8 +155,19 @@ def thresholds_table(runs: Runs) -> str:
 
 
 def usual_processor(rows: Sequence[Row]) -> str:
-    """The processor that most runs were made on; times on another one cannot be compared with theirs."""
+    """The processor that most rows come from; times on another one cannot be compared with theirs."""
     return Counter(row["cpu"] for row in rows).most_common(1)[0][0]
+
+
+def comparable(rows: Sequence[Row]) -> list[Row]:
+    """The rows of each task with the times of runs that were made on its usual processor, from beginning to end, alone."""
+    result = []
+    for task in dict.fromkeys(row["task"] for row in rows):
+        of_task = [row for row in rows if row["task"] == task]
+        cpu = usual_processor(of_task)
+        elsewhere = {(row["algo"], row["seed"]) for row in of_task if row["cpu"] != cpu}
+        result += [{**row, "train_minutes": ""} if (row["algo"], row["seed"]) in elsewhere else row for row in of_task]
+    return result
 
 
 def screen_table(rows: Sequence[Row], task: str, last_step: int) -> str:
@@ -324,7 +335,7 @@ def main() -> None:
         return list(csv.DictReader((arguments.results / f"{name}.csv").open()))
 
     rows = read("results")
-    curves = finished_runs(rows, 100_000)
+    curves = finished_runs(comparable([row for row in rows if int(row["last_step"]) == 100_000]), 100_000)
     tables = {
         **{f"screen_{task}": screen_table(rows, task, 40_000) for task in ("HalfCheetah-v5", "Hopper-v5", "Walker2d-v5")},
         "returns": returns_table(curves),

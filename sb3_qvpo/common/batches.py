@@ -63,5 +63,7 @@ def sample_batch(
         batch = buffer.sample(batch_size, env=vec_normalize)
     finally:
         buffer.device = own_device
-    tensors = (tensor.pin_memory().to(device, non_blocking=True) for _, tensor in flat_items(batch._asdict()))
-    return type(batch)(**rebuild(batch._asdict(), tensors))
+    tensors = [tensor for _, tensor in flat_items(batch._asdict())]
+    # A buffer of the user's may keep its transitions on the GPU
+    pinned = (tensor.pin_memory() if tensor.device.type == "cpu" else tensor for tensor in tensors)
+    return type(batch)(**rebuild(batch._asdict(), (tensor.to(device, non_blocking=True) for tensor in pinned)))

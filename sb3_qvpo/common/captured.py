@@ -87,7 +87,7 @@ def on_side_stream(function: Callable[[], Results], device: th.device) -> Result
 class Places:
     """
     Where the tensors lie that a graph reads and writes: whether something else was put in the place of one, a loaded optimiser
-    state for instance, is seen in a few microseconds.
+    state for instance, is seen in some 50 microseconds.
 
     :param modules: The modules that the graph uses.
     :param optimizers: Its optimisers.
@@ -100,7 +100,9 @@ class Places:
             for module in root.modules()
             for holder in (module._parameters, module._buffers, module._modules)
         ]
-        holders += [values for optimizer in optimizers for values in optimizer.state.values()]
+        for optimizer in optimizers:
+            holders += [cast(dict[str, Any], optimizer.state), *optimizer.state.values()]
+        self.sizes = [(holder, len(holder)) for holder in holders]
         places = [(holder, name) for holder in holders for name in holder]
         places += [(vars(optimizer), "state") for optimizer in optimizers]
         self.places = [(holder, name, holder[name], self._address(holder[name])) for holder, name in places]
@@ -115,7 +117,7 @@ class Places:
 
         :return: False if a tensor, its memory, a module or the state of an optimiser is another.
         """
-        return all(
+        return all(len(holder) == size for holder, size in self.sizes) and all(
             holder.get(name) is value and self._address(value) == address for holder, name, value, address in self.places
         )
 
@@ -170,7 +172,9 @@ class CapturedUpdates:
         if self.failed:
             return function(*arguments)
         if kind in self.graphs and not self.graphs[kind][3].are_the_same():
-            self.graphs.clear()  # something else was put in the place of a tensor: graphs write to the old one
+            # Something else was put in the place of a tensor: graphs write to the old one. An optimiser may have no state yet
+            self.graphs.clear()
+            self.counts.clear()
         if kind not in self.graphs:
             self.counts[kind] = self.counts.get(kind, 0) + 1
             if self.counts[kind] <= EAGER_UPDATES or len(self.graphs) >= MOST_GRAPHS:
@@ -293,20 +297,16 @@ def set_learning_rate(optimizer: th.optim.Optimizer, learning_rate: float) -> No
 
 def plain_state(state: dict[str, Any]) -> dict[str, Any]:
     """
-    The state of an optimiser as it would be without :func:`make_capturable` and ``fast.use_fused()``, for saving.
+    The state of an optimiser as it would be without :func:`make_capturable`, for saving.
 
     :param state: The optimiser's ``state_dict()``.
     :return: The same with plain learning rates and counts; it is not changed itself.
     """
-    groups = []
-    for group in state["param_groups"]:
-        captured = {"capturable": False, "lr": float(group["lr"])} if isinstance(group["lr"], th.Tensor) else {}
-        groups.append({**group, **captured, **({"fused": None} if group.get("fused") else {})})
+    if not any(isinstance(group["lr"], th.Tensor) for group in state["param_groups"]):
+        return state
+    groups = [{**group, "capturable": False, "lr": float(group["lr"])} for group in state["param_groups"]]
     values = {
-        index: {
-            name: value.cpu() if name == "step" and isinstance(value, th.Tensor) else value
-            for name, value in cast(dict[str, Any], each).items()
-        }
+        index: {name: value.cpu() if name == "step" else value for name, value in cast(dict[str, Any], each).items()}
         for index, each in state["state"].items()
     }
     return {**state, "param_groups": groups, "state": values}

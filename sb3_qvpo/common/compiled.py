@@ -304,15 +304,15 @@ def warn_of_failure(error: Exception) -> None:
     warnings.warn(f"Actions are not compiled and take twice the time: {reason}", stacklevel=4)
 
 
-def tried_counts(policy: nn.Module) -> list[tuple[int, bool]]:
+def tried_counts(policy: nn.Module) -> tuple[list[int], list[int]]:
     """
     For how many candidates a policy has been compiled.
 
     :param policy: The policy.
-    :return: All counts, in their order, those included for which it failed; and whether their programs serve all predictions.
+    :return: All counts, in their order, those included for which it failed; and those whose programs serve all predictions.
     """
     programs = _programs.get(policy, Programs())
-    return [(count, count in programs.for_predictions) for count in programs.by_count]
+    return list(programs.by_count), sorted(programs.for_predictions)
 
 
 @contextmanager

@@ -10,7 +10,6 @@ different:
 - Mish costs three vectorised passes instead of torch's ``log1p`` and ``tanh`` one number at a time: :func:`mish_of_negated`.
 - Products of matrices go to oneDNN, see :class:`OneDnnProducts`: in float32 torch takes MKL by default, which is half as fast
   on AMD processors. This and Mish also serve the losses.
-- Adam takes its step in one pass over all weights: :func:`use_fused`.
 - Candidates that only serve training may have their hidden layers multiplied in bfloat16 where the processor has it in
   hardware. No gradient flows through them; their values, and all that is trained, stay in float32.
 
@@ -210,29 +209,6 @@ def keep_freed_memory() -> None:
     touched, is enough. Other C libraries take no notice.
     """
     th.empty(31 * 2**20, dtype=th.uint8)
-
-
-def use_fused(optimizer: th.optim.Optimizer) -> None:
-    """
-    Let Adam and AdamW take their step in torch's fused kernel, unless the user has chosen another: the same step, to rounding,
-    in an eighth of the time on the CPU, and in one launch instead of a dozen on a GPU.
-
-    To be called again after a state was loaded, which holds plain groups (``captured.plain_state``).
-
-    :param optimizer: The optimiser.
-    """
-    if not settings.enabled or type(optimizer) not in (th.optim.Adam, th.optim.AdamW):
-        return
-    for group in optimizer.param_groups:
-        parameters: list[nn.Parameter] = group["params"]
-        is_free = group["fused"] is None and group["foreach"] is None and not group["differentiable"]
-        if not is_free or any(p.device.type not in ("cpu", "cuda") or not p.is_floating_point() for p in parameters):
-            continue
-        group["fused"] = True
-        for parameter in parameters:
-            values = optimizer.state.get(parameter, {})
-            if "step" in values:
-                values["step"] = values["step"].to(parameter.device)
 
 
 class Scratch:

@@ -7,6 +7,8 @@ import numpy as np
 import torch as th
 from torch import nn
 
+from sb3_qvpo.common.fused_steps import FUSED_KINDS
+
 REPORT_INTERVAL = 100
 """How many updates may pass on an accelerator before a masked step is reported."""
 
@@ -107,8 +109,8 @@ class FiniteGuard:
     @staticmethod
     def _step_or_undo(optimizer: th.optim.Optimizer, parameters: list[nn.Parameter], finite: th.Tensor) -> None:
         """Take the step, or leave parameters and optimiser state as they are if ``finite`` is false, without reading it."""
-        if all(group.get("fused") for group in optimizer.param_groups):
-            # Torch's fused optimisers can be told, as by mixed precision's GradScaler
+        if type(optimizer) in FUSED_KINDS and all(group["fused"] for group in optimizer.param_groups):
+            # As mixed precision's GradScaler does
             cast(Any, optimizer).found_inf = (~finite).float()
             try:
                 optimizer.step()

@@ -29,6 +29,7 @@ from sb3_qvpo.common.checkpoints import (
     write_checkpoint,
 )
 from sb3_qvpo.common.finite_checks import FiniteGuard, check_finite_array
+from sb3_qvpo.common.fused_steps import check_fused
 from sb3_qvpo.common.interruptions import Statistics, cut_last_episode, normalization_statistics, restore_statistics
 from sb3_qvpo.common.safe_files import atomic_file
 
@@ -90,6 +91,7 @@ class GuardedOffPolicyAlgorithm(OffPolicyAlgorithm):
         """
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]  # torch leaves Tensor.backward untyped
+        check_fused(optimizer)
         update = self._n_updates if self._update_on_device is None else self._update_on_device
         self._finite_guard.step(optimizer, loss_name, loss, update, self.max_grad_norm)
 

@@ -11,6 +11,7 @@ import math
 import pathlib
 import warnings
 from collections.abc import Callable, Iterable
+from operator import attrgetter
 from typing import Any, ClassVar, Literal, cast
 
 import numpy as np
@@ -26,6 +27,7 @@ from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 import sb3_qvpo.common.captured as captured
 import sb3_qvpo.common.compiled as compiled
 import sb3_qvpo.common.fast as fast
+import sb3_qvpo.common.fused_steps as fused_steps
 from sb3_qvpo.common.actor_critic import CandidateCritic, DiffusionActor
 from sb3_qvpo.common.arguments import check_action_space, check_count, check_interval, check_no_sde, parse_schedule
 from sb3_qvpo.common.batches import flat_items, rebuild, sample_batch
@@ -250,7 +252,7 @@ class DiffusionOffPolicyAlgorithm(GuardedOffPolicyAlgorithm):
             ) from error
         finally:
             for optimizer in (self.actor.optimizer, self.critic.optimizer):
-                fast.use_fused(optimizer)
+                fused_steps.use_fused(optimizer)
 
     def get_parameters(self) -> dict[str, dict[str, Any]]:
         """
@@ -260,7 +262,11 @@ class DiffusionOffPolicyAlgorithm(GuardedOffPolicyAlgorithm):
         """
         parameters = cast(dict[str, dict[str, Any]], super().get_parameters())
         for name in ("actor.optimizer", "critic.optimizer"):
-            parameters[name] = captured.plain_state(parameters[name])
+            state = captured.plain_state(parameters[name])
+            # What the user has chosen
+            choice = attrgetter(name)(self).defaults.get("fused")
+            groups = [{**group, "fused": choice} if "fused" in group else group for group in state["param_groups"]]
+            parameters[name] = {**state, "param_groups": groups}
         return parameters
 
     def _excluded_save_params(self) -> list[str]:
@@ -357,12 +363,14 @@ class DiffusionOffPolicyAlgorithm(GuardedOffPolicyAlgorithm):
             return super()._sample_action(learning_starts, action_noise, n_envs)
 
     def _process_state(self) -> dict[str, Any]:
-        return {**super()._process_state(), "compiled": compiled.tried_counts(self.policy)}
+        counts, for_predictions = compiled.tried_counts(self.policy)
+        return {**super()._process_state(), "compiled": counts, "compiled_for_predictions": for_predictions}
 
     def _restore_process_state(self, state: dict[str, Any]) -> None:
         super()._restore_process_state(state)
-        for n_candidates, for_predictions in state["compiled"]:
-            compiled.compile_ranking(self.policy, self.actor, self.critic, n_candidates, for_predictions)
+        for count in state["compiled"]:
+            for_predictions = count in state.get("compiled_for_predictions", ())
+            compiled.compile_ranking(self.policy, self.actor, self.critic, count, for_predictions)
 
     # Metrics: summed on the device, read back when they are logged
 

@@ -23,7 +23,7 @@ from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 import sb3_qvpo.common.compiled as compiled
-import sb3_qvpo.common.fast as fast
+import sb3_qvpo.common.fused_steps as fused_steps
 from sb3_qvpo.common.actor_critic import CandidateCritic, DiffusionActor
 from sb3_qvpo.common.arguments import check_count
 from sb3_qvpo.common.candidates import best_candidate, minimum_q
@@ -218,7 +218,7 @@ class DiffusionPolicy(BasePolicy):
     def _make_optimizer(self, parameters: list[nn.Parameter], learning_rate: float) -> th.optim.Optimizer:
         optimizer_class = cast(Any, self.optimizer_class)
         optimizer: th.optim.Optimizer = optimizer_class(parameters, lr=learning_rate, **self.optimizer_kwargs)
-        fast.use_fused(optimizer)
+        fused_steps.use_fused(optimizer)
         return optimizer
 
     def make_actor(self, features_extractor: BaseFeaturesExtractor | None = None) -> DiffusionActor:
