@@ -20,11 +20,7 @@ def is_fused_here(optimizer: th.optim.Optimizer) -> bool:
     :return: True for Adam and AdamW (no subclasses) for which the user has not chosen.
     """
     chosen = [optimizer.defaults.get(name) for name in ("fused", "foreach")]
-    return (
-        type(optimizer) in (th.optim.Adam, th.optim.AdamW)
-        and chosen == [None, None]
-        and not optimizer.defaults["differentiable"]
-    )
+    return type(optimizer) in FUSED_KINDS and chosen == [None, None] and not optimizer.defaults["differentiable"]
 
 
 def use_fused(optimizer: th.optim.Optimizer) -> None:
