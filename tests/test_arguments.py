@@ -216,6 +216,19 @@ BAD = [
     (dict(tau=0.0), r"tau must be a number in \(0, 1\], got 0.0"),
     (dict(tau=1.5), r"tau must be a number in \(0, 1\], got 1.5"),
     (dict(gamma=1.1), r"gamma must be a number in \[0, 1\], got 1.1"),
+    (
+        dict(policy_kwargs=dict(optimizer_class="SGD")),
+        "optimizer_class must be a subclass of torch.optim.*Optimizer, got 'SGD'",
+    ),
+    (dict(policy_kwargs=dict(optimizer_class=int)), "optimizer_class must be a subclass of .*, got <class 'int'>"),
+    (dict(policy_kwargs=dict(activation_fn="relu")), "activation_fn must be a subclass of torch.nn.*Module, got 'relu'"),
+    (dict(policy_kwargs=dict(activation_fn=th.nn.ReLU())), r"activation_fn must be a subclass of .*, got ReLU\(\)"),
+    (dict(policy_kwargs=dict(features_extractor_class="cnn")), "features_extractor_class must be a subclass of .*, got 'cnn'"),
+    (dict(policy_kwargs=dict(net_arch=256)), "net_arch must be a list of sizes or a dict.*, got 256"),
+    (dict(policy_kwargs=dict(net_arch=dict(pi=[8]))), r"net_arch must be a list .*, got \{'pi': \[8\]\}"),
+    (dict(policy_kwargs=dict(net_arch=[8, 0])), "each size in net_arch must be a whole number of at least 1, got 0"),
+    (dict(action_noise=0.1), "action_noise must be an ActionNoise .*, got 0.1"),
+    (dict(replay_buffer_class="HerReplayBuffer"), "replay_buffer_class must be a subclass of .*, got 'HerReplayBuffer'"),
     (dict(max_grad_norm=0.0), r"max_grad_norm must be a number in \(0, inf\), got 0.0"),
 ]
 

@@ -322,13 +322,15 @@ def test_saved_normalisation_comes_back_with_or_without_a_wrapper(tmp_path):
 
 
 def test_what_is_not_a_checkpoint_is_refused(tmp_path):
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileNotFoundError, match=r"path must be a checkpoint .*, and there is no such file, nor '.*\.zip'"):
         QVPO.resume(tmp_path / "none", "Pendulum-v1")
     tiny_qvpo().save(tmp_path / "model")
-    with pytest.raises(ValueError, match=r"path must be a checkpoint .* got .*model\.zip, .* a saved model for load"):
+    with pytest.raises(
+        ValueError, match=r"path must be a checkpoint .* got .*model\.zip', which is a saved model without its run: use load"
+    ):
         QVPO.resume(tmp_path / "model", "Pendulum-v1")
     (tmp_path / "text").write_text("text")
-    with pytest.raises(ValueError, match=r"path must be a checkpoint .* got .*text, which is damaged, incomplete or no zip"):
+    with pytest.raises(ValueError, match=r"path must be a checkpoint .* got .*text', which is damaged, incomplete or no zip"):
         QVPO.resume(tmp_path / "text", "Pendulum-v1")
     tiny_qvpo().learn(8).save_checkpoint(tmp_path / "run")
     content = bytearray((tmp_path / "run.zip").read_bytes())
@@ -336,7 +338,7 @@ def test_what_is_not_a_checkpoint_is_refused(tmp_path):
     content[len(content) // 2] ^= 1
     (tmp_path / "flipped.zip").write_bytes(content)
     for name in ("half", "flipped"):
-        with pytest.raises(ValueError, match=f"got .*{name}.zip, which is damaged"):
+        with pytest.raises(ValueError, match=f"got .*{name}.zip', which is damaged"):
             QVPO.resume(tmp_path / name, "Pendulum-v1")
 
 

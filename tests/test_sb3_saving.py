@@ -195,6 +195,8 @@ def test_loading_with_an_environment(tmp_path):
     assert reset._last_obs is None
     assert reset.learn(16, reset_num_timesteps=False).num_timesteps == 32
     assert reset._n_updates == 2 * model._n_updates  # its empty buffer was filled first
+    at_once = QVPO.load(tmp_path / "model", env=IdentityEnvBox(-10, 10), learning_starts=0)
+    assert at_once.learn(16, reset_num_timesteps=False)._n_updates == model._n_updates + 16
     two = make_vec_env(IdentityEnvBox, n_envs=2, env_kwargs=dict(low=-10, high=10))
     widened = QVPO.load(tmp_path / "model", env=two, gradient_steps=-1).learn(16)
     assert (widened.n_envs, widened.num_timesteps, widened.replay_buffer.size()) == (2, 16, 8)

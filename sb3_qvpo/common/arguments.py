@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 from gymnasium import spaces
+from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.type_aliases import Schedule
 from stable_baselines3.common.utils import FloatSchedule, LinearSchedule
 
@@ -61,6 +63,48 @@ def check_count(name: str, value: Any, minimum: int = 1) -> int:
     if not isinstance(value, Integral) or isinstance(value, bool) or value < minimum:
         raise ValueError(f"{name} must be a whole number of at least {minimum}, got {value!r}")
     return int(value)
+
+
+def check_class(name: str, value: Any, base: type) -> None:
+    """
+    A class, or a function that takes its place. Neither its name nor an instance.
+
+    :param name: Name of the argument, for the message.
+    :param value: Its value.
+    :param base: What the class must be a subclass of.
+    :raises ValueError: If it is anything else.
+    """
+    fits = issubclass(value, base) if isinstance(value, type) else callable(value) and not isinstance(value, base)
+    if not fits:
+        raise ValueError(f"{name} must be a subclass of {base.__module__}.{base.__qualname__}, got {value!r}")
+
+
+def check_parts(action_noise: Any, replay_buffer_class: Any) -> None:
+    """
+    What SB3 takes as it is, and would fail on later.
+
+    :param action_noise: An instance of SB3's ``ActionNoise``, or None.
+    :param replay_buffer_class: A subclass of SB3's ``ReplayBuffer``, or None.
+    :raises ValueError: If one is anything else.
+    """
+    if action_noise is not None and not isinstance(action_noise, ActionNoise):
+        raise ValueError(f"action_noise must be an ActionNoise such as NormalActionNoise, or None, got {action_noise!r}")
+    if replay_buffer_class is not None:
+        check_class("replay_buffer_class", replay_buffer_class, ReplayBuffer)
+
+
+def check_net_arch(net_arch: Any) -> None:
+    """
+    Sizes of hidden layers.
+
+    :param net_arch: A list of sizes, or a dictionary with such lists for ``pi`` and ``qf``.
+    :raises ValueError: If it is anything else, or a size is not a whole number of at least 1.
+    """
+    lists: list[Any] = [net_arch.get("pi"), net_arch.get("qf")] if isinstance(net_arch, dict) else [net_arch]
+    if not all(isinstance(sizes, list) for sizes in lists):
+        raise ValueError(f"net_arch must be a list of sizes or a dict(pi=[...], qf=[...]), got {net_arch!r}")
+    for size in (size for sizes in lists for size in sizes):
+        check_count("each size in net_arch", size)
 
 
 def check_interval(name: str, value: Any, low: float, high: float, low_allowed: bool = True) -> float:

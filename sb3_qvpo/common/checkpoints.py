@@ -116,17 +116,22 @@ def open_checkpoint(path: str | Path) -> Iterator[zipfile.ZipFile]:
     :raises FileNotFoundError: If there is no such file.
     :raises ValueError: If it is not a checkpoint.
     """
-    path = Path(path)
+    given, path = path, Path(path)
     if not path.is_file():
         path = checkpoint_path(path)
     expected = "path must be a checkpoint of a training run, written by save_checkpoint() or its callback"
+    if not path.is_file():
+        raise FileNotFoundError(f"{expected}, got {str(given)!r}, and there is no such file, nor {str(path)!r}")
     try:
         with zipfile.ZipFile(path) as archive:
-            if "run.pkl" not in archive.namelist():
-                raise ValueError(f"{expected}, got {path}, which is damaged, or a saved model for load()")
+            names = archive.namelist()
+            if "run.pkl" not in names:
+                is_model = {"data", "policy.pth"} <= set(names)
+                reason = "a saved model without its run: use load()" if is_model else "damaged, or some other archive"
+                raise ValueError(f"{expected}, got {str(path)!r}, which is {reason}")
             yield archive
     except zipfile.BadZipFile as error:
-        raise ValueError(f"{expected}, got {path}, which is damaged, incomplete or no zip file ({error})") from error
+        raise ValueError(f"{expected}, got {str(path)!r}, which is damaged, incomplete or no zip file ({error})") from error
 
 
 def is_checkpoint(path: Any) -> bool:

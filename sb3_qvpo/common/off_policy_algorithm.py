@@ -24,12 +24,12 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, ReplayB
 from stable_baselines3.common.utils import FloatSchedule
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
+import sb3_qvpo.common.arguments as arguments
 import sb3_qvpo.common.captured as captured
 import sb3_qvpo.common.compiled as compiled
 import sb3_qvpo.common.fast as fast
 import sb3_qvpo.common.fused_steps as fused_steps
 from sb3_qvpo.common.actor_critic import CandidateCritic, DiffusionActor
-from sb3_qvpo.common.arguments import check_action_space, check_count, check_interval, check_no_sde, parse_schedule
 from sb3_qvpo.common.batches import flat_items, rebuild, sample_batch
 from sb3_qvpo.common.captured import CapturedUpdates
 from sb3_qvpo.common.guarded_algorithm import GuardedOffPolicyAlgorithm
@@ -133,7 +133,7 @@ class DiffusionOffPolicyAlgorithm(GuardedOffPolicyAlgorithm):
         return cast(int, getattr(self.policy, name) if "policy" in self.__dict__ else self.__dict__[name])
 
     def _set_candidate_count(self, name: str, value: int) -> None:
-        self.__dict__[name] = check_count(name, value)
+        self.__dict__[name] = arguments.check_count(name, value)
         if "policy" in self.__dict__:
             setattr(self.policy, name, value)
 
@@ -174,19 +174,20 @@ class DiffusionOffPolicyAlgorithm(GuardedOffPolicyAlgorithm):
                 f"policy must be a name or a subclass of DiffusionPolicy, got {self.policy_class.__name__}: a policy (or a "
                 "saved model) of another algorithm cannot be used"
             )
-        check_no_sde(self.use_sde, self.policy_kwargs)
+        arguments.check_no_sde(self.use_sde, self.policy_kwargs)
         for name in self._count_arguments:
-            check_count(name, getattr(self, name))
-        check_interval("tau", self.tau, 0, 1, low_allowed=False)
-        check_interval("gamma", self.gamma, 0, 1)
+            arguments.check_count(name, getattr(self, name))
+        arguments.check_interval("tau", self.tau, 0, 1, low_allowed=False)
+        arguments.check_interval("gamma", self.gamma, 0, 1)
         if self.max_grad_norm is not None:
-            check_interval("max_grad_norm", self.max_grad_norm, 0, math.inf, low_allowed=False)
+            arguments.check_interval("max_grad_norm", self.max_grad_norm, 0, math.inf, low_allowed=False)
+        arguments.check_parts(self.action_noise, self.replay_buffer_class)
 
     def _setup_lr_schedule(self) -> None:
-        self.lr_schedule: FloatSchedule = parse_schedule("learning_rate", self.learning_rate)
+        self.lr_schedule: FloatSchedule = arguments.parse_schedule("learning_rate", self.learning_rate)
         self._qf_lr_schedule: FloatSchedule | None = None
         if self.qf_learning_rate is not None:
-            self._qf_lr_schedule = parse_schedule("qf_learning_rate", self.qf_learning_rate)
+            self._qf_lr_schedule = arguments.parse_schedule("qf_learning_rate", self.qf_learning_rate)
 
     def save(
         self,
@@ -332,8 +333,8 @@ class DiffusionOffPolicyAlgorithm(GuardedOffPolicyAlgorithm):
             self._captured_updates = self._make_captured_updates()
         tensors = [tensor for _, tensor in flat_items(batch._asdict())]
 
-        def update_of_tensors(n_updates: th.Tensor, *arguments: th.Tensor) -> Metrics:
-            values, rest = arguments[: len(numbers)], iter(arguments[len(numbers) :])
+        def update_of_tensors(n_updates: th.Tensor, *inputs: th.Tensor) -> Metrics:
+            values, rest = inputs[: len(numbers)], iter(inputs[len(numbers) :])
             self._update_on_device = n_updates
             try:
                 metrics = update(ReplayBufferSamples(**rebuild(batch._asdict(), rest)), *values)
@@ -343,10 +344,10 @@ class DiffusionOffPolicyAlgorithm(GuardedOffPolicyAlgorithm):
                 self._update_on_device = None
 
         n_updates = th.full((), self._n_updates, device=self.device)
-        arguments = [n_updates, *(th.full((), number, device=self.device) for number in numbers), *tensors]
+        inputs = [n_updates, *(th.full((), number, device=self.device) for number in numbers), *tensors]
         settings = [update.__name__, batch.discounts is None, fast.settings.candidate_dtype]
         settings += [getattr(self, name) for name in self._update_settings]
-        self._add_metrics(self._captured_updates(update_of_tensors, arguments, tuple(settings)))
+        self._add_metrics(self._captured_updates(update_of_tensors, inputs, tuple(settings)))
 
     def _can_be_captured(self) -> bool:
         """Whether updates are functions of tensors and settings alone, on a GPU."""
@@ -404,7 +405,7 @@ class DiffusionOffPolicyAlgorithm(GuardedOffPolicyAlgorithm):
     def _wrap_env(env: GymEnv, verbose: int = 0, monitor_wrapper: bool = True) -> VecEnv:
         # Checked here because every environment passes here, before SB3's own assertions
         if hasattr(env, "action_space"):
-            check_action_space(env.action_space)
+            arguments.check_action_space(env.action_space)
         return OffPolicyAlgorithm._wrap_env(env, verbose, monitor_wrapper)
 
     def _setup_learn(

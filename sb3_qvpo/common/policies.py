@@ -25,7 +25,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 import sb3_qvpo.common.compiled as compiled
 import sb3_qvpo.common.fused_steps as fused_steps
 from sb3_qvpo.common.actor_critic import CandidateCritic, DiffusionActor
-from sb3_qvpo.common.arguments import check_count
+from sb3_qvpo.common.arguments import check_class, check_count, check_net_arch
 from sb3_qvpo.common.candidates import best_candidate, minimum_q
 from sb3_qvpo.common.export import export_policy
 from sb3_qvpo.common.noise_schedules import FixedSchedule, NoiseSchedule, make_betas
@@ -96,7 +96,7 @@ class DiffusionPolicy(BasePolicy):
     :param n_behavior_candidates: K_b, candidates of the behaviour policy (Algorithm 1, line 2).
     :param n_eval_candidates: K, candidates of deterministic predictions (Sec. 5.1).
     :param noise_bank_seed: Seed of the noise of deterministic predictions.
-    :raises ValueError: For an unknown noise schedule or an impossible size.
+    :raises ValueError: For an unknown noise schedule, an impossible size, or something else where a class is expected.
     """
 
     actor: DiffusionActor
@@ -129,6 +129,10 @@ class DiffusionPolicy(BasePolicy):
     ):
         # Everything needed to build this policy again comes from here, so that no argument can be forgotten on saving
         constructor_arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+        check_class("features_extractor_class", features_extractor_class, BaseFeaturesExtractor)
+        check_class("optimizer_class", optimizer_class, th.optim.Optimizer)
+        check_class("activation_fn", activation_fn, nn.Module)
+        check_net_arch([] if net_arch is None else net_arch)
         super().__init__(
             observation_space,
             action_space,
