@@ -11,7 +11,7 @@ from typing import Any
 
 import torch as th
 from stable_baselines3 import SAC, TD3
-from timing import Rows, interleaved, parse_arguments, ratio, reference_process, report, summary, trained
+from timing import Rows, interleaved, parse_arguments, products, ratio, reference_process, report, summary, trained
 from torch.nn import functional as F
 
 from sb3_qvpo import QVPO
@@ -119,6 +119,7 @@ def by_part(changes: dict[str, Any], repeats: int, seconds: float) -> Rows:
         "scoring": th.no_grad()(lambda: policy.critic.value_candidates(features, candidates)),
         "actor": actor,
         "targets": lambda: policy.update_targets(0.005),
+        "products of hidden layers alone, of a whole update": products(model, batch_size),
     }
     with fast.OneDnnProducts():  # as in train()
         times = interleaved(parts, repeats, seconds)

@@ -20,6 +20,7 @@ from gymnasium import spaces
 from stable_baselines3 import SAC
 
 from sb3_qvpo import QVPO, __version__
+from sb3_qvpo.common import fast
 
 Rows = list[dict[str, Any]]
 CPUINFO = Path("/proc/cpuinfo")
@@ -103,6 +104,32 @@ def reference_process(model: QVPO, hidden: list[int], batch_size: int) -> Iterat
     finally:
         here.send("stop")
         process.join()
+
+
+def products(model: QVPO, batch_size: int) -> Callable[[], None]:
+    """
+    Nothing but the products of an update's square hidden layers, in the types and about the blocks in which the package
+    multiplies, again and again with the same numbers: what the processor needs at least. Two hidden layers or more.
+    """
+    width, *others = model.policy.actor_kwargs["net_arch"]
+    n_drawn = batch_size * (model.n_train_candidates + model.n_target_candidates)
+    # Critics and actor are trained as well: a product forwards is two backwards
+    n_valued = model.policy.critic.n_critics * (n_drawn + 3 * batch_size) + 3 * batch_size * (1 + model.n_uniform_actions)
+    rows = {fast.candidate_dtype(model.device): len(model.actor.diffusion.sampling_steps) * n_drawn}
+    rows[th.float32] = rows.get(th.float32, 0) + n_valued
+    block = 2048 * th.get_num_threads()
+    layers = []
+    for dtype, n_rows in rows.items():
+        x, weight = th.randn(block, width).to(dtype), th.randn(width, width).to(dtype)
+        layers.append((x, weight, th.empty_like(x), round(len(others) * n_rows / block)))
+
+    def multiply() -> None:
+        with fast.OneDnnProducts():
+            for x, weight, out, n_blocks in layers:
+                for _ in range(n_blocks):
+                    th.mm(x, weight, out=out)
+
+    return multiply
 
 
 def interleaved(functions: dict[str, Callable[[], Any]], repeats: int, seconds: float = 1.0) -> dict[str, list[float]]:
