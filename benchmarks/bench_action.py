@@ -17,7 +17,7 @@ from sb3_qvpo.common.candidates import best_candidate
 
 
 def main() -> None:
-    arguments = parse_arguments(str(__doc__), "action.csv")
+    arguments = parse_arguments(str(__doc__), "action")
     hidden = [16, 16] if arguments.quick else [256, 256]
     model = trained(QVPO, 11, 3, policy_kwargs=dict(net_arch=hidden))
     reference, others = reference_of(model, hidden), [trained(algorithm, 11, 3) for algorithm in (SAC, TD3)]

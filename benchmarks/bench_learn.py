@@ -50,13 +50,13 @@ def shares(algorithm: type, env_name: str, n_steps: int, **kwargs: Any) -> dict[
 
 
 def main() -> None:
-    arguments = parse_arguments(str(__doc__), "learn.csv")
+    arguments = parse_arguments(str(__doc__), "learn")
     quick = dict(n_train_candidates=4, n_diffusion_steps=3, policy_kwargs=dict(net_arch=[16, 16])) if arguments.quick else {}
     n_steps, repeats = (20, 1) if arguments.quick else (100, min(arguments.repeats, 3))
     runs: dict[str, list[dict[str, float]]] = {"QVPO": [], "QVPO, qvpo_fast.yml": [], "SB3 SAC": [], "SB3 TD3": []}
     for _ in range(repeats):
         runs["QVPO"].append(shares(QVPO, "Hopper-v5", n_steps, **quick))
-        runs["QVPO, qvpo_fast.yml"].append(shares(QVPO, "Hopper-v5", n_steps, **(quick or FAST)))
+        runs["QVPO, qvpo_fast.yml"].append(shares(QVPO, "Hopper-v5", n_steps, **(quick or {**FAST, "n_target_candidates": 1})))
         runs["SB3 SAC"].append(shares(SAC, "Hopper-v5", 5 * n_steps))
         runs["SB3 TD3"].append(shares(TD3, "Hopper-v5", 5 * n_steps))
     rows: Rows = []

@@ -25,6 +25,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "N_d 16": dict(n_train_candidates=16),
     "N_d 16, 5 steps": dict(n_train_candidates=16, sampler=dict(n_sampling_steps=5)),
     "N_d 8, N_e 2, 5 steps": dict(n_train_candidates=8, n_uniform_actions=2, sampler=dict(n_sampling_steps=5)),
+    "N_d 16, 5 steps, policy_delay 2": dict(n_train_candidates=16, policy_delay=2, sampler=dict(n_sampling_steps=5)),
+    "N_d 8, N_e 2, 5 steps, policy_delay 2": dict(
+        n_train_candidates=8, n_uniform_actions=2, policy_delay=2, sampler=dict(n_sampling_steps=5)
+    ),
     "N_d 16, 5 DDIM steps": dict(n_train_candidates=16, sampler=dict(n_sampling_steps=5, sampling_eta=0.0)),
     "T 10": dict(n_diffusion_steps=10),
     "batch 128": dict(batch_size=128),
@@ -57,12 +61,12 @@ def built(changes: dict[str, Any]) -> tuple[QVPO, dict[str, Any]]:
 
 
 def by_setting(name: str, changes: dict[str, Any], repeats: int, seconds: float) -> Rows:
-    """One row for each implementation of one setting."""
-    model, setting = built(changes)  # the reference always draws in all steps
+    """One row for each implementation of one setting; with a delay, the mean of updates with and without the policy's."""
+    model, setting = built(changes)  # the reference always draws in all steps, and updates the policy each time
     hidden, batch_size = setting["hidden"], setting["batch_size"]
     functions: dict[str, Callable[[], Any]] = {
-        "QVPO, readable": with_settings(False, lambda: model.train(1, batch_size)),
-        "QVPO": with_settings(True, lambda: model.train(1, batch_size)),
+        "QVPO, readable": with_settings(False, lambda: model.train(model.policy_delay, batch_size)),
+        "QVPO": with_settings(True, lambda: model.train(model.policy_delay, batch_size)),
     }
     if not changes or "batch_size" in changes:
         for algorithm in (SAC, TD3):
@@ -78,6 +82,8 @@ def by_setting(name: str, changes: dict[str, Any], repeats: int, seconds: float)
         times = interleaved({"eager reference": reference, **functions}, repeats, seconds)
     rows = []
     for implementation, values in times.items():
+        if implementation.startswith("QVPO"):
+            values = [value / model.policy_delay for value in values]
         row = {"setting": name, "what": implementation, **summary(values)}
         rows.append(row | (ratio(times["eager reference"], values) if implementation.startswith("QVPO") else {}))
     return rows
@@ -151,7 +157,7 @@ def candidates_peak_mb(changes: dict[str, Any]) -> float | None:
 
 
 def main() -> None:
-    arguments = parse_arguments(str(__doc__), "update.csv")
+    arguments = parse_arguments(str(__doc__), "update")
     quick = QUICK if arguments.quick else {}
     rows: Rows = []
     with multiprocessing.get_context("spawn").Pool(1, th.set_num_threads, (arguments.threads,), maxtasksperchild=1) as pool:

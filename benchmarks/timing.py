@@ -5,6 +5,7 @@ import csv
 import multiprocessing
 import platform
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from stable_baselines3 import SAC
 from sb3_qvpo import QVPO, __version__
 from sb3_qvpo.common import fast
 
+HERE = Path(__file__).parent
 Rows = list[dict[str, Any]]
 CPUINFO = Path("/proc/cpuinfo")
 
@@ -172,8 +174,12 @@ def parse_arguments(description: str, csv_name: str) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=1.0, help="of calls of each function in a repeat")
     parser.add_argument("--quick", action="store_true", help="toy sizes, to see that it runs")
-    parser.add_argument("--csv", type=Path, default=Path(__file__).parent / "results" / csv_name)
+    parser.add_argument(
+        "--csv", type=Path, help=f"results/{csv_name}.csv by default, with one thread {csv_name}_one_thread.csv"
+    )
     arguments = parser.parse_args()
+    if arguments.csv is None:
+        arguments.csv = HERE / "results" / f"{csv_name}{'_one_thread' * (arguments.threads == 1)}.csv"
     arguments.seconds = 0.0 if arguments.quick else arguments.seconds
     th.set_num_threads(arguments.threads)
     return arguments
@@ -191,7 +197,9 @@ def processor() -> str:
 
 def report(rows: Rows, arguments: argparse.Namespace) -> None:
     """Print a table with what it was measured on, and write it to a CSV file."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True, check=False)
     setup = {
+        "commit": commit.stdout.strip(),
         "threads": arguments.threads,
         "cpu": processor(),
         "torch": th.__version__,

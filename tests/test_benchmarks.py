@@ -69,7 +69,6 @@ def test_an_update_is_several_times_faster_than_the_reference():
     with reference_process(model, [256, 256], 256) as reference:
         times = interleaved({"reference": reference, **functions}, repeats=5)
     fastest = {name: min(values) for name, values in times.items()}
-    assert fastest["QVPO"] < 3.5 * fastest["products"]
     assert fastest["reference"] / fastest["QVPO"] > min(4, fastest["reference"] / fastest["products"] / 3)
 
 

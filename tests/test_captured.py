@@ -8,6 +8,7 @@ import copy
 import sys
 import warnings
 from collections import defaultdict
+from contextlib import nullcontext
 
 import gymnasium as gym
 import numpy as np
@@ -62,7 +63,42 @@ def on_an_accelerator(capture=recorded, env="Pendulum-v1", policy="MlpPolicy", *
 
 def close(first, second) -> bool:
     first, second = weights_of(first), weights_of(second)
-    return all(th.allclose(first[name], second[name], rtol=1e-4, atol=1e-5) for name in first)
+    return all(th.allclose(first[name], second[name], rtol=1e-5, atol=1e-5) for name in first)
+
+
+class Stream:
+    def wait_stream(self, stream):
+        pass
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_trial_on_the_side_stream_warns_of_nothing_and_puts_the_mode_back(fails, monkeypatch):
+    """torch warns that its mode, in which waiting is an error, is a prototype; also where warnings are errors."""
+    modes = [0]
+
+    def set_mode(mode):
+        modes.append(mode)
+        warnings.warn("Synchronization debug mode is a prototype feature", UserWarning, stacklevel=2)
+
+    def function():
+        assert modes[-1] == "error"
+        if fails:
+            raise RuntimeError("waits")
+        return {"x": th.ones(1)}
+
+    monkeypatch.setattr(th.cuda, "get_sync_debug_mode", lambda: 0)
+    monkeypatch.setattr(th.cuda, "set_sync_debug_mode", set_mode)
+    monkeypatch.setattr(th.cuda, "current_stream", lambda device: Stream())
+    monkeypatch.setattr(th.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(captured, "side_stream", lambda device: Stream())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        if fails:
+            with pytest.raises(RuntimeError, match="waits"):
+                captured.on_side_stream(function, th.device("cuda"))
+        else:
+            assert captured.on_side_stream(function, th.device("cuda"))["x"] == 1
+    assert modes == [0, "error", 0]
 
 
 class DictEnv(CountdownEnv):

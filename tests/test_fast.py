@@ -21,8 +21,8 @@ from sb3_qvpo.common.actor_critic import DiffusionActor
 CPU = th.device("cpu")
 
 
-def model_with(**policy_kwargs):
-    model = tiny_qvpo(n_diffusion_steps=6, policy_kwargs=policy_kwargs)
+def model_with(action_dim=1, **policy_kwargs):
+    model = tiny_qvpo(BanditEnv(action_dim=action_dim), n_diffusion_steps=6, policy_kwargs=policy_kwargs)
     for parameter in model.policy.parameters():  # away from the initial zeros of the biases
         parameter.data.add_(0.05 * th.randn_like(parameter))
     return model
@@ -45,12 +45,12 @@ def test_mish_of_negated():
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-@pytest.mark.parametrize("block_size", [2**19, 2**15])
-def test_candidates_and_values_are_those_of_the_readable_functions(name, block_size, settings, monkeypatch):
+@pytest.mark.parametrize(("action_dim", "block_size"), [(1, 2**19), (3, 2**19), (3, 2**15)])
+def test_candidates_and_values_are_those_of_the_readable_functions(name, action_dim, block_size, settings, monkeypatch):
     """With the same noise, in one block or in several."""
     monkeypatch.setitem(fast.BLOCK_SIZES, th.float32, block_size)
-    policy = model_with(**NETWORKS[name]).policy
-    observations, noise = th.randn(37, 3), th.randn(6, 37, 64, 1)
+    policy = model_with(action_dim, **NETWORKS[name]).policy
+    observations, noise = th.randn(37, 2), th.randn(6, 37, 64, action_dim)
     results = []
     for enabled in (False, True):
         settings.enabled = enabled
@@ -64,18 +64,18 @@ def test_candidates_and_values_are_those_of_the_readable_functions(name, block_s
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-@pytest.mark.parametrize("n_candidates", [1, 4, 70])
-def test_candidates_of_one_state(name, n_candidates, settings):
+@pytest.mark.parametrize(("action_dim", "n_candidates"), [(1, 4), (3, 1), (3, 4), (3, 70)])
+def test_candidates_of_one_state(name, action_dim, n_candidates, settings):
     """An action: few rows have a path of their own."""
-    actor = model_with(**NETWORKS[name]).actor
-    features, noise = th.randn(1, 3), th.randn(6, 1, n_candidates, 1)
+    actor = model_with(action_dim, **NETWORKS[name]).actor
+    features, noise = th.randn(1, 2), th.randn(6, 1, n_candidates, action_dim)
     results = []
     for enabled in (False, True):
         settings.enabled = enabled
         with th.no_grad():
             results.append(actor.sample_candidates(features, n_candidates, noise))
     np.testing.assert_allclose(*results, atol=1e-5)
-    assert results[0].shape == (1, n_candidates, 1)
+    assert results[0].shape == (1, n_candidates, action_dim)
 
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])
@@ -100,8 +100,8 @@ def test_shared_steps(n_shared_steps, settings):
     distributed as without, and all that are shared are taken once.
     """
     settings.candidate_dtype = "float32"
-    actor = model_with(net_arch=[64, 64]).actor
-    features, noise = th.randn(5, 3), th.randn(6, 5, 300, 1)
+    actor = model_with(action_dim=2, net_arch=[64, 64]).actor
+    features, noise = th.randn(5, 2), th.randn(6, 5, 300, 2)
     same = noise.clone()
     same[:n_shared_steps] = noise[:n_shared_steps, :, :1]
     results = []
@@ -118,7 +118,7 @@ def test_shared_steps(n_shared_steps, settings):
     with th.no_grad():
         actor.sample_candidates(features, 300, noise, n_shared_steps=n_shared_steps)
         assert rows == [1] * n_shared_steps + [300] * (6 - n_shared_steps)
-        one_state = th.zeros(4000, 3)
+        one_state = th.zeros(4000, 2)
         alone = actor.sample_candidates(one_state, 2, n_shared_steps=n_shared_steps)[:, 0]
         independent = actor.sample_candidates(one_state, 2)[:, 0]
     assert ks_2samp(alone.flatten(), independent.flatten()).pvalue > 0.01
@@ -138,8 +138,8 @@ def test_trainable_mish():
 
 @pytest.mark.parametrize("name", ["the paper's", "three uneven layers", "relu"])
 def test_the_loss_and_its_gradients_are_the_readable_ones(name, settings):
-    actor = model_with(**NETWORKS[name]).actor
-    observations, actions, noise = th.randn(64, 3), th.rand(64, 11, 1) * 2 - 1, th.randn(64, 11, 1)
+    actor = model_with(action_dim=3, **NETWORKS[name]).actor
+    observations, actions, noise = th.randn(64, 2), th.rand(64, 11, 3) * 2 - 1, th.randn(64, 11, 3)
     timesteps, results = th.randint(6, (64, 11)), []
     for enabled in (False, True):
         settings.enabled = enabled
@@ -157,8 +157,8 @@ def test_the_loss_and_its_gradients_are_the_readable_ones(name, settings):
 @pytest.mark.parametrize("share_features_extractor", [False, True])
 def test_the_critics_and_their_gradients_are_the_readable_ones(share_features_extractor, settings, monkeypatch):
     """SB3's own critics, which the readable path is, on the same weights."""
-    model = model_with(net_arch=[256, 256], share_features_extractor=share_features_extractor)
-    observations, actions = th.randn(100, 3), th.rand(100, 1)
+    model = model_with(action_dim=3, net_arch=[256, 256], share_features_extractor=share_features_extractor)
+    observations, actions = th.randn(100, 2), th.rand(100, 3)
     parameters, results = [p for q_network in model.critic.q_networks for p in q_network.parameters()], []
     applied, apply = [], fast.TrainableMish.apply
     monkeypatch.setattr(fast.TrainableMish, "apply", lambda x: (applied.append(1), apply(x))[1])
@@ -297,7 +297,7 @@ def test_few_rows_take_the_readable_path(n_rows):
 
 def test_gradients_flow_through_the_chain():
     actor = model_with(net_arch=[256, 256]).actor
-    actor.sample_candidates(actor.features(th.randn(8, 3)), 64).sum().backward()
+    actor.sample_candidates(actor.features(th.randn(8, 2)), 64).sum().backward()
     assert all(parameter.grad is not None for parameter in actor.noise_predictor.parameters())
 
 
@@ -350,8 +350,8 @@ def test_bfloat16_on_other_devices(settings, monkeypatch):
         assert not fast.reduces(gpu)
         monkeypatch.setattr(fast, "reduces", lambda device: True)
         for kwargs in NETWORKS.values():
-            actor = model_with(**kwargs).actor
-            features, noise = th.randn(8, 3), th.randn(6, 8, 64, 1)
+            actor = model_with(action_dim=3, **kwargs).actor
+            features, noise = th.randn(8, 2), th.randn(6, 8, 64, 3)
             condition, predictor = actor.noise_predictor.condition(features), actor.noise_predictor
             on_the_cpu = fast.sample_candidates(actor.diffusion, predictor, condition, noise, th.bfloat16)
             exact = actor.diffusion.sample(predictor, condition, noise)

@@ -1,15 +1,20 @@
 """How ``learn()`` behaves: step counts, update counts, several environments, n-step returns, logs, repeatability."""
 
 import io
+import os
+import warnings
 from contextlib import redirect_stdout
 
 import numpy as np
 import pytest
+import torch as th
 from helpers import CountdownEnv, same_weights, tiny_qvpo, weights_of
 from stable_baselines3.common.buffers import NStepReplayBuffer
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import VecNormalize
+
+from sb3_qvpo.common import busy_cores
 
 
 @pytest.mark.parametrize("progress_bar", [False, True])
@@ -175,3 +180,22 @@ def test_learning_continues():
 def test_evaluation_with_sb3():
     model = tiny_qvpo(CountdownEnv(length=4)).learn(10)
     assert evaluate_policy(model, model.get_env(), n_eval_episodes=2) == (4.0, 0.0)
+
+
+@pytest.mark.parametrize(("load", "n_threads", "is_warned_of"), [(3.1, 2, True), (2.9, 2, False), (3.1, 1, False)])
+def test_cores_that_several_runs_share_are_warned_of(load, n_threads, is_warned_of, monkeypatch):
+    """Once, and only where one thread would be faster; no message where the system does not tell."""
+    monkeypatch.setattr(busy_cores, "has_warned", False)
+    monkeypatch.setattr(th, "get_num_threads", lambda: n_threads)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0), raising=False)
+    with warnings.catch_warnings(record=True) as record:
+        warnings.simplefilter("always")
+        tiny_qvpo(CountdownEnv()).learn(40)
+    messages = [str(warning.message) for warning in record if "want to run" in str(warning.message)]
+    assert len(messages) == is_warned_of
+    assert not messages or messages[0].startswith("3.1 threads want to run on 2 cores, 2 of them of this run: ")
+    monkeypatch.setattr(busy_cores, "has_warned", False)
+    monkeypatch.delattr(os, "getloadavg")
+    busy_cores.warn_of_busy_cores()
+    assert not busy_cores.has_warned

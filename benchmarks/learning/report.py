@@ -43,7 +43,7 @@ NAMES = {
     "qvpo_ddpm5_delay2": "N_d 16, 5 DDPM steps, policy_delay 2",
     "qvpo_ddpm5_nd8": "N_d 8, 5 DDPM steps, N_e 2 with ent_coef 0.05",
     "qvpo_ddpm5_nd8_delay2": "N_d 8, 5 DDPM steps, N_e 2 with ent_coef 0.05, policy_delay 2: `qvpo_fast.yml`",
-    "qvpo_ddpm5_nd8_delay2_batch128": "the same with batch_size 128",
+    "qvpo_ddpm5_nd8_delay2_batch128": "N_d 8, 5 DDPM steps, N_e 2 with ent_coef 0.05, policy_delay 2, batch_size 128",
     **{name: name.upper() for name in ("sac", "td3", "tqc")},
     "crossq": "CrossQ",
 }

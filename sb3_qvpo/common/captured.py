@@ -74,14 +74,21 @@ def on_side_stream(function: Callable[[], Results], device: th.device) -> Result
     stream = side_stream(device)
     stream.wait_stream(th.cuda.current_stream(device))
     mode = th.cuda.get_sync_debug_mode()
-    th.cuda.set_sync_debug_mode("error")
     try:
+        _set_sync_debug_mode("error")
         with th.cuda.stream(stream):
             results = function()
     finally:
-        th.cuda.set_sync_debug_mode(mode)
+        _set_sync_debug_mode(mode)
         th.cuda.current_stream(device).wait_stream(stream)
     return results
+
+
+def _set_sync_debug_mode(mode: int | str) -> None:
+    with warnings.catch_warnings():
+        # torch says, once, that the mode is a prototype: nothing that the user could do something about
+        warnings.simplefilter("ignore")
+        th.cuda.set_sync_debug_mode(mode)
 
 
 class Places:
@@ -190,7 +197,7 @@ class CapturedUpdates:
         before, random_state = self._snapshot(), self._random_state()
         try:
             written_results = on_side_stream(lambda: function(*arguments), self.device)
-        except RuntimeError as error:
+        except Exception as error:  # whatever is wrong, the update is done as it is written; its own errors come again
             self._restore(before, random_state)
             self._fail(error)
             return function(*arguments)

@@ -301,7 +301,7 @@ def warn_of_failure(error: Exception) -> None:
     :param error: Why.
     """
     reason = " ".join(f"{error}".split())[:200] or repr(error)
-    warnings.warn(f"Actions are not compiled and take twice the time: {reason}", stacklevel=4)
+    warnings.warn(f"Actions are not compiled and take two to four times as long: {reason}", stacklevel=4)
 
 
 def tried_counts(policy: nn.Module) -> tuple[list[int], list[int]]:

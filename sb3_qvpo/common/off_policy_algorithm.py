@@ -25,6 +25,7 @@ from stable_baselines3.common.utils import FloatSchedule
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
 import sb3_qvpo.common.arguments as arguments
+import sb3_qvpo.common.busy_cores as busy_cores
 import sb3_qvpo.common.captured as captured
 import sb3_qvpo.common.compiled as compiled
 import sb3_qvpo.common.fast as fast
@@ -398,6 +399,7 @@ class DiffusionOffPolicyAlgorithm(GuardedOffPolicyAlgorithm):
         self._record_metrics()
         super().dump_logs()
         self._metric_sums.clear()
+        busy_cores.warn_of_busy_cores()
 
     # Starting
 

@@ -317,7 +317,7 @@ class DiffusionPolicy(BasePolicy):
 
     def compile_actions(self, n_candidates: int | None = None) -> bool:
         """
-        Compile decisions for single observations, which takes 10 to 20 s and makes them two to three times faster. Long runs
+        Compile decisions for single observations, which takes 10 to 20 s and makes them two to four times faster. Long runs
         do it on their own for the actions they collect, and for these alone. Actions differ in their last bits from those that
         are not compiled.
 
