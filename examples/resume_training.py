@@ -25,7 +25,6 @@ def main() -> None:
     callback = ResumableCheckpointCallback(arguments.save_freq, path, at_episode_end=True)
     if path.exists():
         model = QVPO.resume(path, "Pendulum-v1")
-        print(f"Resumed after {model.num_timesteps} steps, {model.remaining_timesteps} are left")
     else:
         model = QVPO(
             "MlpPolicy",
@@ -41,8 +40,10 @@ def main() -> None:
             seed=0,
         )
 
-    remaining = model.remaining_timesteps if path.exists() else arguments.timesteps
-    model.learn(remaining, callback, reset_num_timesteps=not path.exists())
+    # The same as model.remaining_timesteps, unless --timesteps has changed
+    remaining = max(0, arguments.timesteps - model.num_timesteps)
+    print(f"{model.num_timesteps} steps are done, {remaining} are left")
+    model.learn(remaining, callback, reset_num_timesteps=False)
     mean, std = evaluate_policy(model, make_vec_env("Pendulum-v1", seed=1_000), n_eval_episodes=20)
     print(f"Return over 20 episodes after {model.num_timesteps} steps: {mean:.0f} +- {std:.0f}")
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
+from gymnasium.wrappers import TransformAction
 from helpers import TINY, BanditEnv, CountdownEnv, same_weights, tiny_qvpo, weights_of
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.noise import NormalActionNoise
@@ -227,6 +228,19 @@ BAD = [
     (dict(policy_kwargs=dict(net_arch=256)), "net_arch must be a list of sizes or a dict.*, got 256"),
     (dict(policy_kwargs=dict(net_arch=dict(pi=[8]))), r"net_arch must be a list .*, got \{'pi': \[8\]\}"),
     (dict(policy_kwargs=dict(net_arch=[8, 0])), "each size in net_arch must be a whole number of at least 1, got 0"),
+    (dict(policy_kwargs="net"), "policy_kwargs must be a dictionary, got 'net'"),
+    (dict(policy_kwargs=dict(time_embedding_dim="x")), "time_embedding_dim must be a whole number of at least 4, got 'x'"),
+    (dict(policy_kwargs=dict(sampling_eta=None)), r"sampling_eta must be a number in \[0, 1\], got None"),
+    (dict(policy_kwargs=dict(noise_bank_seed="x")), "noise_bank_seed must be a whole number of at least 0, got 'x'"),
+    (dict(policy_kwargs=dict(noise_bank_seed=2**32)), r"noise_bank_seed must be below 2\*\*32, got 4294967296"),
+    (dict(learning_starts=-2), r"learning_starts must be a number in \[0, inf\), got -2"),
+    (dict(learning_starts=float("inf")), r"learning_starts must be a number in \[0, inf\), got inf"),
+    (dict(gradient_steps=-2), "gradient_steps must be a whole number of at least -1, got -2"),
+    (dict(gradient_steps=1.5), "gradient_steps must be a whole number of at least -1, got 1.5"),
+    (dict(train_freq=0), "train_freq must be a whole number of at least 1, got 0"),
+    (dict(train_freq=(-1, "episode")), "train_freq must be a whole number of at least 1, got -1"),
+    (dict(stats_window_size=0), "stats_window_size must be a whole number of at least 1, got 0"),
+    (dict(seed=1.5), "seed must be a whole number of at least 0, got 1.5"),
     (dict(action_noise=0.1), "action_noise must be an ActionNoise .*, got 0.1"),
     (dict(replay_buffer_class="HerReplayBuffer"), "replay_buffer_class must be a subclass of .*, got 'HerReplayBuffer'"),
     (dict(max_grad_norm=0.0), r"max_grad_norm must be a number in \(0, inf\), got 0.0"),
@@ -254,6 +268,34 @@ def test_action_spaces_without_finite_bounds_are_refused(action_space):
     env.action_space = action_space
     with pytest.raises(ValueError, match="action_space must be a Box"):
         tiny_qvpo(env)
+
+
+def test_the_advice_for_unbounded_actions_works():
+    env = BanditEnv()
+    env.action_space = spaces.Box(-np.inf, np.inf, (1,), np.float32)
+    with pytest.raises(ValueError, match=r"TransformAction\(env, lambda action: action, Box\(low, high\)\)"):
+        tiny_qvpo(env)
+    bounded = TransformAction(env, lambda action: action, spaces.Box(-2, 2, (1,), np.float32))
+    assert tiny_qvpo(bounded).learn(8).action_space.high == 2
+
+
+def test_settings_may_change_between_two_calls_of_learn():
+    """They count from the next call on, and are checked at its start as on construction."""
+    model = tiny_qvpo(learning_starts=0).learn(5)
+    model.ent_coef, model.q_weighting = "lin_0.5", "qcut"
+    model.learn(5)
+    assert model._ent_coef_schedule(1.0) == 0.5
+    assert model._q_weighting is not tiny_qvpo()._q_weighting
+    model.q_weighting, model.n_train_candidates = "qadv", 1
+    with pytest.raises(ValueError, match="n_train_candidates must be a whole number of at least 2"):
+        model.learn(5)
+    model.n_train_candidates, model.gradient_steps = 4, "3"
+    with pytest.raises(ValueError, match="gradient_steps must be a whole number of at least -1, got '3'"):
+        model.learn(5)
+
+
+def test_numpy_integers_are_seeds():
+    assert same_weights(weights_of(tiny_qvpo(seed=np.int64(3))), weights_of(tiny_qvpo(seed=3)))
 
 
 def test_schedules():

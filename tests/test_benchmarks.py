@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import platform
+import re
 import signal
 import subprocess
 import sys
@@ -25,7 +26,8 @@ from timing import interleaved, products, reference_of, reference_process, train
 
 from sb3_qvpo import QVPO
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+ROOT = Path(__file__).parents[1]
+BENCHMARKS = ROOT / "benchmarks"
 
 
 def copy_layers(source, target):
@@ -235,3 +237,55 @@ def test_learning_curves_are_resumed(tmp_path):
         ("sac", "1000", ""),
     ]
     assert all(float(row["mean_return"]) < 0 and float(row["minutes"]) < 9 for row in rows())
+
+
+def measured(file):
+    """The rows of a benchmark's file by setting and what was timed."""
+    rows = csv.DictReader((BENCHMARKS / "results" / f"{file}.csv").open())
+    return {(row["setting"], row["what"]): row for row in rows}
+
+
+def numbers_beside(page, heading, label):
+    """The numbers of a row of the tables between two headings."""
+    section = re.split(r"^## ", (ROOT / page).read_text(), flags=re.M)
+    (text,) = [part for part in section if part.startswith(heading + "\n")]
+    (row,) = [line for line in text.splitlines() if line.startswith(f"| {label} |")]
+    return [float(number) for number in re.findall(r"(?<![\w.])\d+(?:\.\d+)?(?![\w.]*\w)", row.split("|", 2)[2])]
+
+
+def expected(rows, setting, *whats, fields=("median_ms",)):
+    return [float(rows[setting, what][field]) for what in whats for field in fields]
+
+
+RATIO = ("ratio", "ratio_min", "ratio_max")
+BOTH = ("update", "update_one_thread")
+
+
+def test_documents_show_what_the_files_say():
+    """The tables of updates and actions, to their last digit or so."""
+    update, one_thread = map(measured, BOTH)
+    pairs = []
+    for part in (what for setting, what in update if setting == "part"):
+        shown = numbers_beside("docs/speed.md", "An update", part)
+        pairs.append((shown, [number for rows in (update, one_thread) for number in expected(rows, "part", part)]))
+    for setting in dict.fromkeys(setting for setting, what in update if what == "QVPO"):
+        numbers = []
+        for rows in (update, one_thread):
+            numbers += expected(rows, setting, "eager reference", "QVPO, readable", "QVPO")
+            numbers += expected(rows, setting, "QVPO", fields=RATIO)
+        pairs.append((numbers_beside("docs/speed.md", "An update", setting), numbers))
+    paper = ("paper (Hopper)", "QVPO")
+    for page, heading, files in (
+        ("README.md", "Speed", BOTH),
+        ("docs/speed.md", "Another processor", [f"zen4_{file}" for file in BOTH]),
+    ):
+        numbers = [number for file in files for number in expected(measured(file), *paper, fields=("median_ms", *RATIO))]
+        pairs.append((numbers_beside(page, heading, "**QVPO**"), numbers))
+    actions = [measured(file) for file in ("action", "action_one_thread")]
+    for count in ("best of 4", "best of 32"):
+        for label, what in (("the decision alone", "QVPO, the decision alone"), ("`predict()`", "QVPO.predict")):
+            numbers = [number for rows in actions for number in expected(rows, count, what, fields=("median_ms", *RATIO))]
+            pairs.append((numbers_beside("docs/speed.md", "An action", f"{count}: {label}"), numbers))
+    assert len(pairs) > 20
+    for shown, numbers in pairs:
+        np.testing.assert_allclose(shown, numbers, rtol=0.03, atol=0.05)

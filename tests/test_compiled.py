@@ -304,14 +304,29 @@ def test_networks_that_are_not_the_usual_ones(no_compiler):
 
 
 def test_only_a_few_programs(no_compiler):
-    """A schedule of candidate counts does not compile one program after the other."""
-    model, tried = model_with(), []
-    for count in range(1, 8):
+    """A schedule of candidate counts does not compile one program after the other; but whoever asks for one gets an answer."""
+    model = model_with()
+
+    def warnings_of(count, **kwargs):
         with warnings.catch_warnings(record=True) as record:
             warnings.simplefilter("always")
+            compiled.compile_ranking(model.policy, model.actor, model.critic, count, **kwargs)
+        return len(record)
+
+    tried = [warnings_of(count, for_predictions=False) for count in (*range(1, 8), 1)]
+    assert tried == [1] * compiled.MOST_PROGRAMS + [0] * (8 - compiled.MOST_PROGRAMS)
+    assert [warnings_of(count) for count in (1, 7, 7)] == [1, 1, 1]
+
+
+def test_what_cannot_be_compiled_is_refused_or_tried_again(settings):
+    model = model_with(net_arch=[32, 32])
+    for count in ("3", 0, 1.5):
+        with pytest.raises(ValueError, match=f"n_candidates must be a whole number of at least 1, got {count!r}"):
             model.policy.compile_actions(count)
-        tried.append(len(record))
-    assert tried == [1] * compiled.MOST_PROGRAMS + [0] * (7 - compiled.MOST_PROGRAMS)
+    settings.enabled = False
+    assert not model.policy.compile_actions(2)
+    settings.enabled = True
+    assert model.policy.compile_actions(2)
 
 
 def test_nothing_is_saved_or_copied(tmp_path):

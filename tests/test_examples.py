@@ -96,5 +96,5 @@ def test_a_killed_run_is_resumed_by_the_same_command(tmp_path):
     process.kill()
     process.wait()
     resumed, rest = run_example("resume_training.py", arguments, tmp_path).split("\n", 1)
-    assert re.fullmatch(r"Resumed after [2468]00 steps, [642]?20 are left", resumed)
-    assert rest == uninterrupted
+    assert re.fullmatch(r"[2468]00 steps are done, [642]?20 are left", resumed)
+    assert uninterrupted == "0 steps are done, 820 are left\n" + rest

@@ -322,7 +322,7 @@ def test_saved_normalisation_comes_back_with_or_without_a_wrapper(tmp_path):
 
 
 def test_what_is_not_a_checkpoint_is_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"path must be a checkpoint .*, and there is no such file, nor '.*\.zip'"):
+    with pytest.raises(FileNotFoundError, match=r"path must be a checkpoint .*: there is no file '.*\.zip'"):
         QVPO.resume(tmp_path / "none", "Pendulum-v1")
     tiny_qvpo().save(tmp_path / "model")
     with pytest.raises(

@@ -25,7 +25,10 @@ def check_action_space(action_space: spaces.Space[Any]) -> None:
     if not isinstance(action_space, spaces.Box):
         raise ValueError(f"action_space must be a Box (continuous actions), got {action_space}")
     if not np.isfinite([action_space.low, action_space.high]).all():
-        raise ValueError(f"action_space must be a Box with finite bounds, got {action_space}: use RescaleAction or ClipAction")
+        raise ValueError(
+            f"action_space must be a Box with finite bounds, got {action_space}: give the "
+            "environment bounds with gymnasium.wrappers.TransformAction(env, lambda action: action, Box(low, high))"
+        )
     if not (action_space.low < action_space.high).all():
         raise ValueError(f"action_space must be a Box with each low below its high, got {action_space}")
 
@@ -38,6 +41,8 @@ def check_no_sde(use_sde: bool, policy_kwargs: dict[str, Any]) -> None:
     :param policy_kwargs: Arguments of the policy, in which SAC takes gSDE's own.
     :raises ValueError: If gSDE is asked for.
     """
+    if not isinstance(policy_kwargs, dict):
+        raise ValueError(f"policy_kwargs must be a dictionary, got {policy_kwargs!r}")
     asked = (
         {"use_sde": use_sde} if use_sde else {name: policy_kwargs[name] for name in SDE_POLICY_KWARGS & policy_kwargs.keys()}
     )
@@ -79,14 +84,35 @@ def check_class(name: str, value: Any, base: type) -> None:
         raise ValueError(f"{name} must be a subclass of {base.__module__}.{base.__qualname__}, got {value!r}")
 
 
-def check_parts(action_noise: Any, replay_buffer_class: Any) -> None:
+def check_step_counts(learning_starts: Any, train_freq: Any, gradient_steps: Any, stats_window_size: Any) -> None:
     """
-    What SB3 takes as it is, and would fail on later.
+    Numbers that SB3 takes as they are, and would fail on in ``learn()``.
+
+    :param learning_starts: A finite number of at least 0.
+    :param train_freq: In any of SB3's forms; the number in it must be at least 1. SB3 checks the rest.
+    :param gradient_steps: A whole number of at least 0, or -1.
+    :param stats_window_size: A whole number of at least 1.
+    :raises ValueError: If one is anything else.
+    """
+    check_interval("learning_starts", learning_starts, 0, math.inf)
+    frequency = train_freq[0] if isinstance(train_freq, tuple | list) and train_freq else train_freq
+    if isinstance(frequency, Integral):
+        check_count("train_freq", frequency)
+    check_count("gradient_steps", gradient_steps, -1)
+    check_count("stats_window_size", stats_window_size)
+
+
+def check_options(action_noise: Any, replay_buffer_class: Any, max_grad_norm: Any) -> None:
+    """
+    What may be left out.
 
     :param action_noise: An instance of SB3's ``ActionNoise``, or None.
     :param replay_buffer_class: A subclass of SB3's ``ReplayBuffer``, or None.
+    :param max_grad_norm: A finite number above 0, or None.
     :raises ValueError: If one is anything else.
     """
+    if max_grad_norm is not None:
+        check_interval("max_grad_norm", max_grad_norm, 0, math.inf, low_allowed=False)
     if action_noise is not None and not isinstance(action_noise, ActionNoise):
         raise ValueError(f"action_noise must be an ActionNoise such as NormalActionNoise, or None, got {action_noise!r}")
     if replay_buffer_class is not None:

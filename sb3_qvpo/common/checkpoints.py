@@ -121,7 +121,7 @@ def open_checkpoint(path: str | Path) -> Iterator[zipfile.ZipFile]:
         path = checkpoint_path(path)
     expected = "path must be a checkpoint of a training run, written by save_checkpoint() or its callback"
     if not path.is_file():
-        raise FileNotFoundError(f"{expected}, got {str(given)!r}, and there is no such file, nor {str(path)!r}")
+        raise FileNotFoundError(f"{expected}, got {str(given)!r}: there is no file {str(path)!r}")
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()

@@ -41,7 +41,7 @@ TOLERANCE = 1e-3
 """Largest difference of actions, and of values relative to the largest, between a program and the readable functions."""
 
 MOST_PROGRAMS = 4
-"""Numbers of candidates of one policy that are compiled."""
+"""Numbers of candidates of one policy that ``learn()`` compiles on its own: schedules of them shall not take hours."""
 
 
 @dataclass
@@ -216,20 +216,24 @@ def compile_ranking(
     policy: nn.Module, actor: DiffusionActor, critic: CandidateCritic, n_candidates: int, for_predictions: bool = True
 ) -> bool:
     """
-    Compile what :func:`ranking_of` finds from then on. Compiles nothing if that was tried before.
+    Compile what :func:`ranking_of` finds from then on. Compiles nothing if the fast paths are switched off, nothing again, and
+    on behalf of ``learn()`` no more than :data:`MOST_PROGRAMS` and nothing that failed before.
 
     :param policy: The policy that the networks belong to.
     :param actor: Its actor.
     :param critic: Its critics.
     :param n_candidates: Number of candidates K.
     :param for_predictions: Whether it serves all predictions, or only :func:`collecting`.
-    :return: Whether it is compiled. If not there is a warning, once.
+    :return: Whether it is compiled. If it fails there is a warning.
     """
+    if not fast.settings.enabled:
+        return False
     programs = _programs.setdefault(policy, Programs())
     rankings = programs.by_count
     if for_predictions:
         programs.for_predictions.add(n_candidates)
-    if n_candidates not in rankings and len(rankings) < MOST_PROGRAMS:
+    is_new = n_candidates not in rankings and len(rankings) < MOST_PROGRAMS
+    if is_new or (for_predictions and rankings.get(n_candidates) is None):
         rankings[n_candidates] = None
         try:
             if is_supported(actor, critic):

@@ -17,7 +17,7 @@ from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback
 from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_qvpo.common.arguments import check_interval
+from sb3_qvpo.common.arguments import check_count, check_interval
 from sb3_qvpo.common.checkpoints import (
     RandomStates,
     get_random_states,
@@ -274,9 +274,11 @@ class GuardedOffPolicyAlgorithm(OffPolicyAlgorithm):
         """
         Seed all random generators. After :meth:`resume` this takes the place of the saved random states.
 
-        :param seed: The seed; nothing happens if None.
+        :param seed: The seed, at least 0; nothing happens if None.
+        :raises ValueError: If it is anything else.
         """
         if seed is not None:
+            seed = check_count("seed", seed, 0)
             self._resumed_random_states = None
         super().set_random_seed(seed)
 

@@ -7,7 +7,6 @@ A subclass sets its own arguments, calls ``_setup_model()``, and writes ``train(
 
 import copy
 import io
-import math
 import pathlib
 import warnings
 from collections.abc import Callable, Iterable
@@ -142,6 +141,8 @@ class DiffusionOffPolicyAlgorithm(GuardedOffPolicyAlgorithm):
 
     def _setup_model(self) -> None:
         self._resolve_arguments()
+        # Not there: in a later learn() 0 freezes the targets
+        arguments.check_interval("tau", self.tau, 0, 1, low_allowed=False)
         self._warned_of_few_updates = False
         self._metric_sums: dict[str, tuple[th.Tensor, int]] = {}
         self._captured_updates: CapturedUpdates | None = None
@@ -178,11 +179,9 @@ class DiffusionOffPolicyAlgorithm(GuardedOffPolicyAlgorithm):
         arguments.check_no_sde(self.use_sde, self.policy_kwargs)
         for name in self._count_arguments:
             arguments.check_count(name, getattr(self, name))
-        arguments.check_interval("tau", self.tau, 0, 1, low_allowed=False)
         arguments.check_interval("gamma", self.gamma, 0, 1)
-        if self.max_grad_norm is not None:
-            arguments.check_interval("max_grad_norm", self.max_grad_norm, 0, math.inf, low_allowed=False)
-        arguments.check_parts(self.action_noise, self.replay_buffer_class)
+        arguments.check_options(self.action_noise, self.replay_buffer_class, self.max_grad_norm)
+        arguments.check_step_counts(self.learning_starts, self.train_freq, self.gradient_steps, self._stats_window_size)
 
     def _setup_lr_schedule(self) -> None:
         self.lr_schedule: FloatSchedule = arguments.parse_schedule("learning_rate", self.learning_rate)

@@ -25,7 +25,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 import sb3_qvpo.common.compiled as compiled
 import sb3_qvpo.common.fused_steps as fused_steps
 from sb3_qvpo.common.actor_critic import CandidateCritic, DiffusionActor
-from sb3_qvpo.common.arguments import check_class, check_count, check_net_arch
+from sb3_qvpo.common.arguments import check_class, check_count, check_interval, check_net_arch
 from sb3_qvpo.common.candidates import best_candidate, minimum_q
 from sb3_qvpo.common.export import export_policy
 from sb3_qvpo.common.noise_schedules import FixedSchedule, NoiseSchedule, make_betas
@@ -146,8 +146,12 @@ class DiffusionPolicy(BasePolicy):
         self._constructor_arguments = constructor_arguments
         self.n_diffusion_steps = check_count("n_diffusion_steps", n_diffusion_steps)
         check_count("n_critics", n_critics)
+        check_count("time_embedding_dim", time_embedding_dim, 4)
+        check_interval("sampling_eta", sampling_eta, 0, 1)
         self.n_behavior_candidates = n_behavior_candidates
         self.n_eval_candidates = n_eval_candidates
+        if check_count("noise_bank_seed", noise_bank_seed, 0) >= 2**32:
+            raise ValueError(f"noise_bank_seed must be below 2**32, got {noise_bank_seed}")
         self.noise_bank_seed = noise_bank_seed
         self.share_features_extractor = share_features_extractor
         self._noise_bank: th.Tensor | None = None
@@ -321,11 +325,16 @@ class DiffusionPolicy(BasePolicy):
         do it on their own for the actions they collect, and for these alone. Actions differ in their last bits from those that
         are not compiled.
 
+        Each number of candidates has a program of its own: after a change of ``n_eval_candidates`` compile again.
+
         :param n_candidates: For how many candidates; if None for ``n_behavior_candidates`` and ``n_eval_candidates``.
         :return: Whether they are compiled (on a GPU: captured): False for networks of subclasses on the CPU, on other devices
-            than these, and, with a warning, without a C++ compiler.
+            than these, with ``settings.enabled = False``, and, with a warning, without a C++ compiler.
+        :raises ValueError: If ``n_candidates`` is not a whole number of at least 1.
         """
-        counts = [self.n_behavior_candidates, self.n_eval_candidates] if n_candidates is None else [n_candidates]
+        counts = [self.n_behavior_candidates, self.n_eval_candidates]
+        if n_candidates is not None:
+            counts = [check_count("n_candidates", n_candidates)]
         return all([compiled.compile_ranking(self, self.actor, self.critic, count) for count in counts])
 
     def noise_bank(self, n_candidates: int) -> th.Tensor:
