@@ -85,6 +85,10 @@ def test_times_of_another_processor_are_left_out(monkeypatch):
         "| T | 3 | SAC | 2 of 2 | 15 | 1 |",
         "| T | 3 | ours | 1 of 1 | 20 | - |",
     ]
+    rows += [row(2, 10, 9, minutes="7", cpu="B"), row(2, 20, 9, minutes="8", cpu="B")]
+    runs = report.finished_runs(report.comparable(rows), 20)
+    assert report.returns_table(runs).splitlines()[2].endswith("| - | 1 |"), "the mean of the other two"
+    assert report.thresholds_table(runs).splitlines()[2] == "| T | 3 | SAC | 3 of 3 | 10 | 1 |"
 
 
 def test_tables_of_single_seeds_and_many(monkeypatch):

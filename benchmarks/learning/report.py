@@ -116,14 +116,14 @@ def label_of(algo: str) -> str:
 
 
 def returns_table(runs: Runs) -> str:
-    """Last evaluation, single samples, best evaluation, processor time."""
+    """Last evaluation, single samples, best evaluation; processor time, the mean over the seeds on the usual processor."""
     lines = ["| task | algorithm | seeds | last return | best in training | last, single sample | training, minutes |"]
     lines += ["|---|---|---|---|---|---|---|"]
     for task, algos in runs.items():
         for algo in ordered(list(algos)):
             returns = column(algos[algo], "mean_return")
             single, minutes = column(algos[algo], "single_return")[:, -1], column(algos[algo], "train_minutes")[:, -1]
-            spent = "-" if np.isnan(minutes).any() else f"{minutes.mean():.0f}"
+            spent = "-" if np.isnan(minutes).all() else f"{np.nanmean(minutes):.0f}"
             cells = [estimate(returns[:, -1]), estimate(np.nanmax(returns, axis=1)), estimate(single), spent]
             lines.append(f"| {task} | {name_of(algo)} | {len(returns)} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -136,7 +136,7 @@ def first_reached(curve: np.ndarray, axis: np.ndarray, threshold: float) -> floa
 
 
 def thresholds_table(runs: Runs) -> str:
-    """Steps and processor time to a given return: the median over seeds, and how many reached it."""
+    """Steps and processor time to a given return: the median over seeds (timed ones), and how many reached it."""
     lines = ["| task | return | algorithm | seeds that reached it | steps, median | training, minutes, median |"]
     lines += ["|---|---|---|---|---|---|"]
     for task, algos in runs.items():
@@ -146,7 +146,9 @@ def thresholds_table(runs: Runs) -> str:
                 cells = []
                 for name in ("step", "train_minutes"):
                     axes = column(algos[algo], name)
-                    median = np.median([first_reached(*pair, threshold) for pair in zip(curves, axes, strict=True)])
+                    timed = ~np.isnan(axes).any(axis=1)
+                    reached = [first_reached(*pair, threshold) for pair in zip(curves[timed], axes[timed], strict=True)]
+                    median = np.median(reached) if reached else np.nan
                     cells.append(f"{median:.0f}" if np.isfinite(median) else "-")
                 n_reached = sum(bool((curve >= threshold).any()) for curve in curves)
                 lines.append(
@@ -203,9 +205,12 @@ def draw_curves(runs: Runs, file: Path) -> None:
             means = [interquartile_mean(values[:, None]) for values in returns.T]
             low, high = np.transpose([interval(values[:, None]) for values in returns.T])
             for axis, name in ((above, "step"), (below, "train_minutes")):
-                x = column(algos[algo], name).mean(axis=0)
-                axis.plot(x, means, label=label_of(algo))
-                axis.fill_between(x, low, high, alpha=0.2)
+                x = column(algos[algo], name)
+                x = x[~np.isnan(x).any(axis=1)]  # of the seeds that were timed on the usual processor
+                (line,) = axis.plot([], [], label=label_of(algo))  # the same colour in both
+                if len(x):
+                    line.set_data(x.mean(axis=0), means)
+                    axis.fill_between(x.mean(axis=0), low, high, alpha=0.2, color=line.get_color())
         above.set_title(task)
         above.set_xlabel("environment steps")
         below.set_xlabel("training, minutes of one core")
