@@ -148,7 +148,8 @@ def thresholds_table(runs: Runs) -> str:
                     axes = column(algos[algo], name)
                     timed = ~np.isnan(axes).any(axis=1)
                     reached = [first_reached(*pair, threshold) for pair in zip(curves[timed], axes[timed], strict=True)]
-                    median = np.median(reached) if reached else np.nan
+                    # Of a return that most seeds do not reach there is no time either, whichever were timed
+                    median = np.median(reached) if reached and "-" not in cells else np.nan
                     cells.append(f"{median:.0f}" if np.isfinite(median) else "-")
                 n_reached = sum(bool((curve >= threshold).any()) for curve in curves)
                 lines.append(
