@@ -82,10 +82,11 @@ def by_setting(name: str, changes: dict[str, Any], repeats: int, seconds: float)
         times = interleaved({"eager reference": reference, **functions}, repeats, seconds)
     rows = []
     for implementation, values in times.items():
+        compared: dict[str, float] = {}
         if implementation.startswith("QVPO"):
             values = [value / model.policy_delay for value in values]
-        row = {"setting": name, "what": implementation, **summary(values)}
-        rows.append(row | (ratio(times["eager reference"], values) if implementation.startswith("QVPO") else {}))
+            compared = ratio(times["eager reference"], values)
+        rows.append({"setting": name, "what": implementation, **summary(values), **compared})
     return rows
 
 

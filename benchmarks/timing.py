@@ -195,11 +195,16 @@ def processor() -> str:
     return fields["model name"] + f" ({' '.join(generation)})" * bool(generation)
 
 
+def commit() -> str:
+    """The commit that is measured; empty outside of a checkout."""
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, cwd=HERE, capture_output=True, text=True, check=False).stdout.strip()
+
+
 def report(rows: Rows, arguments: argparse.Namespace) -> None:
     """Print a table with what it was measured on, and write it to a CSV file."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True, check=False)
     setup = {
-        "commit": commit.stdout.strip(),
+        "commit": commit(),
         "threads": arguments.threads,
         "cpu": processor(),
         "torch": th.__version__,

@@ -22,7 +22,7 @@ from run import training_command
 from stable_baselines3.common.callbacks import EvalCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
-from timing import interleaved, products, reference_of, reference_process, trained
+from timing import interleaved, reference_of, reference_process, trained
 
 from sb3_qvpo import QVPO
 
@@ -62,16 +62,13 @@ def test_the_reference_computes_the_same_losses(hidden):
 
 def test_an_update_is_several_times_faster_than_the_reference():
     """
-    Half of what is aimed at, so that a regression cannot slip in; a third of what the processor allows, where its products
-    alone leave less than 12 times to gain. The fastest of several repeats: what else the machine does can only make one
-    slower.
+    Half of what is aimed at, so that a regression cannot slip in. The fastest of several repeats: what else the machine does
+    can only make one slower.
     """
     model = trained(QVPO, 11, 3, 300)
-    functions = {"QVPO": lambda: model.train(1, 256), "products": products(model, 256)}
     with reference_process(model, [256, 256], 256) as reference:
-        times = interleaved({"reference": reference, **functions}, repeats=5)
-    fastest = {name: min(values) for name, values in times.items()}
-    assert fastest["reference"] / fastest["QVPO"] > min(4, fastest["reference"] / fastest["products"] / 3)
+        times = interleaved({"reference": reference, "QVPO": lambda: model.train(1, 256)}, repeats=5)
+    assert min(times["reference"]) > 4 * min(times["QVPO"])
 
 
 def test_compiled_actions_are_several_times_faster_than_the_reference():

@@ -28,7 +28,7 @@ from evaluation import keep_lines, lines_of
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks/ is no package
 
-from timing import processor
+from timing import commit, processor
 
 HERE = Path(__file__).parent
 CHECKPOINT, EVALUATIONS = "run.zip", "evaluations.jsonl"
@@ -228,9 +228,8 @@ def setup() -> dict[str, Any]:
 
     import sb3_qvpo
 
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True, check=False)
     versions = [sb3_qvpo.__version__, stable_baselines3.__version__, torch.__version__]
-    return dict(zip(SETUP, [commit.stdout.strip(), *versions, processor(), 1], strict=True))
+    return dict(zip(SETUP, [commit(), *versions, processor(), 1], strict=True))
 
 
 def read(file: Path) -> list[dict[str, str]]:

@@ -197,7 +197,7 @@ class CapturedUpdates:
         before, random_state = self._snapshot(), self._random_state()
         try:
             written_results = on_side_stream(lambda: function(*arguments), self.device)
-        except Exception as error:  # whatever is wrong, the update is done as it is written; its own errors come again
+        except RuntimeError as error:
             self._restore(before, random_state)
             self._fail(error)
             return function(*arguments)

@@ -21,6 +21,7 @@ variable                symbol in the paper                    shape
 """
 
 from itertools import zip_longest
+from numbers import Real
 from typing import Any, Protocol
 
 import torch as th
@@ -110,7 +111,8 @@ class GaussianDiffusion(nn.Module):
         self.n_steps = len(betas)
         self.clip_denoised = clip_denoised
         self.sampling_steps = sampling_steps(self.n_steps, n_sampling_steps)
-        if not 0 <= sampling_eta <= 1:
+        eta: Any = sampling_eta  # mypy does not know that floats are Real
+        if not isinstance(eta, Real) or not 0 <= float(eta) <= 1:
             raise ValueError(f"sampling_eta must be a number in [0, 1], got {sampling_eta!r}")
         self.n_noises = len(self.sampling_steps) if sampling_eta > 0 else 1
         betas = betas.double()

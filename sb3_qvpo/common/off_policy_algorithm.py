@@ -31,7 +31,6 @@ import sb3_qvpo.common.fast as fast
 import sb3_qvpo.common.fused_steps as fused_steps
 from sb3_qvpo.common.actor_critic import CandidateCritic, DiffusionActor
 from sb3_qvpo.common.batches import flat_items, rebuild, sample_batch
-from sb3_qvpo.common.captured import CapturedUpdates
 from sb3_qvpo.common.guarded_algorithm import GuardedOffPolicyAlgorithm
 from sb3_qvpo.common.policies import DiffusionPolicy
 
@@ -145,7 +144,7 @@ class DiffusionOffPolicyAlgorithm(GuardedOffPolicyAlgorithm):
         arguments.check_interval("tau", self.tau, 0, 1, low_allowed=False)
         self._warned_of_few_updates = False
         self._metric_sums: dict[str, tuple[th.Tensor, int]] = {}
-        self._captured_updates: CapturedUpdates | None = None
+        self._captured_updates: captured.CapturedUpdates | None = None
         own_kwargs = {name: getattr(self, name) for name in self._policy_arguments}
         policy_kwargs = self.policy_kwargs
         for name in own_kwargs.keys() & policy_kwargs.keys():
@@ -311,11 +310,11 @@ class DiffusionOffPolicyAlgorithm(GuardedOffPolicyAlgorithm):
         self.logger.record("train/learning_rate", learning_rate)
         self.logger.record("train/learning_rate_qf", qf_learning_rate)
 
-    def _make_captured_updates(self) -> CapturedUpdates:
+    def _make_captured_updates(self) -> captured.CapturedUpdates:
         def state() -> list[th.Tensor]:
             return [*self.policy.state_dict().values(), *self._finite_guard.tensors()]
 
-        return CapturedUpdates(self.policy, state, [self.actor.optimizer, self.critic.optimizer], self.device)
+        return captured.CapturedUpdates(self.policy, state, [self.actor.optimizer, self.critic.optimizer], self.device)
 
     def _run_update(self, update: Callable[..., Metrics], batch: ReplayBufferSamples, *numbers: float) -> None:
         """
@@ -417,6 +416,7 @@ class DiffusionOffPolicyAlgorithm(GuardedOffPolicyAlgorithm):
         tb_log_name: str = "run",
         progress_bar: bool = False,
     ) -> tuple[int, BaseCallback]:
+        self._resolve_arguments()  # attributes may have been changed since the last time
         self._warn_of_few_updates()
         self._metric_sums.clear()
         vec_normalize = self.get_vec_normalize_env()

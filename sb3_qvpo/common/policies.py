@@ -25,7 +25,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 import sb3_qvpo.common.compiled as compiled
 import sb3_qvpo.common.fused_steps as fused_steps
 from sb3_qvpo.common.actor_critic import CandidateCritic, DiffusionActor
-from sb3_qvpo.common.arguments import check_class, check_count, check_interval, check_net_arch
+from sb3_qvpo.common.arguments import check_class, check_count, check_net_arch
 from sb3_qvpo.common.candidates import best_candidate, minimum_q
 from sb3_qvpo.common.export import export_policy
 from sb3_qvpo.common.noise_schedules import FixedSchedule, NoiseSchedule, make_betas
@@ -132,7 +132,8 @@ class DiffusionPolicy(BasePolicy):
         check_class("features_extractor_class", features_extractor_class, BaseFeaturesExtractor)
         check_class("optimizer_class", optimizer_class, th.optim.Optimizer)
         check_class("activation_fn", activation_fn, nn.Module)
-        check_net_arch([] if net_arch is None else net_arch)
+        net_arch = [256, 256] if net_arch is None else net_arch
+        check_net_arch(net_arch)
         super().__init__(
             observation_space,
             action_space,
@@ -147,7 +148,6 @@ class DiffusionPolicy(BasePolicy):
         self.n_diffusion_steps = check_count("n_diffusion_steps", n_diffusion_steps)
         check_count("n_critics", n_critics)
         check_count("time_embedding_dim", time_embedding_dim, 4)
-        check_interval("sampling_eta", sampling_eta, 0, 1)
         self.n_behavior_candidates = n_behavior_candidates
         self.n_eval_candidates = n_eval_candidates
         if check_count("noise_bank_seed", noise_bank_seed, 0) >= 2**32:
@@ -160,7 +160,7 @@ class DiffusionPolicy(BasePolicy):
         self.normalized_observations: th.Tensor
         self.register_buffer("normalized_observations", th.tensor(0.0))
 
-        actor_arch, critic_arch = get_actor_critic_arch([256, 256] if net_arch is None else net_arch)
+        actor_arch, critic_arch = get_actor_critic_arch(net_arch)
         common_kwargs = dict(
             observation_space=observation_space,
             action_space=action_space,

@@ -23,7 +23,6 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch as th
 from stable_baselines3.common.buffers import ReplayBuffer
-from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, PyTorchObs, ReplayBufferSamples, Schedule
@@ -92,7 +91,7 @@ class QVPO(DiffusionOffPolicyAlgorithm):
         at least 1, with ``"qadv"`` at least 2.
     :param n_uniform_actions: N_e, uniform actions of each state in the entropy term (Algorithm 1, line 8), at least 1.
     :param q_weighting: omega_eq: ``"qadv"`` (Eq. 9), ``"qcut"`` (Sec. 4.2) or a function from values (B, N_d) to weights
-        (B, N_d) of at least 0, which is tried once on construction.
+        (B, N_d) of at least 0, which is tried on construction and at the start of each ``learn()``.
     :param n_diffusion_steps: T, steps of the diffusion, at least 1.
     :param n_shared_steps: First reverse steps that the N_d candidates of a state share when they are drawn for training: less
         work, the same distribution for each, but they are no longer independent. 0 (the paper) to one less than the steps.
@@ -359,11 +358,6 @@ class QVPO(DiffusionOffPolicyAlgorithm):
 
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), "_q_weighting", "_ent_coef_schedule"]
-
-    def _setup_learn(self, *args: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
-        # Attributes may have been changed since the last time
-        self._resolve_arguments()
-        return super()._setup_learn(*args, **kwargs)
 
     def learn(
         self: SelfQVPO,
