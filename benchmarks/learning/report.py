@@ -23,6 +23,7 @@ import numpy as np
 from matplotlib.animation import FuncAnimation, PillowWriter
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
 from rliable import library, metrics
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))  # is no package
@@ -46,13 +47,21 @@ NAMES = {
     "qvpo_ddpm5_nd8_delay2_batch128": "N_d 8, 5 DDPM steps, N_e 2 with ent_coef 0.05, policy_delay 2, batch_size 128",
     **{name: name.upper() for name in ("sac", "td3", "tqc")},
     "crossq": "CrossQ",
+    **{f"fast_T{T}_ent{c}": f"T {T}, ent_coef {c}" for T in (5, 10, 20) for c in ("0.0", "0.05")},
+    **{f"fast_Kb{b}_Kt{t}": f"K_b {b}, K_t {t}" for b, t in ((1, 1), (4, 1), (4, 2), (4, 4), (20, 2))},
+    "fast_qcut": "qcut",
+    "fast_official": "the authors' settings",
 }
-"""What a setting is called in tables, in their order; in legends with QVPO before it, up to the colon."""
+"""What a setting is called in tables, in their order; in legends with QVPO before it, from the colon on."""
 THRESHOLDS = {"HalfCheetah-v5": [1000, 3000, 5000], "Hopper-v5": [1000, 2000], "Walker2d-v5": [1000, 2000], "Ant-v5": [1000]}
 
 Row = dict[str, str]
 Runs = dict[str, dict[str, dict[int, list[Row]]]]
 """Rows of finished runs by task, algorithm and seed."""
+
+
+ABLATED, PREFIX = "qvpo_ddpm5_nd8_delay2", "fast_"
+"""The settings of which one thing each is varied as in the paper's Figures 4 and 5, and what the names of those begin with."""
 
 
 def finished_runs(rows: Sequence[Row], last_step: int) -> Runs:
@@ -111,8 +120,8 @@ def name_of(algo: str) -> str:
 
 
 def label_of(algo: str) -> str:
-    """What a setting is called in the legend of a figure."""
-    return "QVPO, " * algo.startswith("qvpo_") + name_of(algo).split(":")[0]
+    """What a setting is called in the legend of a figure: by its file if it has one."""
+    return "QVPO, " * algo.startswith("qvpo_") + name_of(algo).split(": ")[-1].strip("`")
 
 
 def returns_table(runs: Runs) -> str:
@@ -198,8 +207,13 @@ def screen_table(rows: Sequence[Row], task: str, last_step: int) -> str:
 
 
 def draw_curves(runs: Runs, file: Path) -> None:
-    """Interquartile means with intervals, one panel a task; above by steps, below by processor time."""
+    """
+    Interquartile means with intervals, one panel a task; above by steps, below by processor time. Dashed: means of single
+    samples of QVPO's policy, where the curve is the best of 32.
+    """
     figure, panels = plt.subplots(2, len(runs), figsize=(4.5 * len(runs), 7), squeeze=False)
+    shown = ordered(list({algo for algos in runs.values() for algo in algos}))
+    colors = {algo: f"C{i}" for i, algo in enumerate(shown)}
     for (task, algos), (above, below) in zip(runs.items(), panels.T, strict=True):
         for algo in ordered(list(algos)):
             returns = column(algos[algo], "mean_return")
@@ -208,18 +222,21 @@ def draw_curves(runs: Runs, file: Path) -> None:
             for axis, name in ((above, "step"), (below, "train_minutes")):
                 x = column(algos[algo], name)
                 x = x[~np.isnan(x).any(axis=1)]  # of the seeds that were timed on the usual processor
-                (line,) = axis.plot([], [], label=label_of(algo))  # the same colour in both
                 if len(x):
-                    line.set_data(x.mean(axis=0), means)
-                    axis.fill_between(x.mean(axis=0), low, high, alpha=0.2, color=line.get_color())
+                    axis.plot(x.mean(axis=0), means, color=colors[algo])
+                    axis.fill_between(x.mean(axis=0), low, high, alpha=0.2, color=colors[algo])
+            # NaN, which is not drawn, where they were not measured
+            single = column(algos[algo], "single_return").mean(axis=0)
+            above.plot(column(algos[algo], "step").mean(axis=0), single, "--", color=colors[algo], linewidth=1)
         above.set_title(task)
         above.set_xlabel("environment steps")
         below.set_xlabel("training, minutes of one core")
     panels[0, 0].set_ylabel("return")
     panels[1, 0].set_ylabel("return")
-    panels[0, 0].legend(fontsize=8)
+    lines = [Line2D([], [], color=colors[algo], label=label_of(algo)) for algo in shown]
+    figure.legend(handles=lines, loc="upper center", bbox_to_anchor=(0.5, 0), fontsize=8, ncol=min(2, len(runs)))
     figure.tight_layout()
-    figure.savefig(file, dpi=100, metadata={"Software": None})
+    figure.savefig(file, dpi=100, bbox_inches="tight", metadata={"Software": None})
     plt.close(figure)
 
 
@@ -341,10 +358,14 @@ def main() -> None:
     def read(name: str) -> list[Row]:
         return list(csv.DictReader((arguments.results / f"{name}.csv").open()))
 
-    rows = read("results")
+    ablations = [row for row in read("results") if row["algo"].startswith(PREFIX)]
+    ablated = {row["task"] for row in ablations}
+    ablations += [row for row in read("results") if row["algo"] == ABLATED and row["task"] in ablated]
+    rows = [row for row in read("results") if not row["algo"].startswith(PREFIX)]
     curves = finished_runs(comparable([row for row in rows if int(row["last_step"]) == 100_000]), 100_000)
     tables = {
         **{f"screen_{task}": screen_table(rows, task, 40_000) for task in ("HalfCheetah-v5", "Hopper-v5", "Walker2d-v5")},
+        **{f"ablations_{task}": screen_table(ablations, task, 40_000) for task in ablated},
         "returns": returns_table(curves),
         "thresholds": thresholds_table(curves),
         "bandit": bandit_table(read("bandit")),
