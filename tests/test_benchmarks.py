@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import timing
 import torch as th
+import values
 import yaml
 from evaluation import FixedEvaluation
 from helpers import tiny_qvpo
@@ -173,6 +174,27 @@ def test_evaluations_are_repeatable_and_leave_training_alone(tmp_path):
     th.manual_seed(1_000_000)
     single, _ = evaluate_policy(both, env, 2, deterministic=False, return_episode_rewards=True)
     assert np.mean(single) == pytest.approx(second["single_return"], rel=1e-3)
+
+
+def test_values_are_compared_with_what_follows(tmp_path, monkeypatch, capsys):
+    np.testing.assert_allclose(values.discounted([1.0, 2.0, 4.0], None, 0.5), [3, 4, 4])
+    np.testing.assert_allclose(values.discounted([1.0, 2.0, 4.0], 8.0, 0.5), [4, 6, 8])
+    model = tiny_qvpo("Pendulum-v1", gamma=0.0).learn(30)
+    with th.no_grad():
+        for parameter in model.critic.parameters():
+            parameter.zero_()
+        for network, value in zip(model.critic.q_networks, (7.0, 5.0), strict=True):
+            [*network.parameters()][-1].fill_(value)
+    model.save(tmp_path / "model.zip")
+    command = ["values.py", str(tmp_path / "model.zip"), "Pendulum-v1", "--episodes", "1", "--candidates", "2"]
+    monkeypatch.setattr(sys, "argv", command)
+    values.main()
+    total, value, following = re.fullmatch(
+        r"Best of  2: return (-\d+) \+- 0, value (.+), what follows (.+)\n", capsys.readouterr().out
+    ).groups()
+    assert value == "5.0", "of both critics the minimum"
+    # Without a discounted future the rewards follow, and after the time limit the value of the last step
+    assert 200 * float(following) == pytest.approx(float(total) + 5, abs=10 + 16.3)
 
 
 def test_other_algorithms_get_their_tuned_settings(tmp_path):
