@@ -54,7 +54,12 @@ NAMES = {
     "fast_official": "the authors' settings",
 }
 """What a setting is called in tables, in their order; in legends with QVPO before it, from the colon on."""
-THRESHOLDS = {"HalfCheetah-v5": [1000, 3000, 5000], "Hopper-v5": [300, 500, 1000], "Walker2d-v5": [300, 500, 1000], "Ant-v5": [1000]}
+THRESHOLDS = {
+    "HalfCheetah-v5": [1000, 3000, 5000],
+    "Hopper-v5": [300, 500, 1000],
+    "Walker2d-v5": [300, 500, 1000],
+    "Ant-v5": [1000],
+}
 
 Row = dict[str, str]
 Runs = dict[str, dict[str, dict[int, list[Row]]]]
