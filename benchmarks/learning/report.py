@@ -364,10 +364,10 @@ def main() -> None:
     def read(name: str) -> list[Row]:
         return list(csv.DictReader((arguments.results / f"{name}.csv").open()))
 
-    ablations = [row for row in read("results") if row["algo"].startswith(PREFIX)]
-    ablated = {row["task"] for row in ablations}
-    ablations += [row for row in read("results") if row["algo"] == ABLATED and row["task"] in ablated]
-    rows = [row for row in read("results") if not row["algo"].startswith(PREFIX)]
+    results = read("results")
+    rows = [row for row in results if not row["algo"].startswith(PREFIX)]
+    ablations = [row for row in results if row["algo"] == ABLATED or row["algo"].startswith(PREFIX)]
+    ablated = {row["task"] for row in results if row["algo"].startswith(PREFIX)}
     curves = finished_runs(comparable([row for row in rows if int(row["last_step"]) == 100_000]), 100_000)
     tables = {
         **{f"screen_{task}": screen_table(rows, task, 40_000) for task in ("HalfCheetah-v5", "Hopper-v5", "Walker2d-v5")},

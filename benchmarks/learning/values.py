@@ -16,6 +16,7 @@ import torch as th
 from evaluation import SEED, best_of
 
 from sb3_qvpo import QVPO
+from sb3_qvpo.common.candidates import minimum_q
 
 
 def discounted(rewards: list[float], last_value: float | None, gamma: float) -> np.ndarray:
@@ -52,8 +53,8 @@ def played(model: QVPO, env: gym.Env[Any, Any], seed: int) -> tuple[float, np.nd
         over = terminated or truncated
     with th.no_grad():
         batch, _ = model.policy.obs_to_tensor(np.array(observations))
-        pair = model.critic(batch, th.as_tensor(np.array(actions), device=model.device))
-        values = th.stack(list(pair)).amin(0).flatten().cpu().numpy()
+        both = model.critic(batch, th.as_tensor(np.array(actions), device=model.device))
+        values = minimum_q(th.stack(both)).flatten().cpu().numpy()
     return sum(rewards), values, discounted(rewards, None if terminated else float(values[-1]), model.gamma)
 
 
