@@ -18,17 +18,27 @@ ROOT = Path(__file__).parents[1]
 LEARNING = ROOT / "benchmarks" / "learning"
 
 
-def stored_scores():
-    """Last returns of two settings, shape (seeds, settings)."""
-    rows = list(csv.DictReader((LEARNING / "results.csv").open()))
-    algos = report.finished_runs(rows, 40_000)["HalfCheetah-v5"]
-    last = [report.column(algos[name], "mean_return")[:2, -1] for name in ("qvpo_ddim5", "qvpo_ddim5_delay2")]
-    return np.transpose(last)
+def stored_scores(file, last_step, task, settings):
+    """Last returns of some settings, shape (seeds, settings)."""
+    rows = list(csv.DictReader((LEARNING / file).open()))
+    if file == "precision.csv":
+        rows = [{**row, "single_return": "", "train_minutes": ""} for row in rows]
+    algos = report.finished_runs(rows, last_step)[task]
+    return np.transpose([report.column(algos[name], "mean_return")[:, -1] for name in settings])
 
 
-def test_interquartile_mean_and_interval_are_scipys():
-    """Of another implementation, on stored data."""
-    scores = stored_scores()
+@pytest.mark.parametrize(
+    "stored",
+    [
+        ("results.csv", 40_000, "HalfCheetah-v5", ("qvpo_ddim5", "qvpo_ddim5_delay2")),
+        ("results.csv", 40_000, "Hopper-v5", ("qvpo_ddpm5_delay2", "sac")),
+        ("precision.csv", 6_000, "Pendulum-v1", ("float32", "bfloat16")),
+    ],
+    ids=lambda stored: f"{stored[2]} {len(stored[3])} settings",
+)
+def test_interquartile_mean_and_interval_are_scipys(stored):
+    """Of another implementation, on stored data: two, three and five seeds."""
+    scores = stored_scores(*stored)
     assert report.interquartile_mean(scores) == pytest.approx(stats.trim_mean(scores, 0.25, axis=None))
 
     def statistic(*columns, axis=-1):
@@ -37,19 +47,21 @@ def test_interquartile_mean_and_interval_are_scipys():
     theirs = stats.bootstrap(
         list(scores.T),
         statistic,
-        n_resamples=20_000,
+        n_resamples=10_000,
         method="percentile",
         vectorized=True,
         random_state=np.random.RandomState(1),
     ).confidence_interval
-    ours = report.interval(scores, 20_000)
+    ours = report.interval(scores, 10_000)
     np.testing.assert_allclose(ours, theirs, rtol=0.02)
     assert ours[0] < report.interquartile_mean(scores) < ours[1]
 
 
-def row(seed, step, mean_return, algo="sac", last_step=20, minutes="1", cpu="A"):
+def row(seed, step, mean_return, algo="sac", last_step=20, minutes="1", cpu="A", single_return=""):
     numbers = dict(task="T", algo=algo, seed=seed, step=step, mean_return=mean_return, last_step=last_step, cpu=cpu)
-    return {name: str(value) for name, value in {**numbers, "train_minutes": minutes, "single_return": ""}.items()}
+    # By the clock it takes twice as long
+    numbers |= {"train_minutes": minutes, "minutes": minutes and 2 * int(minutes), "single_return": single_return}
+    return {name: str(value) for name, value in numbers.items()}
 
 
 def test_only_finished_runs_of_one_length_count():
@@ -67,9 +79,11 @@ def test_time_to_a_return_counts_seeds_that_never_reach_it(monkeypatch):
         *(row(1, 10, 1, minutes="1"), row(1, 20, 5, minutes="4")),  # at 20
         *(row(2, 10, 1), row(2, 20, 4)),  # never
     ]
-    assert report.thresholds_table(report.finished_runs(rows, 20)).splitlines()[2:] == ["| T | 5 | SAC | 2 of 3 | 20 | 4 |"]
+    assert report.thresholds_table(report.finished_runs(rows, 20)).splitlines()[2:] == [
+        "| T | 5 | SAC | 2 of 3 | 20 | 4 | 8 |"
+    ]
     rows += [row(3, 10, 1), row(3, 20, 1), row(4, 10, 1), row(4, 20, 1)]
-    assert report.thresholds_table(report.finished_runs(rows, 20)).splitlines()[2:] == ["| T | 5 | SAC | 2 of 5 | - | - |"]
+    assert report.thresholds_table(report.finished_runs(rows, 20)).splitlines()[2:] == ["| T | 5 | SAC | 2 of 5 | - | - | - |"]
 
 
 def test_times_of_another_processor_are_left_out(monkeypatch):
@@ -82,13 +96,13 @@ def test_times_of_another_processor_are_left_out(monkeypatch):
         "| T | ours | 1 | 3 | 3 | - | - |",
     ]
     assert report.thresholds_table(runs).splitlines()[2:] == [
-        "| T | 3 | SAC | 2 of 2 | 15 | 1 |",
-        "| T | 3 | ours | 1 of 1 | 20 | - |",
+        "| T | 3 | SAC | 2 of 2 | 15 | 1 | 2 |",
+        "| T | 3 | ours | 1 of 1 | 20 | - | - |",
     ]
     rows += [row(2, 10, 9, minutes="7", cpu="B"), row(2, 20, 9, minutes="8", cpu="B")]
     runs = report.finished_runs(report.comparable(rows), 20)
     assert report.returns_table(runs).splitlines()[2].endswith("| - | 1 |"), "the mean of the other two"
-    assert report.thresholds_table(runs).splitlines()[2] == "| T | 3 | SAC | 3 of 3 | 10 | 1 |"
+    assert report.thresholds_table(runs).splitlines()[2] == "| T | 3 | SAC | 3 of 3 | 10 | 1 | 2 |"
 
 
 def test_tables_of_single_seeds_and_many(monkeypatch):
@@ -99,23 +113,31 @@ def test_tables_of_single_seeds_and_many(monkeypatch):
         row(0, 10, 1, "ours"),
         row(0, 20, 2, "ours"),
         row(1, 10, 3, "ours"),
-        row(1, 20, 4, "ours"),
+        row(1, 20, 4, "ours", single_return="3"),
     ]
     assert report.returns_table(report.finished_runs(rows, 20)).splitlines()[2:] == [
         "| T | SAC | 1 | 5 | 7 | - | 1 |",
         "| T | Our name | 2 | 3 (2 to 4) | 3 (2 to 4) | - | 1 |",
     ]
     screen = report.screen_table([*rows, row(2, 10, 9, "new")], "T", 20).splitlines()[2:]
-    assert screen == ["| SAC | 0 | 7 | 5 | 1 |", "| Our name | 0, 1 | 1; 3 | 2; 4 | 1 |", "| new | 2 | 9 | - | - |"]
+    assert screen == [
+        "| SAC | 0 | 7 | 5 | - | 1 |",
+        "| Our name | 0, 1 | 1; 3 | 2; 4 | -; 3 | 1 |",
+        "| new | 2 | 9 | - | - | - |",
+    ]
     longer = [row(seed, step, 100 * step, last_step=40) for seed in (0, 5) for step in (10, 40)]
     screen = report.screen_table([*longer, row(0, 10, 7), row(0, 20, 5), *longer], "T", 20).splitlines()[2:]
-    assert screen == ["| SAC | 0, 5 | 7; 1000 | 5; - | 1 |"], "a run of this length counts before the start of a longer one"
+    assert screen == ["| SAC | 0, 5 | 7; 1000 | 5; - | - | 1 |"], (
+        "a run of this length counts before the start of a longer one"
+    )
     timed = [
         row(seed, 20, 1, minutes=minutes, cpu=cpu) for seed, minutes, cpu in ((0, "2", "A"), (1, "4", "A"), (2, "9", "B"))
     ]
     untimed = [row(3, 20, 1, minutes=""), row(0, 20, 1, "ours", cpu="B")]
     screen = report.screen_table([*timed, *untimed], "T", 20).splitlines()[2:]
-    assert screen == ["| SAC | 0, 1, 2, 3 | 1; 1; 1; 1 | 3 |", "| Our name | 0 | 1 | - |"], "times of one processor only"
+    assert screen == ["| SAC | 0, 1, 2, 3 | 1; 1; 1; 1 | - | 3 |", "| Our name | 0 | 1 | - | - |"], (
+        "times of one processor only"
+    )
     gap = report.finished_runs([row(0, 20, 5), row(1, 10, 1), row(1, 20, 2)], 20)["T"]["sac"]
     np.testing.assert_array_equal(report.column(gap, "mean_return"), [[np.nan, 5], [1, 2]])
 
@@ -135,6 +157,30 @@ def test_tables_of_the_toy_tasks():
         for seed, count in enumerate(counts)
     ]
     assert report.multi_goal_table(goals).splitlines()[2:] == ["| QVPO, best of 4 | 2 | 2, 1 | 98% | 80% | 5 ± 5 |"]
+
+
+def test_every_length_of_runs_is_shown(monkeypatch):
+    """Those of small tasks and long ones; ablations only beside what they vary, and drawn when one has come to its end."""
+    monkeypatch.setitem(report.THRESHOLDS, "T", [3])
+    monkeypatch.setitem(report.THRESHOLDS, "small", [3])
+    rows = [row(0, 20, 3), row(0, report.SCREEN, 5, last_step=report.SCREEN), row(0, 100, 4, last_step=100)]
+    rows += [{**row(0, 100, 4, last_step=100), "task": "small"}, row(0, 10, 4, last_step=1000)]
+    tables, figures = report.learning_curves(rows)
+    assert list(tables) == ["screen_T", "returns_20", "thresholds_20", "returns_100", "thresholds_100"]
+    assert {name: list(runs) for name, runs in figures.items()} == {
+        "learning_curves_20": ["T"],
+        "learning_curves_100": ["T", "small"],
+    }
+    rows.append(row(0, 10, 4, algo="fast_qcut", last_step=report.SCREEN))
+    tables, figures = report.learning_curves(rows)
+    assert "ablations_T" in tables and "ablations" not in figures, "there is no curve yet"
+    rows.append(row(0, report.SCREEN, 4, algo="fast_qcut", last_step=report.SCREEN))
+    tables, figures = report.learning_curves(rows)
+    assert list(figures["ablations"]["T"]) == ["fast_qcut"]
+    assert "qcut" in tables["ablations_T"] and "qcut" not in tables["screen_T"] + tables["returns_20"]
+    monkeypatch.delitem(report.THRESHOLDS, "small")
+    with pytest.raises(KeyError, match="small"):
+        report.learning_curves(rows)
 
 
 def test_tables_need_their_places():

@@ -3,7 +3,9 @@ Figures and tables of the learning curves, from the CSV files beside this script
 
 Draws ``docs/figures/*.png`` and fills the tables in ``docs/results.md`` between ``<!-- table: NAME -->`` and ``<!-- end -->``.
 Interquartile means and 95 % intervals are rliable's: stratified bootstrap over seeds, percentiles of 2 000 resamples. Runs
-that did not come to their end count in the table of the screen only. Needs ``pip install "sb3-qvpo[zoo]"``.
+that did not come to their end count in the tables of 40 000 steps only. Every other length of finished runs has tables
+``returns_LENGTH`` and ``thresholds_LENGTH`` and a figure of its own. Needs rliable, which comes with
+``pip install "sb3-qvpo[zoo]"``. For runs of one's own: ``--results FOLDER --docs FOLDER``.
 """
 
 import argparse
@@ -33,7 +35,7 @@ from bandit import ThreePeaksEnv
 HERE = Path(__file__).parent
 DOCS = HERE.parents[1] / "docs"
 NAMES = {
-    "qvpo": "QVPO, the paper's settings",
+    "qvpo": "QVPO with `qvpo.yml`",
     "qvpo_nd16": "N_d 16",
     "qvpo_shared10": "N_d 16, 10 shared steps",
     "qvpo_ddpm10": "N_d 16, 10 DDPM steps",
@@ -58,8 +60,15 @@ THRESHOLDS = {
     "HalfCheetah-v5": [1000, 3000, 5000],
     "Hopper-v5": [300, 500, 1000],
     "Walker2d-v5": [300, 500, 1000],
-    "Ant-v5": [1000],
+    "Ant-v5": [1000, 2000, 4000],
+    "Humanoid-v5": [500, 1000, 4000],
+    "Pendulum-v1": [-300, -200],
+    "BipedalWalker-v3": [0, 200, 300],
+    "LunarLanderContinuous-v3": [0, 200],
 }
+"""Returns to be reached, of every task in the tables; the last of BipedalWalker and LunarLander is Gymnasium's "solved"."""
+SCREEN = 40_000
+"""Steps of the tables that show every seed."""
 
 Row = dict[str, str]
 Runs = dict[str, dict[str, dict[int, list[Row]]]]
@@ -87,6 +96,8 @@ def interquartile_mean(scores: np.ndarray) -> float:
 
 def interval(scores: np.ndarray, n_resamples: int = 2_000) -> tuple[float, float]:
     """Its 95 % stratified bootstrap interval: seeds are drawn anew within each task."""
+    if len(scores) == 1:  # drawing from one seed always gives that one
+        return (interquartile_mean(scores),) * 2
     _, intervals = library.get_interval_estimates(
         {"": scores},
         lambda resample: np.array([metrics.aggregate_iqm(resample)]),
@@ -127,7 +138,7 @@ def name_of(algo: str) -> str:
 
 def label_of(algo: str) -> str:
     """What a setting is called in the legend of a figure: by its file if it has one."""
-    return "QVPO, " * algo.startswith("qvpo_") + name_of(algo).split(": ")[-1].strip("`")
+    return "QVPO, " * algo.startswith(("qvpo_", PREFIX)) + name_of(algo).split(": ")[-1].replace("`", "")
 
 
 def returns_table(runs: Runs) -> str:
@@ -151,15 +162,15 @@ def first_reached(curve: np.ndarray, axis: np.ndarray, threshold: float) -> floa
 
 
 def thresholds_table(runs: Runs) -> str:
-    """Steps and processor time to a given return: the median over seeds (timed ones), and how many reached it."""
-    lines = ["| task | return | algorithm | seeds that reached it | steps, median | training, minutes, median |"]
-    lines += ["|---|---|---|---|---|---|"]
+    """Steps, processor time and time by the clock to a given return: medians over (timed) seeds; how many reached it."""
+    titles = "steps, median | training, minutes of processor time, median | by the clock, evaluations and all"
+    lines = [f"| task | return | algorithm | seeds that reached it | {titles} |", "|---" * 7 + "|"]
     for task, algos in runs.items():
-        for threshold in THRESHOLDS.get(task, []):
+        for threshold in THRESHOLDS[task]:
             for algo in ordered(list(algos)):
                 curves = column(algos[algo], "mean_return")
                 cells = []
-                for name in ("step", "train_minutes"):
+                for name in ("step", "train_minutes", "minutes"):
                     axes = column(algos[algo], name)
                     timed = ~np.isnan(axes).any(axis=1)
                     reached = [first_reached(*pair, threshold) for pair in zip(curves[timed], axes[timed], strict=True)]
@@ -185,8 +196,16 @@ def comparable(rows: Sequence[Row]) -> list[Row]:
         of_task = [row for row in rows if row["task"] == task]
         cpu = usual_processor(of_task)
         elsewhere = {(row["algo"], row["seed"]) for row in of_task if row["cpu"] != cpu}
-        result += [{**row, "train_minutes": ""} if (row["algo"], row["seed"]) in elsewhere else row for row in of_task]
+        result += [
+            {**row, "train_minutes": "", "minutes": ""} if (row["algo"], row["seed"]) in elsewhere else row for row in of_task
+        ]
     return result
+
+
+def each_seed(rows: Sequence[Row | None], name: str) -> str:
+    """A column of every seed for a table, or one dash where none was measured."""
+    cells = [f"{float(row[name]):.0f}" if row and row[name] else "-" for row in rows]
+    return "; ".join(cells) if set(cells) != {"-"} else "-"
 
 
 def screen_table(rows: Sequence[Row], task: str, last_step: int) -> str:
@@ -200,12 +219,12 @@ def screen_table(rows: Sequence[Row], task: str, last_step: int) -> str:
         for row in sorted(wanted, key=lambda row: -int(row["last_step"]))  # runs of this length count
     }
     steps, cpu = sorted({step for _, _, step in chosen}), usual_processor(wanted)
-    titles = ["setting", "seeds", *(f"{step} steps" for step in steps), "training, minutes"]
+    titles = ["setting", "seeds", *(f"{step} steps" for step in steps), "last, single sample", "training, minutes"]
     lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
     for algo in ordered(list({algo for algo, _, _ in chosen})):
         seeds = sorted({seed for name, seed, _ in chosen if name == algo})
         by_step = [[chosen.get((algo, seed, step)) for seed in seeds] for step in steps]
-        cells = ["; ".join(f"{float(row['mean_return']):.0f}" if row else "-" for row in at_step) for at_step in by_step]
+        cells = [each_seed(at_step, "mean_return") for at_step in by_step] + [each_seed(by_step[-1], "single_return")]
         ends = [row for row in by_step[-1] if row and row["train_minutes"] and row["cpu"] == cpu]
         cells.append(f"{np.mean([float(row['train_minutes']) for row in ends]):.0f}" if ends else "-")
         lines.append(f"| {name_of(algo)} | {', '.join(map(str, seeds))} | {' | '.join(cells)} |")
@@ -275,6 +294,27 @@ def bandit_table(rows: Sequence[Row]) -> str:
 
 
 GOALS = ("right", "left", "top", "bottom")
+
+
+def draw_multi_goal(rows: Sequence[Row], file: Path) -> None:
+    """A bar for each seed at the end of training: above the goals of 200 episodes, below the quarters of first actions."""
+    groups = last_rows(rows, "setting", "candidates")
+    figure, axes = plt.subplots(2, len(groups), figsize=(1.7 * len(groups), 5), sharey=True, squeeze=False)
+    for i, ((setting, candidates), group) in enumerate(groups.items()):
+        for axis, kind in zip(axes[:, i], ("reached", "first"), strict=True):
+            counts = np.array([[float(row[f"{kind}_{goal}"]) for goal in GOALS] for row in group])
+            shares = counts / (200 if kind == "reached" else 1_000)
+            for j, goal in enumerate(GOALS):
+                axis.bar([row["seed"] for row in group], shares[:, j], bottom=shares[:, :j].sum(axis=1), label=goal)
+        name = f"{setting},\nbest of {candidates}" if setting.startswith("QVPO") else setting
+        axes[0, i].set_title(name.replace("QVPO, ", "QVPO,\n"), fontsize=8)
+        axes[1, i].set_xlabel("seed")
+    axes[0, 0].set_ylabel("share of 200 episodes\nthat reach the goal")
+    axes[1, 0].set_ylabel("share of 1 000 first actions\ntowards the goal")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="upper center", bbox_to_anchor=(0.5, 0), ncol=4, fontsize=9)
+    figure.tight_layout()
+    figure.savefig(file, dpi=80, bbox_inches="tight", metadata={"Software": None})
+    plt.close(figure)
 
 
 def multi_goal_table(rows: Sequence[Row]) -> str:
@@ -355,6 +395,34 @@ def fill(page: str, tables: dict[str, str]) -> str:
     return page
 
 
+def tasks_of(rows: Sequence[Row], last_step: int) -> list[str]:
+    """Tasks with runs of this length, broken-off ones included, in the order of the file."""
+    return list(dict.fromkeys(row["task"] for row in rows if int(row["last_step"]) == last_step))
+
+
+def learning_curves(results: Sequence[Row]) -> tuple[dict[str, str], dict[str, Runs]]:
+    """
+    Everything about the runs of ``results.csv``.
+
+    :param results: Its rows.
+    :return: Tables by name, and what figures show by the figure's name.
+    """
+    rows = [row for row in results if not row["algo"].startswith(PREFIX)]
+    ablations = [row for row in results if row["algo"] == ABLATED or row["algo"].startswith(PREFIX)]
+    ablated = list(dict.fromkeys(row["task"] for row in results if row["algo"].startswith(PREFIX)))
+    tables = {f"screen_{task}": screen_table(rows, task, SCREEN) for task in tasks_of(rows, SCREEN)}
+    tables |= {f"ablations_{task}": screen_table(ablations, task, SCREEN) for task in ablated}
+    figures = {}
+    for length in sorted({int(row["last_step"]) for row in rows} - {SCREEN}):
+        if runs := finished_runs(comparable([row for row in rows if int(row["last_step"]) == length]), length):
+            tables |= {f"returns_{length}": returns_table(runs), f"thresholds_{length}": thresholds_table(runs)}
+            figures[f"learning_curves_{length}"] = runs
+    finished = finished_runs(comparable([row for row in ablations if int(row["last_step"]) == SCREEN]), SCREEN)
+    if ablated := [task for task in ablated if task in finished]:
+        figures["ablations"] = {task: finished[task] for task in ablated}
+    return tables, figures
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=HERE, help="folder of the CSV files")
@@ -364,23 +432,14 @@ def main() -> None:
     def read(name: str) -> list[Row]:
         return list(csv.DictReader((arguments.results / f"{name}.csv").open()))
 
-    results = read("results")
-    rows = [row for row in results if not row["algo"].startswith(PREFIX)]
-    ablations = [row for row in results if row["algo"] == ABLATED or row["algo"].startswith(PREFIX)]
-    ablated = {row["task"] for row in results if row["algo"].startswith(PREFIX)}
-    curves = finished_runs(comparable([row for row in rows if int(row["last_step"]) == 100_000]), 100_000)
-    tables = {
-        **{f"screen_{task}": screen_table(rows, task, 40_000) for task in ("HalfCheetah-v5", "Hopper-v5", "Walker2d-v5")},
-        **{f"ablations_{task}": screen_table(ablations, task, 40_000) for task in ablated},
-        "returns": returns_table(curves),
-        "thresholds": thresholds_table(curves),
-        "bandit": bandit_table(read("bandit")),
-        "multi_goal": multi_goal_table(read("multi_goal")),
-    }
+    tables, curves = learning_curves(read("results"))
+    tables |= {"bandit": bandit_table(read("bandit")), "multi_goal": multi_goal_table(read("multi_goal"))}
     page = arguments.docs / "results.md"
     page.write_text(fill(page.read_text(), tables))
     figures = arguments.docs / "figures"
-    draw_curves(curves, figures / "learning_curves.png")
+    for name, runs in curves.items():
+        draw_curves(runs, figures / f"{name}.png")
+    draw_multi_goal(read("multi_goal"), figures / "multi_goal.png")
     draw_bandit(read("bandit_samples"), figures / "bandit.png")
     draw_chain(read("bandit_chain"), figures / "chain.gif")
 

@@ -14,6 +14,7 @@ evaluations and all else on the machine included; ``train_minutes`` of processor
 import argparse
 import csv
 import functools
+import importlib.metadata
 import os
 import shutil
 import subprocess
@@ -35,7 +36,8 @@ CHECKPOINT, EVALUATIONS = "run.zip", "evaluations.jsonl"
 RUN = ["task", "algo", "seed", "last_step"]
 COLUMNS = ["task", "algo", "seed", "step", "mean_return", "std_return", "episodes", "minutes", "last_step"]
 COLUMNS += ["single_return", "train_minutes"]
-SETUP = ["commit", "sb3_qvpo", "stable_baselines3", "torch", "cpu", "threads"]
+OTHERS = ["sb3_contrib", "rl_zoo3", "gymnasium", "mujoco"]
+SETUP = ["commit", "sb3_qvpo", "stable_baselines3", "torch", "cpu", "threads", *OTHERS]
 
 
 FEWER: dict[str, Any] = dict(n_train_candidates=16)
@@ -230,7 +232,15 @@ def setup() -> dict[str, Any]:
     import sb3_qvpo
 
     versions = [sb3_qvpo.__version__, stable_baselines3.__version__, torch.__version__]
-    return dict(zip(SETUP, [commit(), *versions, processor(), 1], strict=True))
+    return dict(zip(SETUP, [commit(), *versions, processor(), 1, *map(installed, OTHERS)], strict=True))
+
+
+def installed(package: str) -> str:
+    """The version of a package; nothing where it is not installed: not all studies need all."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
 
 
 def read(file: Path) -> list[dict[str, str]]:
