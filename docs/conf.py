@@ -14,4 +14,9 @@ exclude_patterns = ["_build"]
 html_theme = "sphinx_rtd_theme"
 
 autodoc_member_order = "bysource"
-autodoc_typehints = "none"  # the signature would hide the description of each parameter
+autodoc_inherit_docstrings = False  # else classes show what torch says of the constructor of any module
+autoclass_content = "both"  # or types of a constructor's parameters would be missing
+autodoc_typehints = "description"  # types beside each parameter; in the signature they would hide its description
+autodoc_typehints_description_target = "documented"
+autodoc_typehints_format = "short"
+autodoc_preserve_defaults = True

@@ -1,7 +1,7 @@
 """
 Train on Pendulum-v1 with normalised observations, export the policy to ONNX, and drive the pendulum with onnxruntime alone.
 
-Needs ``pip install "sb3-qvpo[export]"``. The exported file takes raw observations: the normalisation is inside.
+Needs ``pip install ".[export]"`` in a clone. The exported file takes raw observations: the normalisation is inside.
 """
 
 import argparse

@@ -1,7 +1,8 @@
 """
 Hindsight experience replay on FetchReach-v4: move a gripper to a point, with a reward of 0 there and -1 elsewhere.
 
-Needs ``pip install gymnasium-robotics "mujoco<3.12"``. Observations are normalised, without which learning takes longer.
+Needs ``pip install gymnasium-robotics "mujoco<3.12"`` (with newer ones FetchReach does not start). Observations are
+normalised, without which learning takes longer.
 """
 
 import argparse

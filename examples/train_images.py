@@ -1,7 +1,8 @@
 """
 Learn from images: point at a bright spot. One image of 36 x 36 pixels, one action, the reward falls with the distance.
 
-``CnnPolicy`` encodes each image once for all its candidates.
+``CnnPolicy`` encodes each image once for all its candidates. Always pointing at the centre is 0.79 away, the mean over all
+places of the spot.
 """
 
 import argparse

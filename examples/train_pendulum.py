@@ -1,7 +1,7 @@
 """
 Train a diffusion policy on Pendulum-v1 in a few minutes on two cores, and print what it has learnt.
 
-Needs ``pip install "sb3-qvpo[progress]"``.
+Needs ``pip install ".[progress]"`` in a clone. Returns of ten such runs: -146 to -203, ``benchmarks/learning/precision.csv``.
 """
 
 import argparse
