@@ -19,7 +19,7 @@ import values
 import yaml
 from evaluation import FixedEvaluation
 from helpers import tiny_qvpo
-from run import training_command
+from run import append, training_command
 from stable_baselines3.common.callbacks import EvalCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
@@ -204,6 +204,17 @@ def test_other_algorithms_get_their_tuned_settings(tmp_path):
         assert settings["HalfCheetah-v5"]["learning_starts"] == learning_starts, algo
     assert "-conf" not in training_command("Pendulum-v1", "sac", 0, tmp_path, 10, ["--eval-freq", "5"])
     assert "-conf" not in training_command("HalfCheetah-v5", "qvpo_nd16", 0, tmp_path, 10, ["--eval-freq", "5"])
+
+
+def test_files_get_the_columns_that_they_lack(tmp_path):
+    """What an earlier version wrote stays, and a run of hours is not lost for a column."""
+    file = tmp_path / "new" / "a.csv"
+    append(file, [{"a": 1}], ["a", "b"])
+    append(file, [{"c": 3, "b": "x"}, {"a": 2, "c": 4, "b": "y,z"}])
+    assert file.read_text() == 'a,b,c\n1,,\n,x,3\n2,"y,z",4\n'
+    append(file, [{"c": 5}])
+    assert file.read_text().splitlines()[-1] == ",,5"
+    assert [path.name for path in file.parent.iterdir()] == ["a.csv"]
 
 
 def test_learning_curves_are_resumed(tmp_path):

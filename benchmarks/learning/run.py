@@ -264,24 +264,34 @@ def remove(file: Path, rows: list[dict[str, str]]) -> None:
     if not rows:
         return
     kept = [row for row in read(file) if row not in rows]
+    write(file, kept, next(csv.reader(file.open())))
+
+
+def write(file: Path, rows: list[dict[str, str]], columns: list[str]) -> None:
+    """A file anew, in one step; nothing where a row lacks a column."""
     beside = file.with_suffix(".new")
     with beside.open("w", newline="") as opened:
-        writer = csv.DictWriter(opened, [*COLUMNS, *SETUP], lineterminator="\n")
+        writer = csv.DictWriter(opened, columns, lineterminator="\n")
         writer.writeheader()
-        writer.writerows(kept)
+        writer.writerows(rows)
     beside.replace(file)
 
 
 def append(file: Path, rows: list[dict[str, Any]], columns: list[str] | None = None) -> None:
-    """Add rows to a file, which keeps its columns; a new one gets those that are named, or those of the rows."""
-    is_new = not file.exists()
+    """
+    Add rows to a file.
+
+    :param file: It keeps its columns; those that it lacks come after them, empty in the rows that are there.
+    :param rows: Rows.
+    :param columns: Columns of a new file, by default those of the rows.
+    """
     file.parent.mkdir(parents=True, exist_ok=True)
-    columns = (columns or list(rows[0])) if is_new else next(csv.reader(file.open()))
+    known = next(csv.reader(file.open()), []) if file.exists() else (columns or [])
+    wanted = [*known, *(name for name in rows[0] if name not in known)]
+    if not file.exists() or wanted != known:
+        write(file, read(file), wanted)
     with file.open("a", newline="") as opened:
-        writer = csv.DictWriter(opened, columns, lineterminator="\n")
-        if is_new:
-            writer.writeheader()
-        writer.writerows(rows)
+        csv.DictWriter(opened, wanted, lineterminator="\n").writerows(rows)
 
 
 def main() -> None:
