@@ -1,7 +1,7 @@
 """
 Where ``learn()`` spends its time with the paper's settings: update, environment, action, and all the rest.
 
-``python benchmarks/bench_learn.py [--threads 2] [--repeats 3]``; needs ``pip install "sb3-qvpo[mujoco]"``.
+``python benchmarks/bench_learn.py [--threads 2] [--repeats 3]``; needs ``pip install ".[mujoco]"``.
 """
 
 import sys

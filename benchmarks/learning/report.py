@@ -5,7 +5,7 @@ Draws ``docs/figures/*.png`` and fills the tables in ``docs/results.md`` between
 Interquartile means and 95 % intervals are rliable's: stratified bootstrap over seeds, percentiles of 2 000 resamples. Runs
 that did not come to their end count in the tables of 40 000 steps only. Every other length of finished runs has tables
 ``returns_LENGTH`` and ``thresholds_LENGTH`` and a figure of its own. Needs rliable, which comes with
-``pip install "sb3-qvpo[zoo]"``. For runs of one's own: ``--results FOLDER --docs FOLDER``.
+``pip install ".[zoo]"``. For runs of one's own: ``--results FOLDER --docs FOLDER``.
 """
 
 import argparse

@@ -8,7 +8,7 @@ broken off is resumed from its checkpoint, taken at each evaluation and kept in 
 one thread. Columns of the CSV file: ``mean_return``, ``std_return`` over ``episodes`` episodes, the same ones each time, with
 deterministic actions (QVPO: the best of 32), ``single_return`` with one sample of QVPO's policy; ``minutes`` since the start,
 evaluations and all else on the machine included; ``train_minutes`` of processor time without evaluations. Needs
-``pip install "sb3-qvpo[mujoco,zoo]"``.
+``pip install ".[mujoco,zoo]"``.
 """
 
 import argparse

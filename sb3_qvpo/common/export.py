@@ -249,7 +249,7 @@ def _to_onnx(decision: Decision) -> bytes:
     """
     missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
     if missing:
-        raise ImportError(f'{" and ".join(missing)} needed for format="onnx": pip install "sb3-qvpo[export]"')
+        raise ImportError(f'{" and ".join(missing)} needed for format="onnx": pip install {" ".join(missing)}')
     import onnx
 
     observation_space = decision.policy.observation_space
