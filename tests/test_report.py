@@ -47,12 +47,12 @@ def test_interquartile_mean_and_interval_are_scipys(stored):
     theirs = stats.bootstrap(
         list(scores.T),
         statistic,
-        n_resamples=10_000,
+        n_resamples=20_000,
         method="percentile",
         vectorized=True,
         random_state=np.random.RandomState(1),
     ).confidence_interval
-    ours = report.interval(scores, 10_000)
+    ours = report.interval(scores, 20_000)
     np.testing.assert_allclose(ours, theirs, rtol=0.02)
     assert ours[0] < report.interquartile_mean(scores) < ours[1]
 

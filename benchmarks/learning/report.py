@@ -297,6 +297,11 @@ def bandit_table(rows: Sequence[Row]) -> str:
 GOALS = ("right", "left", "top", "bottom")
 
 
+def policy_name(setting: str, candidates: str) -> str:
+    """What a policy of the four goals is called: QVPO's by the number of its candidates, too."""
+    return f"{setting}, best of {candidates}" if setting.startswith("QVPO") else setting
+
+
 def draw_multi_goal(rows: Sequence[Row], file: Path) -> None:
     """A bar for each seed at the end of training: above the goals of 200 episodes, below the quarters of first actions."""
     groups = last_rows(rows, "setting", "candidates")
@@ -307,8 +312,7 @@ def draw_multi_goal(rows: Sequence[Row], file: Path) -> None:
             shares = counts / (200 if kind == "reached" else 1_000)
             for j, goal in enumerate(GOALS):
                 axis.bar([row["seed"] for row in group], shares[:, j], bottom=shares[:, :j].sum(axis=1), label=goal)
-        name = f"{setting},\nbest of {candidates}" if setting.startswith("QVPO") else setting
-        axes[0, i].set_title(name.replace("QVPO, ", "QVPO,\n"), fontsize=8)
+        axes[0, i].set_title(policy_name(setting, candidates).replace(", ", ",\n"), fontsize=8)
         axes[1, i].set_xlabel("seed")
     axes[0, 0].set_ylabel("share of 200 episodes\nthat reach the goal")
     axes[1, 0].set_ylabel("share of 1 000 first actions\ntowards the goal")
@@ -326,14 +330,13 @@ def multi_goal_table(rows: Sequence[Row]) -> str:
     for (setting, candidates), group in last_rows(rows, "setting", "candidates").items():
         reached = np.array([[int(row[f"reached_{goal}"]) for goal in GOALS] for row in group])
         first = np.array([[int(row[f"first_{goal}"]) for goal in GOALS] for row in group])
-        name = f"{setting}, best of {candidates}" if setting.startswith("QVPO") else setting
         cells = [
             ", ".join(map(str, (reached >= 10).sum(axis=1))),
             f"{(reached.max(axis=1) / 200).mean():.0%}",
             f"{(first.max(axis=1) / first.sum(axis=1)).mean():.0%}",
             spread([float(row["return"]) for row in group], 0),
         ]
-        lines.append(f"| {name} | {len(group)} | {' | '.join(cells)} |")
+        lines.append(f"| {policy_name(setting, candidates)} | {len(group)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -396,9 +399,9 @@ def fill(page: str, tables: dict[str, str]) -> str:
     return page
 
 
-def tasks_of(rows: Sequence[Row], last_step: int) -> list[str]:
-    """Tasks with runs of this length, broken-off ones included, in the order of the file."""
-    return list(dict.fromkeys(row["task"] for row in rows if int(row["last_step"]) == last_step))
+def timed_runs(rows: Sequence[Row], last_step: int) -> Runs:
+    """Finished runs of one length, with the times that can be compared among them."""
+    return finished_runs(comparable([row for row in rows if int(row["last_step"]) == last_step]), last_step)
 
 
 def learning_curves(results: Sequence[Row]) -> tuple[dict[str, str], dict[str, Runs]]:
@@ -410,17 +413,17 @@ def learning_curves(results: Sequence[Row]) -> tuple[dict[str, str], dict[str, R
     """
     rows = [row for row in results if not row["algo"].startswith(PREFIX)]
     ablations = [row for row in results if row["algo"] == ABLATED or row["algo"].startswith(PREFIX)]
-    ablated = list(dict.fromkeys(row["task"] for row in results if row["algo"].startswith(PREFIX)))
-    tables = {f"screen_{task}": screen_table(rows, task, SCREEN) for task in tasks_of(rows, SCREEN)}
+    ablated = dict.fromkeys(row["task"] for row in results if row["algo"].startswith(PREFIX))
+    screened = dict.fromkeys(row["task"] for row in rows if int(row["last_step"]) == SCREEN)
+    tables = {f"screen_{task}": screen_table(rows, task, SCREEN) for task in screened}
     tables |= {f"ablations_{task}": screen_table(ablations, task, SCREEN) for task in ablated}
     figures = {}
     for length in sorted({int(row["last_step"]) for row in rows} - {SCREEN}):
-        if runs := finished_runs(comparable([row for row in rows if int(row["last_step"]) == length]), length):
+        if runs := timed_runs(rows, length):
             tables |= {f"returns_{length}": returns_table(runs), f"thresholds_{length}": thresholds_table(runs)}
             figures[f"learning_curves_{length}"] = runs
-    finished = finished_runs(comparable([row for row in ablations if int(row["last_step"]) == SCREEN]), SCREEN)
-    if ablated := [task for task in ablated if task in finished]:
-        figures["ablations"] = {task: finished[task] for task in ablated}
+    if drawn := {task: runs for task, runs in timed_runs(ablations, SCREEN).items() if task in ablated}:
+        figures["ablations"] = drawn
     return tables, figures
 
 
