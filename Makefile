@@ -19,8 +19,9 @@ train: $(READY)
 
 test: lint type pytest
 
+# Two processes, the tests of a file in one of them, in the order of tests/conftest.py. One thread each: the models are tiny
 pytest: $(READY)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow -s
