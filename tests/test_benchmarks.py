@@ -10,11 +10,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import timing
 import torch as th
+import toy_tasks
 import values
 import yaml
 from evaluation import FixedEvaluation
@@ -319,3 +321,33 @@ def test_documents_show_what_the_files_say():
     assert len(pairs) > 20
     for shown, numbers in pairs:
         np.testing.assert_allclose(shown, numbers, rtol=0.03, atol=0.05)
+
+
+def test_a_policy_that_must_follow():
+    """The task's closed form, the search for the critics' best action, and that rewards change with the best actions."""
+    env = toy_tasks.FollowEnv()
+    states = np.random.default_rng(0).normal(size=(50, 4)).astype(np.float32)
+    best = env.best_actions(states)
+    np.testing.assert_array_equal(env.rewards(states, best), 0)
+    np.testing.assert_allclose(env.rewards(states, best + 0.1), -6 * 0.1**2)
+    assert toy_tasks.root_mean_square(best - toy_tasks.FollowEnv(1).best_actions(states)) > 0.3
+    state, _ = env.reset(seed=0)
+    _, reward, terminated, _, _ = env.step(np.zeros(6, np.float32))
+    assert terminated and reward == env.rewards(state[None], np.zeros((1, 6)))[0]
+
+    goals = th.as_tensor(best, dtype=th.float32)
+    critics = [lambda actions, i=i: i - (actions - goals).square().sum(dim=1, keepdim=True) for i in range(2)]
+    model = SimpleNamespace(critic=lambda states, actions: [critic(actions) for critic in critics])
+    start = np.zeros_like(best, dtype=np.float32)
+    np.testing.assert_allclose(toy_tasks.best_of_critics(model, th.as_tensor(states), start), best, atol=0.01)
+    assert not start.any()
+
+
+@pytest.mark.parametrize("setting", ["SAC", "... without the delay"])
+def test_the_study_of_policies_that_must_follow(setting):
+    rows = toy_tasks.follow(setting, 0, timesteps=72)
+    assert [(row["step"], row["moment"]) for row in rows] == [
+        *[(48, "before"), (48, "at once"), (51, "after 3"), (54, "after 6"), (60, "after 12"), (72, "after 24")]
+    ]
+    # Untrained networks: neither policy nor critics have moved, the best actions have
+    assert rows[0]["std"] == pytest.approx(rows[1]["std"], rel=0.1) and rows[0]["distance"] != rows[1]["distance"]

@@ -157,6 +157,16 @@ def test_tables_of_the_toy_tasks():
         for seed, count in enumerate(counts)
     ]
     assert report.multi_goal_table(goals).splitlines()[2:] == ["| QVPO, best of 4 | 2 | 2, 1 | 98% | 80% | 5 ± 5 |"]
+    follow = [
+        {"setting": "a", "seed": seed, "moment": moment, "distance": distance, "std": "0.2", "critics_distance": "0.3"}
+        for seed, distances in (("0", ("0.1", "0.5")), ("1", ("0.3", "0.6")))
+        for moment, distance in zip(("before", "after 5"), distances, strict=True)
+    ]
+    assert report.follow_table(follow).splitlines() == [
+        "| setting | seeds | deviation of samples | distance before | after 5 | critics' best, after 5 |",
+        "|---|---|---|---|---|---|",
+        "| a | 2 | 0.20 | 0.20 | 0.55 | 0.30 |",
+    ]
 
 
 def test_every_length_of_runs_is_shown(monkeypatch):

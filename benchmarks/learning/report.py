@@ -340,6 +340,24 @@ def multi_goal_table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
+def follow_table(rows: Sequence[Row]) -> str:
+    """How far the policy is from the best actions before and after they change, means over seeds."""
+    moments = list(dict.fromkeys(row["moment"] for row in rows))
+    lines = [f"| setting | seeds | deviation of samples | distance {' | '.join(moments)} | critics' best, {moments[-1]} |"]
+    lines.append("|---" * (4 + len(moments)) + "|")
+    for setting in dict.fromkeys(row["setting"] for row in rows):
+        at: dict[str, list[Row]] = {
+            m: [row for row in rows if (row["setting"], row["moment"]) == (setting, m)] for m in moments
+        }
+
+        def mean(moment: str, name: str, at: dict[str, list[Row]] = at) -> str:
+            return f"{np.mean([float(row[name]) for row in at[moment]]):.2f}"
+
+        cells = [str(len(at[moments[0]])), mean(moments[0], "std"), *(mean(moment, "distance") for moment in moments)]
+        lines.append(f"| {setting} | {' | '.join(cells)} | {mean(moments[-1], 'critics_distance')} |")
+    return "\n".join(lines)
+
+
 def contours(axis: Axes) -> None:
     """The bandit's reward."""
     grid = np.stack(np.meshgrid(*[np.linspace(-2, 2, 200)] * 2), -1)
@@ -401,7 +419,9 @@ def fill(page: str, tables: dict[str, str]) -> str:
 
 def timed_runs(rows: Sequence[Row], last_step: int) -> Runs:
     """Finished runs of one length, with the times that can be compared among them."""
-    return finished_runs(comparable([row for row in rows if int(row["last_step"]) == last_step]), last_step)
+    of_task = finished_runs(rows, last_step).values()
+    finished = [row for algos in of_task for seeds in algos.values() for run in seeds.values() for row in run]
+    return finished_runs(comparable(finished), last_step)
 
 
 def learning_curves(results: Sequence[Row]) -> tuple[dict[str, str], dict[str, Runs]]:
@@ -438,6 +458,7 @@ def main() -> None:
 
     tables, curves = learning_curves(read("results"))
     tables |= {"bandit": bandit_table(read("bandit")), "multi_goal": multi_goal_table(read("multi_goal"))}
+    tables["follow"] = follow_table(read("follow"))
     page = arguments.docs / "results.md"
     page.write_text(fill(page.read_text(), tables))
     figures = arguments.docs / "figures"

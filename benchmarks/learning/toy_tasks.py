@@ -1,8 +1,10 @@
 """
-The bandit of the paper's Figure 2 and four equally good goals: how many good actions does a policy keep?
+The bandit of the paper's Figure 2 and four equally good goals: how many good actions does a policy keep? And how fast does a
+policy that has become narrow follow when other actions become the best ones?
 
-``python benchmarks/learning/toy_tasks.py bandit --seeds 0 1 2`` and ``... multi_goal --seeds 0 1 2 3 4``. The tasks are those
-of ``examples/``. What is in the CSV file already is not run again. Each run has one thread. Needs matplotlib.
+``python benchmarks/learning/toy_tasks.py bandit --seeds 0 1 2``, ``... multi_goal --seeds 0 1 2 3 4`` and ``... follow``. The
+first two tasks are those of ``examples/``. What is in the CSV file already is not run again. Each run has one thread. Needs
+matplotlib.
 ``... samples`` writes what the figure of the bandit and the animation of a chain show, ``bandit_samples.csv`` and
 ``bandit_chain.csv``.
 """
@@ -23,6 +25,7 @@ import numpy as np
 import torch as th
 from stable_baselines3 import SAC, TD3
 from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.noise import NormalActionNoise
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))  # is no package
 
@@ -76,10 +79,10 @@ MULTI_GOAL: dict[str, tuple[type[BaseAlgorithm], dict[str, Any]]] = {
 }
 
 
-def samples(model: BaseAlgorithm, observation: np.ndarray, n: int, n_candidates: int) -> np.ndarray:
-    """Actions of the policy for one observation, for QVPO the best of so many candidates."""
+def samples(model: BaseAlgorithm, observations: np.ndarray, n_candidates: int) -> np.ndarray:
+    """An action of the policy for each observation, for QVPO the best of so many candidates."""
     with best_of(model.policy, n_candidates) if isinstance(model, QVPO) else nullcontext():
-        return model.predict(np.repeat(observation[None], n, axis=0))[0]
+        return model.predict(observations)[0]
 
 
 def bandit(setting: str, seed: int, timesteps: int = 4_000) -> list[Row]:
@@ -89,7 +92,7 @@ def bandit(setting: str, seed: int, timesteps: int = 4_000) -> list[Row]:
     rows = []
     for i in range(4):
         model.learn(timesteps // 4, reset_num_timesteps=i == 0)
-        actions = samples(model, np.zeros(1, np.float32), 2_000, 1)
+        actions = samples(model, np.zeros((2_000, 1), np.float32), 1)
         near = (np.linalg.norm(actions[:, None] - PEAKS, axis=-1) < 0.3).mean(axis=0)
         numbers = {"reward": ThreePeaksEnv.reward(actions).mean(), "std": actions.std(axis=0).mean()}
         numbers |= {f"peak_{i}": share for i, share in enumerate(near)}
@@ -114,12 +117,12 @@ def multi_goal(setting: str, seed: int, timesteps: int = 6_000) -> list[Row]:
             for _ in range(200):
                 (observation, _), over, total = env.reset(), False, 0.0
                 while not over:
-                    action = samples(model, observation, 1, n_candidates)[0]
+                    action = samples(model, observation[None], n_candidates)[0]
                     observation, reward, terminated, truncated, info = env.step(action)
                     total, over = total + reward, terminated or truncated
                 reached[info["goal"]] += terminated
                 returns.append(total)
-            first = samples(model, np.zeros(2, np.float32), 1_000, n_candidates)
+            first = samples(model, np.zeros((1_000, 2), np.float32), n_candidates)
             # Quarters around the directions to the goals: right, top, left, bottom
             quarters = np.bincount(np.round(np.arctan2(first[:, 1], first[:, 0]) / (np.pi / 2)).astype(int) % 4, minlength=4)
             goals = dict(zip(("right", "left", "top", "bottom"), reached.tolist(), strict=True))
@@ -132,6 +135,121 @@ def multi_goal(setting: str, seed: int, timesteps: int = 6_000) -> list[Row]:
                     "first_length": round(float(np.linalg.norm(first, axis=1).mean()), 3),
                 }
             )
+    return rows
+
+
+class FollowEnv(gym.Env[np.ndarray, np.ndarray]):
+    """
+    Reward ``-|a - f(s)|^2``, one step an episode, with as many actions as a walking robot has.
+
+    :param goal: Which of two functions f.
+    """
+
+    def __init__(self, goal: int = 0) -> None:
+        self.observation_space = gym.spaces.Box(-np.inf, np.inf, (4,), np.float32)
+        self.action_space = gym.spaces.Box(-1, 1, (6,), np.float32)
+        self.goal = goal
+
+    def best_actions(self, states: np.ndarray) -> np.ndarray:
+        """
+        The two functions: random networks with values in [-0.6, 0.6].
+
+        :param states: Of shape (N, 4).
+        :return: Actions of shape (N, 6).
+        """
+        rng = np.random.default_rng(self.goal)
+        first, second = rng.normal(size=(4, 16)), rng.normal(size=(16, 6))
+        return 0.6 * np.tanh(np.tanh(states @ first) @ second / 2)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict[str, Any]]:
+        super().reset(seed=seed)
+        self._state = self.np_random.normal(size=4).astype(np.float32)
+        return self._state, {}
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        return self._state, float(self.rewards(self._state[None], action[None])[0]), True, False, {}
+
+    def rewards(self, states: np.ndarray, actions: np.ndarray) -> np.ndarray:
+        """
+        Rewards of any transitions.
+
+        :param states: Of shape (N, 4).
+        :param actions: Of shape (N, 6).
+        :return: Of shape (N,).
+        """
+        return -((actions - self.best_actions(states)) ** 2).sum(axis=-1)
+
+
+FAST = dict(n_train_candidates=8, n_uniform_actions=2, ent_coef=0.05, policy_delay=2)
+SAMPLED = dict(net_arch=[64, 64], n_sampling_steps=5)
+FOLLOW: dict[str, tuple[type[BaseAlgorithm], dict[str, Any]]] = {
+    "QVPO as in `qvpo_fast.yml`": (QVPO, dict(FAST, policy_kwargs=SAMPLED)),
+    "... without the delay": (QVPO, dict(FAST, policy_kwargs=SAMPLED, policy_delay=1)),
+    "... N_d 64": (QVPO, dict(FAST, policy_kwargs=SAMPLED, n_train_candidates=64)),
+    "... ent_coef 0": (QVPO, dict(FAST, policy_kwargs=SAMPLED, ent_coef=0.0)),
+    "... ent_coef 0.25": (QVPO, dict(FAST, policy_kwargs=SAMPLED, ent_coef=0.25)),
+    "... action noise 0.3": (
+        QVPO,
+        dict(FAST, policy_kwargs=SAMPLED, action_noise=NormalActionNoise(np.zeros(6), np.full(6, 0.3))),
+    ),
+    "SAC": (SAC, dict(policy_kwargs=dict(net_arch=[64, 64]))),
+}
+
+
+def root_mean_square(values: np.ndarray) -> float:
+    """Of all entries."""
+    return float(np.sqrt((values**2).mean()))
+
+
+def best_of_critics(model: BaseAlgorithm, states: th.Tensor, actions: np.ndarray) -> np.ndarray:
+    """
+    Where the minimum of the critics is largest.
+
+    :param states: Of shape (N, 4).
+    :param actions: Where the search starts, shape (N, 6).
+    :return: Actions of shape (N, 6).
+    """
+    best = th.tensor(actions, requires_grad=True)  # a copy
+    optimizer = th.optim.Adam([best], lr=0.02)
+    for _ in range(150):
+        optimizer.zero_grad()
+        (-th.stack(model.critic(states, best)).amin(dim=0).sum()).backward()
+        optimizer.step()
+        best.data.clamp_(-1, 1)
+    return best.detach().numpy()
+
+
+def follow(setting: str, seed: int, timesteps: int = 6_000) -> list[Row]:
+    """
+    How far the policy is from the best actions, after two thirds of the steps, and after f and all rewards in the replay
+    buffer have been replaced: at once, after 1/24, 1/12, 1/6 and 1/3 of the steps.
+    """
+    th.set_num_threads(1)
+    algorithm, arguments = FOLLOW[setting]
+    env = FollowEnv()
+    model = algorithm("MlpPolicy", env, learning_starts=500, batch_size=256, gamma=0.0, seed=seed, **arguments)
+    states = np.random.default_rng(seed).normal(size=(200, 4)).astype(np.float32)
+    rows = []
+
+    def measure(moment: str) -> None:
+        # 32 samples of the policy itself for each state
+        drawn = samples(model, np.repeat(states, 32, axis=0), 1).reshape(200, 32, 6)
+        mean, goals = drawn.mean(axis=1), env.best_actions(states)
+        critics = best_of_critics(model, th.as_tensor(states), mean)
+        numbers = {"distance": root_mean_square(mean - goals), "std": drawn.std(axis=1).mean()}
+        numbers |= {"critics_distance": root_mean_square(critics - goals), "to_critics": root_mean_square(mean - critics)}
+        rounded = {name: round(float(value), 3) for name, value in numbers.items()}
+        rows.append({"step": model.num_timesteps, "moment": moment, **rounded})
+
+    model.learn(timesteps * 2 // 3)
+    measure("before")
+    env.goal, buffer = 1, model.replay_buffer
+    known = slice(0, buffer.pos)
+    buffer.rewards[known, 0] = env.rewards(buffer.observations[known, 0], buffer.actions[known, 0])
+    measure("at once")
+    for part, before in ((24, 0), (12, timesteps // 24), (6, timesteps // 12), (3, timesteps // 6)):
+        model.learn(timesteps // part - before, reset_num_timesteps=False)
+        measure(f"after {timesteps // part}")
     return rows
 
 
@@ -159,7 +277,7 @@ def write_samples(folder: Path, timesteps: int = 4_000) -> None:
         model = QVPO("MlpPolicy", ThreePeaksEnv(), learning_starts=200, seed=0, device="cpu", **SMALL, ent_coef=ent_coef)
         for i in range(4):
             model.learn(timesteps // 4, reset_num_timesteps=i == 0)
-            points = samples(model, np.zeros(1, np.float32), 300, 1).round(3).tolist()
+            points = samples(model, np.zeros((300, 1), np.float32), 1).round(3).tolist()
             rows = [{"ent_coef": ent_coef, "step": model.num_timesteps, "x": x, "y": y} for x, y in points]
             append(folder / "bandit_samples.csv", rows)
             if ent_coef and i == 1:
@@ -171,6 +289,7 @@ def write_samples(folder: Path, timesteps: int = 4_000) -> None:
 STUDIES: dict[str, tuple[Callable[..., list[Row]], dict[str, Any]]] = {
     "bandit": (bandit, BANDIT),
     "multi_goal": (multi_goal, MULTI_GOAL),
+    "follow": (follow, FOLLOW),
 }
 
 
