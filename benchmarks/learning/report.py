@@ -49,6 +49,7 @@ NAMES = {
     "qvpo_ddpm5_nd8_delay2_batch128": "N_d 8, 5 DDPM steps, N_e 2 with ent_coef 0.05, policy_delay 2, batch_size 128",
     "qvpo_ddpm5_nd8_delay2_tau0.01": "N_d 8, 5 DDPM steps, N_e 2 with ent_coef 0.05, policy_delay 2, tau 0.01",
     "qvpo_ddpm5_nd8_delay2_lr6e-4": "N_d 8, 5 DDPM steps, N_e 2 with ent_coef 0.05, policy_delay 2, learning_rate 6e-4",
+    "qvpo_ddpm5_nd8_delay2_noise0.2": "N_d 8, 5 DDPM steps, N_e 2 with ent_coef 0.05, policy_delay 2, action noise 0.2",
     **{name: name.upper() for name in ("sac", "td3", "tqc")},
     "crossq": "CrossQ",
     **{f"fast_T{T}_ent{c}": f"T {T}, ent_coef {c}" for T in (5, 10, 20) for c in ("0.0", "0.05")},
@@ -343,8 +344,9 @@ def multi_goal_table(rows: Sequence[Row]) -> str:
 def follow_table(rows: Sequence[Row]) -> str:
     """How far the policy is from the best actions before and after they change, means over seeds."""
     moments = list(dict.fromkeys(row["moment"] for row in rows))
-    lines = [f"| setting | seeds | deviation of samples | distance {' | '.join(moments)} | critics' best, {moments[-1]} |"]
-    lines.append("|---" * (4 + len(moments)) + "|")
+    first, last = moments[2], moments[-1]  # after the change: first is at once
+    lines = [f"| setting | seeds | deviation of samples | distance {' | '.join(moments)} | critics' best {first} | {last} |"]
+    lines.append("|---" * (5 + len(moments)) + "|")
     for setting in dict.fromkeys(row["setting"] for row in rows):
         at: dict[str, list[Row]] = {
             m: [row for row in rows if (row["setting"], row["moment"]) == (setting, m)] for m in moments
@@ -354,7 +356,8 @@ def follow_table(rows: Sequence[Row]) -> str:
             return f"{np.mean([float(row[name]) for row in at[moment]]):.2f}"
 
         cells = [str(len(at[moments[0]])), mean(moments[0], "std"), *(mean(moment, "distance") for moment in moments)]
-        lines.append(f"| {setting} | {' | '.join(cells)} | {mean(moments[-1], 'critics_distance')} |")
+        cells += [mean(moment, "critics_distance") for moment in (first, last)]
+        lines.append(f"| {setting} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

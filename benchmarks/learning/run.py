@@ -72,6 +72,8 @@ ALGOS: dict[str, tuple[str, dict[str, Any]]] = {
     "qvpo_ddpm5_nd8_delay2_tau0.01": ("qvpo", {**FAST, "tau": 0.01}),
     # The policy moves half as often; does it have to move twice as far?
     "qvpo_ddpm5_nd8_delay2_lr6e-4": ("qvpo", {**FAST, "learning_rate": 6e-4, "qf_learning_rate": 3e-4}),
+    # A narrow policy's replay buffer has little that tells the critics about other actions
+    "qvpo_ddpm5_nd8_delay2_noise0.2": ("qvpo", {**FAST, "noise_type": "normal", "noise_std": 0.2}),
     # The paper's Figures 4 and 5 with the fast settings: entropy term and T, K_b and K_t, weighting, the authors' settings
     **{
         f"fast_T{T}_ent{c}": ("qvpo", {**FAST, "n_diffusion_steps": T, "ent_coef": c})

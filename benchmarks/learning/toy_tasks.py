@@ -182,16 +182,17 @@ class FollowEnv(gym.Env[np.ndarray, np.ndarray]):
 
 FAST = dict(n_train_candidates=8, n_uniform_actions=2, ent_coef=0.05, policy_delay=2)
 SAMPLED = dict(net_arch=[64, 64], n_sampling_steps=5)
+NOISE = NormalActionNoise(np.zeros(6), np.full(6, 0.3))
+# hyperparams/qvpo_fast.yml with one thing changed
 FOLLOW: dict[str, tuple[type[BaseAlgorithm], dict[str, Any]]] = {
     "QVPO as in `qvpo_fast.yml`": (QVPO, dict(FAST, policy_kwargs=SAMPLED)),
     "... without the delay": (QVPO, dict(FAST, policy_kwargs=SAMPLED, policy_delay=1)),
     "... N_d 64": (QVPO, dict(FAST, policy_kwargs=SAMPLED, n_train_candidates=64)),
     "... ent_coef 0": (QVPO, dict(FAST, policy_kwargs=SAMPLED, ent_coef=0.0)),
     "... ent_coef 0.25": (QVPO, dict(FAST, policy_kwargs=SAMPLED, ent_coef=0.25)),
-    "... action noise 0.3": (
-        QVPO,
-        dict(FAST, policy_kwargs=SAMPLED, action_noise=NormalActionNoise(np.zeros(6), np.full(6, 0.3))),
-    ),
+    "... action noise 0.3": (QVPO, dict(FAST, policy_kwargs=SAMPLED, action_noise=NOISE)),
+    "... 5 DDIM steps": (QVPO, dict(FAST, policy_kwargs=dict(SAMPLED, sampling_eta=0.0))),
+    "... all 20 steps": (QVPO, dict(FAST, policy_kwargs=dict(net_arch=[64, 64]))),
     "SAC": (SAC, dict(policy_kwargs=dict(net_arch=[64, 64]))),
 }
 
