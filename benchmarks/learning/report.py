@@ -347,17 +347,15 @@ def follow_table(rows: Sequence[Row]) -> str:
     first, last = moments[2], moments[-1]  # after the change: first is at once
     lines = [f"| setting | seeds | deviation of samples | distance {' | '.join(moments)} | critics' best {first} | {last} |"]
     lines.append("|---" * (5 + len(moments)) + "|")
+    groups: dict[tuple[str, str], list[Row]] = defaultdict(list)
+    for row in rows:
+        groups[row["setting"], row["moment"]].append(row)
     for setting in dict.fromkeys(row["setting"] for row in rows):
-        at: dict[str, list[Row]] = {
-            m: [row for row in rows if (row["setting"], row["moment"]) == (setting, m)] for m in moments
-        }
-
-        def mean(moment: str, name: str, at: dict[str, list[Row]] = at) -> str:
-            return f"{np.mean([float(row[name]) for row in at[moment]]):.2f}"
-
-        cells = [str(len(at[moments[0]])), mean(moments[0], "std"), *(mean(moment, "distance") for moment in moments)]
-        cells += [mean(moment, "critics_distance") for moment in (first, last)]
-        lines.append(f"| {setting} | {' | '.join(cells)} |")
+        shown = [(moments[0], "std"), *((moment, "distance") for moment in moments)]
+        shown += [(first, "critics_distance"), (last, "critics_distance")]
+        means = [np.mean([float(row[name]) for row in groups[setting, moment]]) for moment, name in shown]
+        n_seeds = len(groups[setting, moments[0]])
+        lines.append(f"| {setting} | {n_seeds} | {' | '.join(f'{mean:.2f}' for mean in means)} |")
     return "\n".join(lines)
 
 

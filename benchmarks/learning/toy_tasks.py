@@ -32,9 +32,10 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))  # is no package
 from bandit import PEAKS, ThreePeaksEnv
 from evaluation import best_of
 from multi_goal import MultiGoalEnv
-from run import append, setup
+from run import FAST, append, setup, steps
 
 from sb3_qvpo import QVPO
+from sb3_qvpo.common.candidates import minimum_q
 from sb3_qvpo.qvpo.weights import qadv
 
 HERE = Path(__file__).parent
@@ -180,19 +181,18 @@ class FollowEnv(gym.Env[np.ndarray, np.ndarray]):
         return -((actions - self.best_actions(states)) ** 2).sum(axis=-1)
 
 
-FAST = dict(n_train_candidates=8, n_uniform_actions=2, ent_coef=0.05, policy_delay=2)
-SAMPLED = dict(net_arch=[64, 64], n_sampling_steps=5)
+SMALL_FAST: dict[str, Any] = {**FAST, **steps(5, net_arch=[64, 64])}
 NOISE = NormalActionNoise(np.zeros(6), np.full(6, 0.3))
 # hyperparams/qvpo_fast.yml with one thing changed
 FOLLOW: dict[str, tuple[type[BaseAlgorithm], dict[str, Any]]] = {
-    "QVPO as in `qvpo_fast.yml`": (QVPO, dict(FAST, policy_kwargs=SAMPLED)),
-    "... without the delay": (QVPO, dict(FAST, policy_kwargs=SAMPLED, policy_delay=1)),
-    "... N_d 64": (QVPO, dict(FAST, policy_kwargs=SAMPLED, n_train_candidates=64)),
-    "... ent_coef 0": (QVPO, dict(FAST, policy_kwargs=SAMPLED, ent_coef=0.0)),
-    "... ent_coef 0.25": (QVPO, dict(FAST, policy_kwargs=SAMPLED, ent_coef=0.25)),
-    "... action noise 0.3": (QVPO, dict(FAST, policy_kwargs=SAMPLED, action_noise=NOISE)),
-    "... 5 DDIM steps": (QVPO, dict(FAST, policy_kwargs=dict(SAMPLED, sampling_eta=0.0))),
-    "... all 20 steps": (QVPO, dict(FAST, policy_kwargs=dict(net_arch=[64, 64]))),
+    "QVPO as in `qvpo_fast.yml`": (QVPO, SMALL_FAST),
+    "... without the delay": (QVPO, {**SMALL_FAST, "policy_delay": 1}),
+    "... N_d 64": (QVPO, {**SMALL_FAST, "n_train_candidates": 64}),
+    "... ent_coef 0": (QVPO, {**SMALL_FAST, "ent_coef": 0.0}),
+    "... ent_coef 0.25": (QVPO, {**SMALL_FAST, "ent_coef": 0.25}),
+    "... action noise 0.3": (QVPO, {**SMALL_FAST, "action_noise": NOISE}),
+    "... 5 DDIM steps": (QVPO, {**SMALL_FAST, **steps(5, 0.0, net_arch=[64, 64])}),
+    "... all 20 steps": (QVPO, {**SMALL_FAST, "policy_kwargs": dict(net_arch=[64, 64])}),
     "SAC": (SAC, dict(policy_kwargs=dict(net_arch=[64, 64]))),
 }
 
@@ -214,7 +214,7 @@ def best_of_critics(model: BaseAlgorithm, states: th.Tensor, actions: np.ndarray
     optimizer = th.optim.Adam([best], lr=0.02)
     for _ in range(150):
         optimizer.zero_grad()
-        (-th.stack(model.critic(states, best)).amin(dim=0).sum()).backward()
+        (-minimum_q(th.stack(model.critic(states, best))).sum()).backward()
         optimizer.step()
         best.data.clamp_(-1, 1)
     return best.detach().numpy()
