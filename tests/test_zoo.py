@@ -181,6 +181,16 @@ def stand_ins(monkeypatch):
 ENTRIES = [(config, name) for config, entries in CONFIGS.items() for name in entries]
 
 
+def set_up(env_id, folder, config=None, **hyperparams):
+    """The model that RL Zoo would train; ``buffer_size`` apart, which would take gigabytes."""
+    hyperparams = {"buffer_size": 200, **hyperparams}
+    arguments = type("Arguments", (), {})()
+    manager = ExperimentManager(
+        arguments, "qvpo", env_id, str(folder), config=config, eval_freq=-1, verbose=0, hyperparams=hyperparams
+    )
+    return manager.setup_experiment()[0]
+
+
 @pytest.mark.parametrize(("config", "name"), ENTRIES)
 @pytest.mark.usefixtures("stand_ins")
 def test_every_entry_builds_a_model(config, name, tmp_path, monkeypatch):
@@ -190,17 +200,8 @@ def test_every_entry_builds_a_model(config, name, tmp_path, monkeypatch):
     if name == "default":
         gym.register("Other-v0", entry_point="gymnasium.envs.classic_control.pendulum:PendulumEnv")
         env_id = "Other-v0"
-    manager = ExperimentManager(
-        type("Arguments", (), {})(),
-        "qvpo",
-        env_id,
-        str(tmp_path),
-        config=None if config == "qvpo" else str(zoo.hyperparams_folder() / f"{config}.yml"),
-        eval_freq=-1,
-        verbose=0,
-        hyperparams=dict(buffer_size=200),  # the only change: no gigabytes here
-    )
-    model, _ = manager.setup_experiment()
+    config_file = None if config == "qvpo" else str(zoo.hyperparams_folder() / f"{config}.yml")
+    model = set_up(env_id, tmp_path, config=config_file)
     assert type(model) is zoo.ZooQVPO
     entry = CONFIGS[config][name]
     numbers = ("n_behavior_candidates", "n_target_candidates", "n_train_candidates", "n_diffusion_steps", "policy_delay")
@@ -217,12 +218,19 @@ def test_the_fast_settings_change_the_cost_only():
     for name, entry in FAST.items():
         assert entry == {**PAPER[name], **changed}, name
     assert ALGOS["qvpo_ddpm5_nd8_delay2"] == ("qvpo", {**changed, "policy_kwargs": dict(n_sampling_steps=5, sampling_eta=1.0)})
-    for algo, settings in ALGOS.values():
-        if algo == "qvpo":
-            QVPO("MlpPolicy", "Pendulum-v1", buffer_size=10, device="cpu", **settings)
     official = ALGOS["fast_official"][1]
     for name in ("learning_rate", "qf_learning_rate", "max_grad_norm", "n_target_candidates", "ent_coef"):
         assert official[name] == OFFICIAL["HalfCheetah-v5"][name], name
+
+
+@pytest.mark.parametrize("name", [name for name, (algo, _) in ALGOS.items() if algo == "qvpo"])
+def test_the_settings_of_the_learning_curves_build_a_model(name, tmp_path):
+    """Some are RL Zoo's own, such as the kind of action noise."""
+    settings = ALGOS[name][1]
+    model = set_up("Pendulum-v1", tmp_path, **{"n_diffusion_steps": 20, **settings})  # as on MuJoCo
+    assert (model.action_noise is not None) == ("noise_type" in settings)
+    for key in {"n_behavior_candidates", "n_train_candidates", "policy_delay", "q_weighting"} & settings.keys():
+        assert getattr(model, key) == settings[key], key
 
 
 def test_the_official_settings_are_the_authors():
