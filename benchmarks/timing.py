@@ -24,6 +24,7 @@ from sb3_qvpo import QVPO, __version__
 from sb3_qvpo.common import fast
 
 HERE = Path(__file__).parent
+ROOT = HERE.parent
 Rows = list[dict[str, Any]]
 CPUINFO = Path("/proc/cpuinfo")
 
@@ -196,9 +197,14 @@ def processor() -> str:
 
 
 def commit() -> str:
-    """The commit that is measured; empty outside of a checkout."""
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    return subprocess.run(command, cwd=HERE, capture_output=True, text=True, check=False).stdout.strip()
+    """The commit that is measured, with a ``+`` if code has been changed since; empty outside of a checkout."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+
+    # Results that are being collected change nothing
+    changed = git("status", "--porcelain", "--", "sb3_qvpo", "hyperparams", "benchmarks", "examples", ":!*.csv")
+    return git("rev-parse", "--short", "HEAD") + "+" * bool(changed)
 
 
 def report(rows: Rows, arguments: argparse.Namespace) -> None:

@@ -205,7 +205,7 @@ def test_other_algorithms_get_their_tuned_settings(tmp_path):
         settings = yaml.safe_load(Path(command[command.index("-conf") + 1]).read_text())
         assert settings["HalfCheetah-v5"]["learning_starts"] == learning_starts, algo
     assert "-conf" not in training_command("Pendulum-v1", "sac", 0, tmp_path, 10, ["--eval-freq", "5"])
-    assert "-conf" not in training_command("HalfCheetah-v5", "qvpo_nd16", 0, tmp_path, 10, ["--eval-freq", "5"])
+    assert "-conf" not in training_command("HalfCheetah-v5", "qvpo_ddpm5", 0, tmp_path, 10, ["--eval-freq", "5"])
 
 
 def test_files_get_the_columns_that_they_lack(tmp_path):
@@ -351,3 +351,27 @@ def test_the_study_of_policies_that_must_follow(setting):
     ]
     # Untrained networks: neither policy nor critics have moved, the best actions have
     assert rows[0]["std"] == pytest.approx(rows[1]["std"], rel=0.1) and rows[0]["distance"] != rows[1]["distance"]
+
+
+def test_the_commit_of_changed_code_is_marked(tmp_path, monkeypatch):
+    """Not of CSV files: results of a run that goes on."""
+
+    def git(*arguments):
+        settings = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
+        subprocess.run(["git", *settings, *arguments], cwd=tmp_path, check=True, capture_output=True)
+
+    monkeypatch.setattr(timing, "ROOT", tmp_path)
+    assert timing.commit() == "", "no repository"
+    (tmp_path / "benchmarks").mkdir()
+    code, results = tmp_path / "benchmarks" / "run.py", tmp_path / "benchmarks" / "results.csv"
+    code.touch()
+    results.touch()
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "first")
+    clean = timing.commit()
+    assert len(clean) >= 7 and not clean.endswith("+")
+    results.write_text("1")
+    assert timing.commit() == clean
+    code.write_text("1")
+    assert timing.commit() == clean + "+"

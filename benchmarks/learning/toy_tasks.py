@@ -10,7 +10,6 @@ matplotlib.
 """
 
 import argparse
-import csv
 import multiprocessing
 import os
 import sys
@@ -32,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))  # is no package
 from bandit import PEAKS, ThreePeaksEnv
 from evaluation import best_of
 from multi_goal import MultiGoalEnv
-from run import FAST, append, setup, steps
+from run import FAST, append, read, setup, steps, write
 
 from sb3_qvpo import QVPO
 from sb3_qvpo.common.candidates import minimum_q
@@ -41,6 +40,7 @@ from sb3_qvpo.qvpo.weights import qadv
 HERE = Path(__file__).parent
 Row = dict[str, Any]
 SMALL = dict(learning_rate=1e-3, batch_size=64, policy_kwargs=dict(net_arch=[64, 64]))
+"""Of the bandit and the goals, for all algorithms."""
 
 
 def drawn_by_weight(q_values: th.Tensor) -> th.Tensor:
@@ -55,7 +55,6 @@ def drawn_by_weight(q_values: th.Tensor) -> th.Tensor:
     return th.zeros_like(weights).scatter(1, th.multinomial(weights, 1), weights.mean(dim=1, keepdim=True))
 
 
-# What is changed of the defaults (T 20, ent_coef 0.01, K_b 4): the paper's Figures 4 and 5, and its weightings
 BANDIT: dict[str, dict[str, Any]] = {
     **{f"T {T}, ent_coef {c}": dict(n_diffusion_steps=T, ent_coef=c) for T in (5, 10, 20) for c in (0.0, 0.01)},
     # K_t would change nothing: every step ends the episode
@@ -70,6 +69,8 @@ BANDIT: dict[str, dict[str, Any]] = {
         policy_kwargs=dict(net_arch=[64, 64, 64], optimizer_kwargs=dict(eps=1e-5)),
     ),
 }
+"""What is changed of the defaults (T 20, ent_coef 0.01, K_b 4): the paper's Figures 4 and 5, and its weightings."""
+
 MULTI_GOAL: dict[str, tuple[type[BaseAlgorithm], dict[str, Any]]] = {
     "QVPO": (QVPO, dict(n_train_candidates=16)),
     "QVPO, ent_coef 0.1": (QVPO, dict(n_train_candidates=16, ent_coef=0.1)),
@@ -78,6 +79,7 @@ MULTI_GOAL: dict[str, tuple[type[BaseAlgorithm], dict[str, Any]]] = {
     "SAC": (SAC, {}),
     "TD3": (TD3, {}),
 }
+"""Algorithms and what is changed of the defaults."""
 
 
 def samples(model: BaseAlgorithm, observations: np.ndarray, n_candidates: int) -> np.ndarray:
@@ -96,7 +98,7 @@ def bandit(setting: str, seed: int, timesteps: int = 4_000) -> list[Row]:
         actions = samples(model, np.zeros((2_000, 1), np.float32), 1)
         near = (np.linalg.norm(actions[:, None] - PEAKS, axis=-1) < 0.3).mean(axis=0)
         numbers = {"reward": ThreePeaksEnv.reward(actions).mean(), "std": actions.std(axis=0).mean()}
-        numbers |= {f"peak_{i}": share for i, share in enumerate(near)}
+        numbers |= {f"peak_{peak}": share for peak, share in enumerate(near)}
         rows.append({"step": model.num_timesteps, **{name: round(float(value), 3) for name, value in numbers.items()}})
     return rows
 
@@ -183,7 +185,6 @@ class FollowEnv(gym.Env[np.ndarray, np.ndarray]):
 
 SMALL_FAST: dict[str, Any] = {**FAST, **steps(5, net_arch=[64, 64])}
 NOISE = NormalActionNoise(np.zeros(6), np.full(6, 0.3))
-# hyperparams/qvpo_fast.yml with one thing changed
 FOLLOW: dict[str, tuple[type[BaseAlgorithm], dict[str, Any]]] = {
     "QVPO as in `qvpo_fast.yml`": (QVPO, SMALL_FAST),
     "... without the delay": (QVPO, {**SMALL_FAST, "policy_delay": 1}),
@@ -195,6 +196,7 @@ FOLLOW: dict[str, tuple[type[BaseAlgorithm], dict[str, Any]]] = {
     "... all 20 steps": (QVPO, {**SMALL_FAST, "policy_kwargs": dict(net_arch=[64, 64])}),
     "SAC": (SAC, dict(policy_kwargs=dict(net_arch=[64, 64]))),
 }
+"""``hyperparams/qvpo_fast.yml`` with one thing changed."""
 
 
 def root_mean_square(values: np.ndarray) -> float:
@@ -272,19 +274,22 @@ def chain(model: QVPO, n_candidates: int) -> list[np.ndarray]:
 def write_samples(folder: Path, timesteps: int = 4_000) -> None:
     """Samples of the policy at four moments of training, and one chain in the middle of it."""
     th.set_num_threads(1)
-    for file in (folder / "bandit_samples.csv", folder / "bandit_chain.csv"):
-        file.unlink(missing_ok=True)
+    drawn: list[Row] = []
+    denoised: list[Row] = []
     for ent_coef in (0.0, 0.01):
         model = QVPO("MlpPolicy", ThreePeaksEnv(), learning_starts=200, seed=0, device="cpu", **SMALL, ent_coef=ent_coef)
         for i in range(4):
             model.learn(timesteps // 4, reset_num_timesteps=i == 0)
             points = samples(model, np.zeros((300, 1), np.float32), 1).round(3).tolist()
-            rows = [{"ent_coef": ent_coef, "step": model.num_timesteps, "x": x, "y": y} for x, y in points]
-            append(folder / "bandit_samples.csv", rows)
+            drawn += [{"ent_coef": ent_coef, "step": model.num_timesteps, "x": x, "y": y} for x, y in points]
             if ent_coef and i == 1:
                 for step, state in enumerate(chain(model, 100)):
-                    rows = [{"step": step, "candidate": k, "x": x, "y": y} for k, (x, y) in enumerate(state.round(3).tolist())]
-                    append(folder / "bandit_chain.csv", rows)
+                    points = state.round(3).tolist()
+                    denoised += [{"step": step, "candidate": k, "x": x, "y": y} for k, (x, y) in enumerate(points)]
+    # In one step at the end: files that are there stay until then
+    for name, rows in (("bandit_samples", drawn), ("bandit_chain", denoised)):
+        folder.mkdir(parents=True, exist_ok=True)
+        write(folder / f"{name}.csv", rows, list(rows[0]))
 
 
 STUDIES: dict[str, tuple[Callable[..., list[Row]], dict[str, Any]]] = {
@@ -294,7 +299,7 @@ STUDIES: dict[str, tuple[Callable[..., list[Row]], dict[str, Any]]] = {
 }
 
 
-def run(study: str, timesteps: int | None, key: tuple[str, int]) -> tuple[tuple[str, int], list[Row]]:
+def run_one(study: str, timesteps: int | None, key: tuple[str, int]) -> tuple[tuple[str, int], list[Row]]:
     """One setting with one seed, in a process of its own."""
     changed = {} if timesteps is None else {"timesteps": timesteps}
     return key, STUDIES[study][0](*key, **changed)
@@ -307,17 +312,18 @@ def main() -> None:
     parser.add_argument("--settings", nargs="+", help="some of the study's settings; all by default")
     parser.add_argument("--timesteps", type=int, help="environment steps of each run")
     parser.add_argument("--processes", type=int, default=os.cpu_count())
-    parser.add_argument("--csv", type=Path, help="the study's CSV file beside this script by default; for samples a folder")
+    parser.add_argument("--csv", type=Path, help="the study's CSV file; beside this script by default")
+    parser.add_argument("--folder", type=Path, default=HERE, help="where samples are written")
     arguments = parser.parse_args()
     if arguments.study == "samples":
-        write_samples(arguments.csv or HERE, **({"timesteps": arguments.timesteps} if arguments.timesteps else {}))
+        write_samples(arguments.folder, **({"timesteps": arguments.timesteps} if arguments.timesteps else {}))
         return
     file = arguments.csv or HERE / f"{arguments.study}.csv"
-    done = {(row["setting"], int(row["seed"])) for row in csv.DictReader(file.open())} if file.exists() else set()
+    done = {(row["setting"], int(row["seed"])) for row in read(file)}
     settings = arguments.settings or list(STUDIES[arguments.study][1])
     waiting = [(setting, seed) for seed in arguments.seeds for setting in settings if (setting, seed) not in done]
     with multiprocessing.get_context("spawn").Pool(arguments.processes, maxtasksperchild=1) as pool:
-        for (setting, seed), rows in pool.imap_unordered(partial(run, arguments.study, arguments.timesteps), waiting):
+        for (setting, seed), rows in pool.imap_unordered(partial(run_one, arguments.study, arguments.timesteps), waiting):
             rows = [{"setting": setting, "seed": seed, **row, **setup()} for row in rows]
             append(file, rows)
             print(rows[-1], flush=True)

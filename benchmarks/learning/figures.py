@@ -1,0 +1,142 @@
+"""The figures of ``docs/results.md`` and of the README, from rows of the CSV files."""
+
+import hashlib
+import itertools
+import json
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("agg")
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.animation import FuncAnimation, PillowWriter
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+from selection import (
+    GOALS,
+    Row,
+    Runs,
+    column,
+    interquartile_mean,
+    interval,
+    label_of,
+    last_rows,
+    mean_over_timed,
+    ordered,
+    policy_name,
+)
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))  # is no package
+
+from bandit import ThreePeaksEnv
+
+
+def metadata(shown: Any) -> dict[str, str | None]:
+    """
+    What a figure's file carries beside the figure.
+
+    :param shown: The rows that are drawn.
+    :return: A digest of them, so that a test can tell a figure that is older than its CSV file.
+    """
+    digest = hashlib.sha256(json.dumps(shown, sort_keys=True).encode()).hexdigest()
+    return {"Software": None, "Description": digest}
+
+
+def draw_curves(runs: Runs, file: Path) -> None:
+    """
+    Interquartile means with intervals, one panel a task; above by steps, below by processor time. Dashed: means of single
+    samples of QVPO's policy, where the curve is the best of 32.
+    """
+    figure, panels = plt.subplots(2, len(runs), figsize=(4.5 * len(runs), 7), squeeze=False)
+    shown = ordered(list({algo for algos in runs.values() for algo in algos}))
+    colors = {algo: f"C{i}" for i, algo in enumerate(shown)}
+    for (task, algos), (above, below) in zip(runs.items(), panels.T, strict=True):
+        for algo in ordered(list(algos)):
+            returns = column(algos[algo], "mean_return")
+            means = [interquartile_mean(values[:, None]) for values in returns.T]
+            low, high = np.transpose([interval(values[:, None]) for values in returns.T])
+            for axis, name in ((above, "step"), (below, "train_minutes")):
+                x = mean_over_timed(column(algos[algo], name))  # NaN, which is not drawn, where none was timed
+                axis.plot(x, means, color=colors[algo])
+                axis.fill_between(x, low, high, alpha=0.2, color=colors[algo])
+            # NaN where they were not measured
+            single = column(algos[algo], "single_return").mean(axis=0)
+            above.plot(column(algos[algo], "step").mean(axis=0), single, "--", color=colors[algo], linewidth=1)
+        above.set_title(task)
+        above.set_xlabel("environment steps")
+        below.set_xlabel("training, minutes of one core")
+    panels[0, 0].set_ylabel("return")
+    panels[1, 0].set_ylabel("return")
+    lines = [Line2D([], [], color=colors[algo], label=label_of(algo)) for algo in shown]
+    figure.legend(handles=lines, loc="upper center", bbox_to_anchor=(0.5, 0), fontsize=8, ncol=min(2, len(runs)))
+    figure.tight_layout()
+    figure.savefig(file, dpi=100, bbox_inches="tight", metadata=metadata(runs))
+    plt.close(figure)
+
+
+def draw_multi_goal(rows: Sequence[Row], file: Path) -> None:
+    """A bar for each seed at the end of training: above the goals of 200 episodes, below the quarters of first actions."""
+    groups = last_rows(rows, "setting", "candidates")
+    figure, axes = plt.subplots(2, len(groups), figsize=(1.7 * len(groups), 5), sharey=True, squeeze=False)
+    for i, ((setting, candidates), group) in enumerate(groups.items()):
+        for axis, kind in zip(axes[:, i], ("reached", "first"), strict=True):
+            counts = np.array([[float(row[f"{kind}_{goal}"]) for goal in GOALS] for row in group])
+            shares = counts / (200 if kind == "reached" else 1_000)
+            for j, goal in enumerate(GOALS):
+                axis.bar([row["seed"] for row in group], shares[:, j], bottom=shares[:, :j].sum(axis=1), label=goal)
+        axes[0, i].set_title(policy_name(setting, candidates).replace(", ", ",\n"), fontsize=8)
+        axes[1, i].set_xlabel("seed")
+    axes[0, 0].set_ylabel("share of 200 episodes\nthat reach the goal")
+    axes[1, 0].set_ylabel("share of 1 000 first actions\ntowards the goal")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="upper center", bbox_to_anchor=(0.5, 0), ncol=4, fontsize=9)
+    figure.tight_layout()
+    figure.savefig(file, dpi=80, bbox_inches="tight", metadata=metadata(rows))
+    plt.close(figure)
+
+
+def contours(axis: Axes) -> None:
+    """The bandit's reward."""
+    grid = np.stack(np.meshgrid(*[np.linspace(-2, 2, 200)] * 2), -1)
+    axis.contour(grid[..., 0], grid[..., 1], ThreePeaksEnv.reward(grid), levels=[1, 5, 10, 20])
+    axis.set_xlim(-2, 2)
+    axis.set_ylim(-2, 2)
+
+
+def draw_bandit(rows: Sequence[Row], file: Path) -> None:
+    """Samples during training, without and with the entropy term: the paper's Figure 2."""
+    coefs, steps = (sorted({row[name] for row in rows}, key=float) for name in ("ent_coef", "step"))
+    figure, axes = plt.subplots(len(coefs), len(steps), figsize=(3 * len(steps), 3 * len(coefs)), squeeze=False)
+    for (i, coef), (j, step) in itertools.product(enumerate(coefs), enumerate(steps)):
+        points = [(float(row["x"]), float(row["y"])) for row in rows if (row["ent_coef"], row["step"]) == (coef, step)]
+        contours(axes[i, j])
+        axes[i, j].scatter(*np.transpose(points), s=3, alpha=0.4, color="black")
+        axes[i, j].set_title(f"ent_coef {coef}, {step} steps", fontsize=9)
+    figure.tight_layout()
+    figure.savefig(file, dpi=80, metadata=metadata(rows))
+    plt.close(figure)
+
+
+def draw_chain(rows: Sequence[Row], file: Path) -> None:
+    """An animation of the reverse chain of 100 candidates."""
+    states: dict[int, list[tuple[float, float]]] = defaultdict(list)
+    for row in rows:
+        states[int(row["step"])].append((float(row["x"]), float(row["y"])))
+    figure, axis = plt.subplots(figsize=(4, 4))
+    contours(axis)
+    points = axis.scatter([], [], s=8, color="black")
+    end = max(states)
+
+    def draw(frame: int) -> list[Artist]:
+        step = min(frame, end)  # the result stays for a while
+        points.set_offsets(states[step])
+        title = axis.set_title(f"{step} of {end} steps")
+        return [points, title]
+
+    FuncAnimation(figure, draw, frames=end + 11).save(file, PillowWriter(fps=5), dpi=70)
+    plt.close(figure)

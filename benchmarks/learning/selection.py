@@ -1,0 +1,158 @@
+"""
+Which runs of ``results.csv`` a table or figure shows, under which names, and their statistics over seeds.
+
+Interquartile means and 95 % intervals are rliable's: stratified bootstrap over seeds, percentiles of 2 000 resamples.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+
+import numpy as np
+from rliable import library, metrics
+
+NAMES = {
+    "qvpo": "QVPO with `qvpo.yml`",
+    "qvpo_shared10": "N_d 16, 10 shared steps",
+    "qvpo_ddim10": "N_d 16, 10 DDIM steps",
+    "qvpo_ddpm5": "N_d 16, 5 DDPM steps",
+    "qvpo_ddim5": "N_d 16, 5 DDIM steps",
+    "qvpo_ddim5_delay2": "N_d 16, 5 DDIM steps, policy_delay 2",
+    "qvpo_ddpm5_delay2": "N_d 16, 5 DDPM steps, policy_delay 2",
+    "qvpo_ddpm5_nd8": "N_d 8, 5 DDPM steps, N_e 2 with ent_coef 0.05",
+    "qvpo_ddpm5_nd8_delay2": "N_d 8, 5 DDPM steps, N_e 2 with ent_coef 0.05, policy_delay 2: `qvpo_fast.yml`",
+    "qvpo_ddpm5_nd8_delay2_batch128": "N_d 8, 5 DDPM steps, N_e 2 with ent_coef 0.05, policy_delay 2, batch_size 128",
+    "qvpo_ddpm5_nd8_delay2_tau0.01": "N_d 8, 5 DDPM steps, N_e 2 with ent_coef 0.05, policy_delay 2, tau 0.01",
+    "qvpo_ddpm5_nd8_delay2_noise0.2": "N_d 8, 5 DDPM steps, N_e 2 with ent_coef 0.05, policy_delay 2, action noise 0.2",
+    **{name: name.upper() for name in ("sac", "td3", "tqc")},
+    "crossq": "CrossQ",
+    **{f"fast_T{T}_ent{c}": f"T {T}, ent_coef {c}" for T in (5, 10, 20) for c in ("0.0", "0.05") if (T, c) != (20, "0.05")},
+    **{f"fast_Kb{b}_Kt{t}": f"K_b {b}, K_t {t}" for b, t in ((1, 1), (4, 1), (4, 2), (4, 4), (20, 2))},
+    "fast_qcut": "qcut",
+    "fast_official": "the authors' settings, otherwise as `qvpo_fast.yml`",
+}
+"""What a setting is called in tables, in their order; in legends with QVPO before it, from the colon on."""
+THRESHOLDS = {
+    "HalfCheetah-v5": [1000, 3000, 5000],
+    "Hopper-v5": [300, 500, 1000],
+    "Walker2d-v5": [300, 500, 1000],
+    "Ant-v5": [1000, 2000, 4000],
+    "Humanoid-v5": [500, 1000, 4000],
+    "Pendulum-v1": [-300, -200],
+    "BipedalWalker-v3": [0, 200, 300],
+    "LunarLanderContinuous-v3": [0, 200],
+}
+"""Returns to be reached, of every task in the tables; the last of BipedalWalker and LunarLander is Gymnasium's "solved"."""
+SCREEN = 40_000
+"""Steps of the tables that show every seed."""
+
+ABLATED, PREFIX = "qvpo_ddpm5_nd8_delay2", "fast_"
+"""The settings of which one thing each is varied as in the paper's Figures 4 and 5, and what the names of those begin with."""
+GOALS = ("right", "left", "top", "bottom")
+"""Names of the goals of ``examples/multi_goal.py``, in its order."""
+
+Row = dict[str, str]
+Runs = dict[str, dict[str, dict[int, list[Row]]]]
+"""Rows of finished runs by task, algorithm and seed."""
+
+
+def finished_runs(rows: Sequence[Row], last_step: int) -> Runs:
+    """Runs of one length that came to their end, each in the order of its steps."""
+    runs: Runs = defaultdict(lambda: defaultdict(dict))
+    ends = {(row["task"], row["algo"], row["seed"]) for row in rows if int(row["step"]) >= int(row["last_step"]) == last_step}
+    for row in sorted(rows, key=lambda row: int(row["step"])):
+        if int(row["last_step"]) == last_step and (row["task"], row["algo"], row["seed"]) in ends:
+            runs[row["task"]][row["algo"]].setdefault(int(row["seed"]), []).append(row)
+    return runs
+
+
+def interquartile_mean(scores: np.ndarray) -> float:
+    """The mean of the middle half of all runs, shape (seeds, tasks)."""
+    return float(metrics.aggregate_iqm(scores))
+
+
+def interval(scores: np.ndarray, n_resamples: int = 2_000) -> tuple[float, float]:
+    """Its 95 % stratified bootstrap interval: seeds are drawn anew within each task."""
+    if len(scores) == 1:  # drawing from one seed always gives that one
+        return (interquartile_mean(scores),) * 2
+    state = np.random.get_state()
+    np.random.seed(0)  # rliable draws from NumPy's global state, whatever random_state it is given
+    try:
+        _, intervals = library.get_interval_estimates(
+            {"": scores}, lambda resample: np.array([metrics.aggregate_iqm(resample)]), reps=n_resamples
+        )
+    finally:
+        np.random.set_state(state)
+    low, high = intervals[""][:, 0]
+    return float(low), float(high)
+
+
+def column(runs: dict[int, list[Row]], name: str) -> np.ndarray:
+    """A column of all seeds of one algorithm, shape (seeds, evaluations); NaN where it was not measured."""
+    steps = sorted({int(row["step"]) for rows in runs.values() for row in rows})
+    values = {(seed, int(row["step"])): float(row[name] or "nan") for seed, rows in runs.items() for row in rows}
+    return np.array([[values.get((seed, step), np.nan) for step in steps] for seed in sorted(runs)])
+
+
+def mean_over_timed(values: np.ndarray) -> np.ndarray:
+    """Means over the seeds without a NaN, all NaN if there are none, shape (evaluations,)."""
+    timed = values[~np.isnan(values).any(axis=1)]
+    return timed.mean(axis=0) if len(timed) else np.full(values.shape[1], np.nan)
+
+
+def ordered(algos: Sequence[str]) -> list[str]:
+    """In the order of :data:`NAMES`, then all others."""
+    return [*(name for name in NAMES if name in algos), *sorted(name for name in algos if name not in NAMES)]
+
+
+def name_of(algo: str) -> str:
+    """What a setting is called in tables."""
+    return NAMES.get(algo, algo)
+
+
+def label_of(algo: str) -> str:
+    """What a setting is called in the legend of a figure: by its file if it has one."""
+    return "QVPO, " * algo.startswith(("qvpo_", PREFIX)) + name_of(algo).split(": ")[-1].replace("`", "")
+
+
+def usual_processor(rows: Sequence[Row]) -> str:
+    """
+    The processor that most rows come from, of several with as many the first by name; times on another one cannot be compared
+    with theirs.
+    """
+    counts = Counter(row["cpu"] for row in rows)
+    return min(counts, key=lambda cpu: (-counts[cpu], cpu))
+
+
+def comparable(rows: Sequence[Row]) -> list[Row]:
+    """The rows of each task with the times of runs that were made on its usual processor, from beginning to end, alone."""
+    result = []
+    for task in dict.fromkeys(row["task"] for row in rows):
+        of_task = [row for row in rows if row["task"] == task]
+        cpu = usual_processor(of_task)
+        elsewhere = {(row["algo"], row["seed"]) for row in of_task if row["cpu"] != cpu}
+        result += [
+            {**row, "train_minutes": "", "minutes": ""} if (row["algo"], row["seed"]) in elsewhere else row for row in of_task
+        ]
+    return result
+
+
+def timed_runs(rows: Sequence[Row], last_step: int) -> Runs:
+    """Finished runs of one length, with the times that can be compared among them."""
+    of_task = finished_runs(rows, last_step).values()
+    finished = [row for algos in of_task for seeds in algos.values() for run in seeds.values() for row in run]
+    return finished_runs(comparable(finished), last_step)
+
+
+def last_rows(rows: Sequence[Row], *keys: str) -> dict[tuple[str, ...], list[Row]]:
+    """The rows at the end of training, all seeds of a setting together."""
+    end = max(int(row["step"]) for row in rows)
+    groups: dict[tuple[str, ...], list[Row]] = defaultdict(list)
+    for row in sorted(rows, key=lambda row: int(row["seed"])):
+        if int(row["step"]) == end:
+            groups[tuple(row[key] for key in keys)].append(row)
+    return groups
+
+
+def policy_name(setting: str, candidates: str) -> str:
+    """What a policy of the four goals is called: QVPO's by the number of its candidates, too."""
+    return f"{setting}, best of {candidates}" if setting.startswith("QVPO") else setting

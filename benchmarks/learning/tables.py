@@ -1,0 +1,177 @@
+"""The tables of ``docs/results.md``, from rows of the CSV files."""
+
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+
+import numpy as np
+from selection import (
+    GOALS,
+    THRESHOLDS,
+    Row,
+    Runs,
+    column,
+    interquartile_mean,
+    interval,
+    last_rows,
+    mean_over_timed,
+    name_of,
+    ordered,
+    policy_name,
+    usual_processor,
+)
+
+
+def estimate(values: np.ndarray) -> str:
+    """Interquartile mean and interval over seeds, for a table."""
+    if np.isnan(values).any():
+        return "-"
+    mean = f"{interquartile_mean(values[:, None]):.0f}"
+    if len(values) == 1:
+        return mean
+    low, high = interval(values[:, None])
+    return f"{mean} ({low:.0f} to {high:.0f})"
+
+
+def returns_table(runs: Runs) -> str:
+    """Last evaluation, single samples, best evaluation; processor time, the mean over the seeds on the usual processor."""
+    lines = ["| task | algorithm | seeds | last return | best in training | last, single sample | training, minutes |"]
+    lines += ["|---|---|---|---|---|---|---|"]
+    for task, algos in runs.items():
+        for algo in ordered(list(algos)):
+            returns = column(algos[algo], "mean_return")
+            single, minutes = column(algos[algo], "single_return")[:, -1], column(algos[algo], "train_minutes")[:, -1]
+            spent = "-" if np.isnan(minutes).all() else f"{np.nanmean(minutes):.0f}"
+            cells = [estimate(returns[:, -1]), estimate(np.nanmax(returns, axis=1)), estimate(single), spent]
+            lines.append(f"| {task} | {name_of(algo)} | {len(returns)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def first_reached(curve: np.ndarray, axis: np.ndarray, threshold: float) -> float:
+    """Where a run's evaluations first reach a return; infinity if never: later than all others."""
+    reached = np.flatnonzero(curve >= threshold)
+    return float(axis[reached[0]]) if len(reached) else float("inf")
+
+
+def thresholds_table(runs: Runs) -> str:
+    """
+    Steps, processor time and time by the clock to a given return, medians over all seeds, and how many reached it. The time of
+    a number of steps is the mean over the seeds that were timed.
+    """
+    titles = "steps, median | training, minutes of processor time, median | by the clock, evaluations and all"
+    lines = [f"| task | return | algorithm | seeds that reached it | {titles} |", "|---" * 7 + "|"]
+    for task, algos in runs.items():
+        for threshold in THRESHOLDS[task]:
+            for algo in ordered(list(algos)):
+                curves = column(algos[algo], "mean_return")
+                cells = []
+                for name in ("step", "train_minutes", "minutes"):
+                    axis = mean_over_timed(column(algos[algo], name))
+                    median = np.median([first_reached(curve, axis, threshold) for curve in curves])
+                    cells.append(f"{median:.0f}" if np.isfinite(median) else "-")
+                n_reached = sum(bool((curve >= threshold).any()) for curve in curves)
+                lines.append(
+                    f"| {task} | {threshold} | {name_of(algo)} | {n_reached} of {len(curves)} | {' | '.join(cells)} |"
+                )
+    return "\n".join(lines)
+
+
+def each_seed(rows: Sequence[Row | None], name: str) -> str:
+    """A column of every seed for a table, or one dash where none was measured."""
+    cells = [f"{float(row[name]):.0f}" if row and row[name] else "-" for row in rows]
+    return "; ".join(cells) if set(cells) != {"-"} else "-"
+
+
+def screen_table(rows: Sequence[Row], task: str, last_step: int) -> str:
+    """
+    Every seed's return at every evaluation, of runs that were broken off and of the first part of longer runs, too; the time
+    for all steps, the mean over the seeds that ran on the usual processor.
+    """
+    wanted = [row for row in rows if row["task"] == task and int(row["step"]) <= last_step <= int(row["last_step"])]
+    chosen = {
+        (row["algo"], int(row["seed"]), int(row["step"])): row
+        for row in sorted(wanted, key=lambda row: -int(row["last_step"]))  # runs of this length count
+    }
+    steps, cpu = sorted({step for _, _, step in chosen}), usual_processor(wanted)
+    titles = ["setting", "seeds", *(f"{step} steps" for step in steps), "last, single sample", "training, minutes"]
+    lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
+    for algo in ordered(list({algo for algo, _, _ in chosen})):
+        seeds = sorted({seed for name, seed, _ in chosen if name == algo})
+        by_step = [[chosen.get((algo, seed, step)) for seed in seeds] for step in steps]
+        cells = [each_seed(at_step, "mean_return") for at_step in by_step] + [each_seed(by_step[-1], "single_return")]
+        ends = [row for row in by_step[-1] if row and row["train_minutes"] and row["cpu"] == cpu]
+        cells.append(f"{np.mean([float(row['train_minutes']) for row in ends]):.0f}" if ends else "-")
+        lines.append(f"| {name_of(algo)} | {', '.join(map(str, seeds))} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def spread(values: Sequence[float], digits: int = 1) -> str:
+    """Mean and sample standard deviation over seeds; the number alone of a single one."""
+    mean = f"{np.mean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {np.std(values, ddof=1):.{digits}f}"
+
+
+def bandit_table(rows: Sequence[Row]) -> str:
+    """The policy itself at the end of training."""
+    lines = [
+        "| setting | seeds | reward | deviation of samples | peaks with 5 % of samples or more, by seed |",
+        "|---" * 5 + "|",
+    ]
+    for (setting,), group in last_rows(rows, "setting").items():
+        n_peaks = [sum(float(row[f"peak_{i}"]) >= 0.05 for i in range(3)) for row in group]
+        numbers = [spread([float(row["reward"]) for row in group]), spread([float(row["std"]) for row in group], 2)]
+        lines.append(f"| {setting} | {len(group)} | {' | '.join(numbers)} | {', '.join(map(str, n_peaks))} |")
+    return "\n".join(lines)
+
+
+def multi_goal_table(rows: Sequence[Row]) -> str:
+    """Goals reached and first actions at the end of training."""
+    lines = ["| policy | seeds | goals with 5 % of 200 episodes or more, by seed | most frequent goal | first action: most "]
+    lines[0] += "frequent quarter | return |"
+    lines.append("|---" * 6 + "|")
+    for (setting, candidates), group in last_rows(rows, "setting", "candidates").items():
+        reached = np.array([[int(row[f"reached_{goal}"]) for goal in GOALS] for row in group])
+        first = np.array([[int(row[f"first_{goal}"]) for goal in GOALS] for row in group])
+        cells = [
+            ", ".join(map(str, (reached >= 10).sum(axis=1))),
+            f"{(reached.max(axis=1) / 200).mean():.0%}",
+            f"{(first.max(axis=1) / first.sum(axis=1)).mean():.0%}",
+            spread([float(row["return"]) for row in group], 0),
+        ]
+        lines.append(f"| {policy_name(setting, candidates)} | {len(group)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def follow_table(rows: Sequence[Row]) -> str:
+    """How far the policy is from the best actions before and after they change, means over seeds."""
+    moments = list(dict.fromkeys(row["moment"] for row in rows))
+    first, last = moments[2], moments[-1]  # after the change: first is at once
+    lines = [f"| setting | seeds | deviation of samples | distance {' | '.join(moments)} | critics' best {first} | {last} |"]
+    lines.append("|---" * (5 + len(moments)) + "|")
+    groups: dict[tuple[str, str], list[Row]] = defaultdict(list)
+    for row in rows:
+        groups[row["setting"], row["moment"]].append(row)
+    for setting in dict.fromkeys(row["setting"] for row in rows):
+        shown = [(moments[0], "std"), *((moment, "distance") for moment in moments)]
+        shown += [(first, "critics_distance"), (last, "critics_distance")]
+        means = [np.mean([float(row[name]) for row in groups[setting, moment]]) for moment, name in shown]
+        n_seeds = len(groups[setting, moments[0]])
+        lines.append(f"| {setting} | {n_seeds} | {' | '.join(f'{mean:.2f}' for mean in means)} |")
+    return "\n".join(lines)
+
+
+def fill(page: str, tables: dict[str, str]) -> str:
+    """
+    Put tables into a page.
+
+    :param page: Text with places ``<!-- table: NAME -->`` ... ``<!-- end -->``.
+    :param tables: Tables by name.
+    :return: The page with the tables in their places.
+    :raises ValueError: If a place has no table, or a table no place.
+    """
+    places = re.findall(r"<!-- table: ([\w-]+) -->", page)
+    if sorted(places) != sorted(tables):
+        raise ValueError(f"the page has places for {places}, and there are tables {sorted(tables)}")
+    for name, table in tables.items():
+        page = re.sub(rf"(<!-- table: {name} -->\n).*?(<!-- end -->)", rf"\g<1>\n{table}\n\n\g<2>", page, flags=re.S)
+    return page
