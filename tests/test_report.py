@@ -149,9 +149,12 @@ def test_tables_of_single_seeds_and_many(monkeypatch):
     ]
     longer = [row(seed, step, 100 * step, last_step=40) for seed in (0, 5) for step in (10, 40)]
     screen = tables.screen_table([*longer, row(0, 10, 7), row(0, 20, 5), *longer], "T", 20).splitlines()[2:]
-    assert screen == ["| SAC | 0, 5 | 7; 1000 | 5; - | - | 1 |"], (
-        "a run of this length counts before the start of a longer one"
+    assert screen == ["| SAC | 0, 0, 5 | 7; 1000; 1000 | 5; -; - | - | 1 |"], (
+        "runs of this length, then the start of longer ones"
     )
+    same = [row(0, 10, 1000), *longer, row(5, 10, 1000, last_step=60)]
+    screen = tables.screen_table(same, "T", 20).splitlines()[2:]
+    assert screen == ["| SAC | 0, 5 | 1000; 1000 | - | 1 |"], "a run that came out the same is shown once"
     timed = [
         row(seed, 20, 1, minutes=minutes, cpu=cpu) for seed, minutes, cpu in ((0, "2", "A"), (1, "4", "A"), (2, "9", "B"))
     ]

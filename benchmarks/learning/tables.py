@@ -82,26 +82,40 @@ def each_seed(rows: Sequence[Row | None], name: str) -> str:
     return "; ".join(cells) if set(cells) != {"-"} else "-"
 
 
+def distinct(curves: dict[tuple[int, int], dict[int, str]]) -> list[tuple[int, int]]:
+    """
+    Which runs of a setting to show: not those that came out the same as another one of their seed, as far as they go.
+
+    :param curves: Returns by step, by length and seed of the run.
+    :return: Lengths and seeds, short runs first.
+    """
+    shown: list[tuple[int, int]] = []
+    for run in sorted(curves, key=lambda run: (-len(curves[run]), run)):
+        repeated = (curves[run].items() <= curves[other].items() for other in shown if other[1] == run[1])
+        shown += [run] * (not any(repeated))
+    return sorted(shown)
+
+
 def screen_table(rows: Sequence[Row], task: str, last_step: int) -> str:
     """
-    Every seed's return at every evaluation, of runs that were broken off and of the first part of longer runs, too; the time
-    for all steps, the mean over the seeds that ran on the usual processor.
+    The return of every run at every evaluation, of runs that were broken off and of the first part of longer runs, too: a seed
+    comes twice where it was run twice. The time for all steps is the mean over the runs on the usual processor.
     """
     wanted = [row for row in rows if row["task"] == task and int(row["step"]) <= last_step <= int(row["last_step"])]
-    chosen = {
-        (row["algo"], int(row["seed"]), int(row["step"])): row
-        for row in sorted(wanted, key=lambda row: -int(row["last_step"]))  # runs of this length count
-    }
-    steps, cpu = sorted({step for _, _, step in chosen}), usual_processor(wanted)
+    runs: dict[str, dict[tuple[int, int], dict[int, Row]]] = defaultdict(lambda: defaultdict(dict))
+    for row in wanted:
+        runs[row["algo"]][int(row["last_step"]), int(row["seed"])][int(row["step"])] = row
+    steps, cpu = sorted({int(row["step"]) for row in wanted}), usual_processor(wanted)
     titles = ["setting", "seeds", *(f"{step} steps" for step in steps), "last, single sample", "training, minutes"]
     lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
-    for algo in ordered(list({algo for algo, _, _ in chosen})):
-        seeds = sorted({seed for name, seed, _ in chosen if name == algo})
-        by_step = [[chosen.get((algo, seed, step)) for seed in seeds] for step in steps]
+    for algo in ordered(list(runs)):
+        curves = {run: {step: row["mean_return"] for step, row in curve.items()} for run, curve in runs[algo].items()}
+        shown = distinct(curves)
+        by_step = [[runs[algo][run].get(step) for run in shown] for step in steps]
         cells = [each_seed(at_step, "mean_return") for at_step in by_step] + [each_seed(by_step[-1], "single_return")]
         ends = [row for row in by_step[-1] if row and row["train_minutes"] and row["cpu"] == cpu]
         cells.append(f"{np.mean([float(row['train_minutes']) for row in ends]):.0f}" if ends else "-")
-        lines.append(f"| {name_of(algo)} | {', '.join(map(str, seeds))} | {' | '.join(cells)} |")
+        lines.append(f"| {name_of(algo)} | {', '.join(str(seed) for _, seed in shown)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
