@@ -287,8 +287,8 @@ def write_samples(folder: Path, timesteps: int = 4_000) -> None:
                     points = state.round(3).tolist()
                     denoised += [{"step": step, "candidate": k, "x": x, "y": y} for k, (x, y) in enumerate(points)]
     # In one step at the end: files that are there stay until then
+    folder.mkdir(parents=True, exist_ok=True)
     for name, rows in (("bandit_samples", drawn), ("bandit_chain", denoised)):
-        folder.mkdir(parents=True, exist_ok=True)
         write(folder / f"{name}.csv", rows, list(rows[0]))
 
 
