@@ -38,7 +38,7 @@ THRESHOLDS = {
     "Walker2d-v5": [300, 500, 1000],
     "Ant-v5": [1000, 2000, 4000],
     "Humanoid-v5": [500, 1000, 4000],
-    "Pendulum-v1": [-300, -200],
+    "Pendulum-v1": [-200, -150],
     "BipedalWalker-v3": [0, 200, 300],
     "LunarLanderContinuous-v3": [0, 200],
 }
