@@ -143,25 +143,25 @@ def test_tables_of_single_seeds_and_many(monkeypatch):
     ]
     screen = tables.screen_table([*rows, row(2, 10, 9, "new")], "T", 20).splitlines()[2:]
     assert screen == [
-        "| SAC | 0 | 7 | 5 | - | 1 |",
-        "| Our name | 0, 1 | 1; 3 | 2; 4 | -; 3 | 1 |",
+        "| SAC | 0 | 7 | 5 | - | 1 (A) |",
+        "| Our name | 0, 1 | 1; 3 | 2; 4 | -; 3 | 1 (A) |",
         "| new | 2 | 9 | - | - | - |",
     ]
     longer = [row(seed, step, 100 * step, last_step=40) for seed in (0, 5) for step in (10, 40)]
     screen = tables.screen_table([*longer, row(0, 10, 7), row(0, 20, 5), *longer], "T", 20).splitlines()[2:]
-    assert screen == ["| SAC | 0, 0, 5 | 7; 1000; 1000 | 5; -; - | - | 1 |"], (
+    assert screen == ["| SAC | 0, 0, 5 | 7; 1000; 1000 | 5; -; - | - | 1 (A) |"], (
         "runs of this length, then the start of longer ones"
     )
     same = [row(0, 10, 1000), *longer, row(5, 10, 1000, last_step=60)]
     screen = tables.screen_table(same, "T", 20).splitlines()[2:]
-    assert screen == ["| SAC | 0, 5 | 1000; 1000 | - | 1 |"], "a run that came out the same is shown once"
+    assert screen == ["| SAC | 0, 5 | 1000; 1000 | - | 1 (A) |"], "a run that came out the same is shown once"
     timed = [
         row(seed, 20, 1, minutes=minutes, cpu=cpu) for seed, minutes, cpu in ((0, "2", "A"), (1, "4", "A"), (2, "9", "B"))
     ]
     untimed = [row(3, 20, 1, minutes=""), row(0, 20, 1, "ours", cpu="B")]
     screen = tables.screen_table([*timed, *untimed], "T", 20).splitlines()[2:]
-    assert screen == ["| SAC | 0, 1, 2, 3 | 1; 1; 1; 1 | - | 3 |", "| Our name | 0 | 1 | - | - |"], (
-        "times of one processor only"
+    assert screen == ["| SAC | 0, 1, 2, 3 | 1; 1; 1; 1 | - | 3 (A), 9 (B) |", "| Our name | 0 | 1 | - | 1 (B) |"], (
+        "times of each processor"
     )
     gap = selection.finished_runs([row(0, 20, 5), row(1, 10, 1), row(1, 20, 2)], 20)["T"]["sac"]
     np.testing.assert_array_equal(selection.column(gap, "mean_return"), [[np.nan, 5], [1, 2]])

@@ -23,6 +23,7 @@ NAMES = {
     "qvpo_ddpm5_nd8_delay2_batch128": "N_d 8, 5 DDPM steps, N_e 2 with ent_coef 0.05, policy_delay 2, batch_size 128",
     "qvpo_ddpm5_nd8_delay2_tau0.01": "N_d 8, 5 DDPM steps, N_e 2 with ent_coef 0.05, policy_delay 2, tau 0.01",
     "qvpo_ddpm5_nd8_delay2_lr1e-3": "N_d 8, 5 DDPM steps, N_e 2 with ent_coef 0.05, policy_delay 2, learning_rate 1e-3",
+    "qvpo_ddpm5_nd8_delay2_qf_lr1e-3": "N_d 8, 5 DDPM steps, N_e 2 with ent_coef 0.05, policy_delay 2, qf_learning_rate 1e-3",
     "qvpo_ddpm5_nd8_delay2_noise0.2": "N_d 8, 5 DDPM steps, N_e 2 with ent_coef 0.05, policy_delay 2, action noise 0.2",
     **{name: name.upper() for name in ("sac", "td3", "tqc")},
     "crossq": "CrossQ",
@@ -43,6 +44,12 @@ THRESHOLDS = {
     "LunarLanderContinuous-v3": [0, 200],
 }
 """Returns to be reached, of every task in the tables; the last of BipedalWalker and LunarLander is Gymnasium's "solved"."""
+PROCESSORS = {
+    "AMD EPYC": "Zen 5",
+    "AMD EPYC (family 25 model 17)": "Zen 4",
+    "Intel(R) Xeon(R) Processor (family 6 model 207)": "Xeon",
+}
+"""What tables call the column ``cpu``."""
 SCREEN = 40_000
 """Steps of the tables that show every seed."""
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from selection import (
     GOALS,
+    PROCESSORS,
     THRESHOLDS,
     Row,
     Runs,
@@ -18,7 +19,6 @@ from selection import (
     name_of,
     ordered,
     policy_name,
-    usual_processor,
 )
 
 
@@ -99,13 +99,13 @@ def distinct(curves: dict[tuple[int, int], dict[int, str]]) -> list[tuple[int, i
 def screen_table(rows: Sequence[Row], task: str, last_step: int) -> str:
     """
     The return of every run at every evaluation, of runs that were broken off and of the first part of longer runs, too: a seed
-    comes twice where it was run twice. The time for all steps is the mean over the runs on the usual processor.
+    comes twice where it was run twice. The time for all steps is the mean over the runs on each processor.
     """
     wanted = [row for row in rows if row["task"] == task and int(row["step"]) <= last_step <= int(row["last_step"])]
     runs: dict[str, dict[tuple[int, int], dict[int, Row]]] = defaultdict(lambda: defaultdict(dict))
     for row in wanted:
         runs[row["algo"]][int(row["last_step"]), int(row["seed"])][int(row["step"])] = row
-    steps, cpu = sorted({int(row["step"]) for row in wanted}), usual_processor(wanted)
+    steps = sorted({int(row["step"]) for row in wanted})
     titles = ["setting", "seeds", *(f"{step} steps" for step in steps), "last, single sample", "training, minutes"]
     lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
     for algo in ordered(list(runs)):
@@ -113,8 +113,11 @@ def screen_table(rows: Sequence[Row], task: str, last_step: int) -> str:
         shown = distinct(curves)
         by_step = [[runs[algo][run].get(step) for run in shown] for step in steps]
         cells = [each_seed(at_step, "mean_return") for at_step in by_step] + [each_seed(by_step[-1], "single_return")]
-        ends = [row for row in by_step[-1] if row and row["train_minutes"] and row["cpu"] == cpu]
-        cells.append(f"{np.mean([float(row['train_minutes']) for row in ends]):.0f}" if ends else "-")
+        spent: dict[str, list[float]] = defaultdict(list)
+        for row in by_step[-1]:
+            if row and row["train_minutes"]:
+                spent[PROCESSORS.get(row["cpu"], row["cpu"])].append(float(row["train_minutes"]))
+        cells.append(", ".join(f"{np.mean(spent[cpu]):.0f} ({cpu})" for cpu in sorted(spent)) or "-")
         lines.append(f"| {name_of(algo)} | {', '.join(str(seed) for _, seed in shown)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
