@@ -84,12 +84,14 @@ def draw_multi_goal(rows: Sequence[Row], file: Path) -> None:
     """A bar for each seed at the end of training: above the goals of 200 episodes, below the quarters of first actions."""
     groups = last_rows(rows, "setting", "candidates")
     figure, axes = plt.subplots(2, len(groups), figsize=(1.7 * len(groups), 5), sharey=True, squeeze=False)
+    n_seeds = max(map(len, groups.values()))
     for i, ((setting, candidates), group) in enumerate(groups.items()):
         for axis, kind in zip(axes[:, i], ("reached", "first"), strict=True):
             counts = np.array([[float(row[f"{kind}_{goal}"]) for goal in GOALS] for row in group])
             shares = counts / (200 if kind == "reached" else 1_000)
             for j, goal in enumerate(GOALS):
                 axis.bar([row["seed"] for row in group], shares[:, j], bottom=shares[:, :j].sum(axis=1), label=goal)
+            axis.set_xlim(-0.6, n_seeds - 0.4)  # bars as wide where only some of the seeds were run
         axes[0, i].set_title(policy_name(setting, candidates).replace(", ", ",\n"), fontsize=8)
         axes[1, i].set_xlabel("seed")
     axes[0, 0].set_ylabel("share of 200 episodes\nthat reach the goal")

@@ -37,7 +37,7 @@ RUN = ["task", "algo", "seed", "last_step"]
 COLUMNS = ["task", "algo", "seed", "step", "mean_return", "std_return", "episodes", "minutes", "last_step"]
 COLUMNS += ["single_return", "train_minutes"]
 OTHERS = ["sb3_contrib", "rl_zoo3", "gymnasium", "mujoco"]
-SETUP = ["commit", "sb3_qvpo", "stable_baselines3", "torch", "cpu", "threads", *OTHERS]
+SETUP = ["commit", "sb3_qvpo", "stable_baselines3", "torch", "cpu", "threads", *OTHERS, "gpu"]
 
 
 FEWER: dict[str, Any] = dict(n_train_candidates=16)
@@ -236,7 +236,8 @@ def setup() -> dict[str, Any]:
     import sb3_qvpo
 
     versions = [sb3_qvpo.__version__, stable_baselines3.__version__, torch.__version__]
-    return dict(zip(SETUP, [commit(), *versions, processor(), 1, *map(installed, OTHERS)], strict=True))
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""  # RL Zoo's and SB3's choice where there is one
+    return dict(zip(SETUP, [commit(), *versions, processor(), 1, *map(installed, OTHERS), gpu], strict=True))
 
 
 def installed(package: str) -> str:

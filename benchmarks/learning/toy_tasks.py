@@ -3,8 +3,8 @@ The bandit of the paper's Figure 2 and four equally good goals: how many good ac
 policy that has become narrow follow when other actions become the best ones?
 
 ``python benchmarks/learning/toy_tasks.py bandit --seeds 0 1 2``, ``... multi_goal --seeds 0 1 2 3 4`` and ``... follow``. The
-first two tasks are those of ``examples/``. What is in the CSV file already is not run again. Each run has one thread. Needs
-matplotlib.
+first two tasks are those of ``examples/``. What is in the CSV file already is not run again. Each run has one thread; the
+column ``minutes`` is all of it by the clock. Needs matplotlib.
 ``... samples`` writes what the figure of the bandit and the animation of a chain show, ``bandit_samples.csv`` and
 ``bandit_chain.csv``.
 """
@@ -13,6 +13,7 @@ import argparse
 import multiprocessing
 import os
 import sys
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
@@ -302,7 +303,10 @@ STUDIES: dict[str, tuple[Callable[..., list[Row]], dict[str, Any]]] = {
 def run_one(study: str, timesteps: int | None, key: tuple[str, int]) -> tuple[tuple[str, int], list[Row]]:
     """One setting with one seed, in a process of its own."""
     changed = {} if timesteps is None else {"timesteps": timesteps}
-    return key, STUDIES[study][0](*key, **changed)
+    start = time.perf_counter()
+    rows = STUDIES[study][0](*key, **changed)
+    minutes = round((time.perf_counter() - start) / 60, 2)
+    return key, [{**row, "minutes": minutes} for row in rows]
 
 
 def main() -> None:
