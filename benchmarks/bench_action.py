@@ -1,7 +1,7 @@
 """
 How long one action for one observation takes: best of K_b = 4 while collecting, best of 32 in deterministic predictions.
 
-``python benchmarks/bench_action.py [--threads 1] [--repeats 50]``
+``python benchmarks/bench_action.py [--threads 1] [--repeats 50] [--device cuda]``
 """
 
 from collections.abc import Callable
@@ -19,20 +19,21 @@ from sb3_qvpo.common.candidates import best_candidate
 def main() -> None:
     arguments = parse_arguments(str(__doc__), "action")
     hidden = [16, 16] if arguments.quick else [256, 256]
-    model = trained(QVPO, 11, 3, policy_kwargs=dict(net_arch=hidden))
-    reference, others = reference_of(model, hidden), [trained(algorithm, 11, 3) for algorithm in (SAC, TD3)]
+    policy_kwargs, device = dict(net_arch=hidden), arguments.device
+    model = trained(QVPO, 11, 3, policy_kwargs=policy_kwargs, device=device)
+    reference, others = reference_of(model, hidden), [trained(each, 11, 3, device=device) for each in (SAC, TD3)]
     observation = np.random.default_rng(0).normal(size=11).astype(np.float32)
-    state = th.as_tensor(observation).unsqueeze(0)
+    state = th.as_tensor(observation, device=device).unsqueeze(0)
     rows: Rows = []
-    compiled_model = trained(QVPO, 11, 3, policy_kwargs=dict(net_arch=hidden))
+    compiled_model = trained(QVPO, 11, 3, policy_kwargs=policy_kwargs, device=device)
     if not compiled_model.policy.compile_actions():
         print("Nothing is compiled here.")
     decide = th.no_grad()(lambda policy, n: best_candidate(*policy.rank_candidates(state, n)))
     for name, n_candidates, deterministic in (("best of 4", 4, False), ("best of 32", 32, True)):
         functions: dict[str, Callable[[], Any]] = {
-            "eager reference": lambda n=n_candidates: reference.act(state, n),
-            "QVPO, the decision alone": lambda n=n_candidates: decide(model.policy, n),
-            "QVPO, the decision alone, compiled": lambda n=n_candidates: decide(compiled_model.policy, n),
+            "eager reference": lambda n=n_candidates: reference.act(state, n).cpu(),
+            "QVPO, the decision alone": lambda n=n_candidates: decide(model.policy, n).cpu(),
+            "QVPO, the decision alone, compiled": lambda n=n_candidates: decide(compiled_model.policy, n).cpu(),
             "QVPO.predict": lambda d=deterministic: model.predict(observation, deterministic=d),
             "QVPO.predict, compiled": lambda d=deterministic: compiled_model.predict(observation, deterministic=d),
         }

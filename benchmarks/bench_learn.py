@@ -1,7 +1,8 @@
 """
 Where ``learn()`` spends its time with the paper's settings: update, environment, action, and all the rest.
 
-``python benchmarks/bench_learn.py [--threads 2] [--repeats 3]``; needs ``pip install ".[mujoco]"``.
+``python benchmarks/bench_learn.py [--threads 2] [--repeats 3] [--device cuda]``; needs ``pip install ".[mujoco]"``. On a GPU
+an action waits for the update before it: there only the whole step means something.
 """
 
 import sys
@@ -12,7 +13,7 @@ from typing import Any
 
 from stable_baselines3 import SAC, TD3
 from stable_baselines3.common.env_util import make_vec_env
-from timing import Rows, parse_arguments, report, summary
+from timing import Rows, parse_arguments, report, summary, synchronize
 
 sys.path.insert(0, str(Path(__file__).parent / "learning"))  # is no package
 
@@ -33,17 +34,19 @@ def timed(function: Callable[..., Any], times: dict[str, float], name: str) -> C
     return run
 
 
-def shares(algorithm: type, env_name: str, n_steps: int, **kwargs: Any) -> dict[str, float]:
+def shares(algorithm: type, env_name: str, n_steps: int, device: str, **kwargs: Any) -> dict[str, float]:
     """Milliseconds of a step in each part, after a warm-up."""
     env = make_vec_env(env_name, seed=0)
-    model = algorithm("MlpPolicy", env, learning_starts=300, buffer_size=10_000, seed=0, device="cpu", **kwargs)
-    model.learn(302)
+    model = algorithm("MlpPolicy", env, learning_starts=300, buffer_size=10_000, seed=0, device=device, **kwargs)
+    on_gpu = device == "cuda"  # updates and actions are captured after some
+    model.learn(400 if on_gpu else 302)
     times = dict.fromkeys(("update", "environment", "action"), 0.0)
     model.train = timed(model.train, times, "update")
     model.predict = timed(model.predict, times, "action")
     env.step_wait = timed(env.step_wait, times, "environment")
     start = time.perf_counter()
     model.learn(n_steps, reset_num_timesteps=False, log_interval=1)
+    synchronize()
     total = time.perf_counter() - start
     times["rest"] = total - sum(times.values())
     return {name: 1e3 * value / n_steps for name, value in (*times.items(), ("step", total))}
@@ -52,13 +55,18 @@ def shares(algorithm: type, env_name: str, n_steps: int, **kwargs: Any) -> dict[
 def main() -> None:
     arguments = parse_arguments(str(__doc__), "learn")
     quick = dict(n_train_candidates=4, n_diffusion_steps=3, policy_kwargs=dict(net_arch=[16, 16])) if arguments.quick else {}
-    n_steps, repeats = (20, 1) if arguments.quick else (100, min(arguments.repeats, 3))
+    device = arguments.device
+    n_steps = 1000 if device == "cuda" else 100
+    n_others = n_steps if device == "cuda" else 5 * n_steps
+    n_steps, n_others, repeats = (20, 20, 1) if arguments.quick else (n_steps, n_others, min(arguments.repeats, 3))
     runs: dict[str, list[dict[str, float]]] = {"QVPO": [], "QVPO, qvpo_fast.yml": [], "SB3 SAC": [], "SB3 TD3": []}
     for _ in range(repeats):
-        runs["QVPO"].append(shares(QVPO, "Hopper-v5", n_steps, **quick))
-        runs["QVPO, qvpo_fast.yml"].append(shares(QVPO, "Hopper-v5", n_steps, **(quick or {**FAST, "n_target_candidates": 1})))
-        runs["SB3 SAC"].append(shares(SAC, "Hopper-v5", 5 * n_steps))
-        runs["SB3 TD3"].append(shares(TD3, "Hopper-v5", 5 * n_steps))
+        runs["QVPO"].append(shares(QVPO, "Hopper-v5", n_steps, device, **quick))
+        runs["QVPO, qvpo_fast.yml"].append(
+            shares(QVPO, "Hopper-v5", n_steps, device, **(quick or {**FAST, "n_target_candidates": 1}))
+        )
+        runs["SB3 SAC"].append(shares(SAC, "Hopper-v5", n_others, device))
+        runs["SB3 TD3"].append(shares(TD3, "Hopper-v5", n_others, device))
     rows: Rows = []
     for name, results in runs.items():
         for part in results[0]:

@@ -1,7 +1,8 @@
 """
 How long an update takes: by setting against the eager reference, SB3's SAC and TD3, and part by part.
 
-``python benchmarks/bench_update.py [--threads 2] [--repeats 7]``
+``python benchmarks/bench_update.py [--threads 2] [--repeats 7] [--settings NAME …] [--device cuda]``. Parts are
+timed on the CPU only.
 """
 
 import multiprocessing
@@ -37,6 +38,7 @@ MEMORY: dict[str, dict[str, Any]] = {
     **{name: SETTINGS[name] for name in ("paper (Hopper)", "Humanoid")},
     "Humanoid, batch 1024, N_d 256": dict(SETTINGS["Humanoid"], batch_size=1024, n_train_candidates=256),
 }
+PRODUCTS = "products of hidden layers alone, of a whole update"
 QUICK = dict(batch_size=16, n_train_candidates=4, n_diffusion_steps=3, hidden=[16, 16], sampler={})
 
 
@@ -60,9 +62,11 @@ def built(changes: dict[str, Any]) -> tuple[QVPO, dict[str, Any]]:
     return trained(QVPO, **arguments, policy_kwargs=dict(net_arch=setting["hidden"], **setting["sampler"])), setting
 
 
-def by_setting(name: str, changes: dict[str, Any], repeats: int, seconds: float) -> Rows:
+def by_setting(name: str, changes: dict[str, Any], repeats: int, seconds: float, device: str) -> Rows:
     """One row for each implementation of one setting; with a delay, the mean of updates with and without the policy's."""
-    model, setting = built(changes)  # the reference always draws in all steps, and updates the policy each time
+    model, setting = built(
+        {**changes, "device": device}
+    )  # the reference always draws in all steps, and updates the policy each time
     hidden, batch_size = setting["hidden"], setting["batch_size"]
     functions: dict[str, Callable[[], Any]] = {
         "QVPO, readable": with_settings(False, lambda: model.train(model.policy_delay, batch_size)),
@@ -76,6 +80,7 @@ def by_setting(name: str, changes: dict[str, Any], repeats: int, seconds: float)
                 setting["action_dim"],
                 batch_size=batch_size,
                 policy_kwargs=dict(net_arch=hidden),
+                device=device,
             )
             functions[f"SB3 {algorithm.__name__}"] = lambda other=other: other.train(1, batch_size)
     with reference_process(model, hidden, batch_size) as reference:
@@ -126,31 +131,37 @@ def by_part(changes: dict[str, Any], repeats: int, seconds: float) -> Rows:
         "scoring": th.no_grad()(lambda: policy.critic.value_candidates(features, candidates)),
         "actor": actor,
         "targets": lambda: policy.update_targets(0.005),
-        "products of hidden layers alone, of a whole update": products(model, batch_size),
+        PRODUCTS: products(model, batch_size),
     }
     with fast.OneDnnProducts():  # as in train()
         times = interleaved(parts, repeats, seconds)
     return [{"setting": "part", "what": name, **summary(values)} for name, values in times.items()]
 
 
-def candidates_peak_mb(changes: dict[str, Any]) -> float | None:
+def candidates_peak_mb(changes: dict[str, Any], device: str = "cpu") -> float | None:
     """
     Memory that drawing and valuing the candidates adds at its peak, in MB; None where the kernel does not say. To be called in
     a new process: memory that was freed and kept before would not be counted.
     """
     status, clear = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-    if not clear.exists():
+    if device == "cpu" and not clear.exists():
         return None
-    model, setting = built({**changes, "n_steps": 0})
-    n_candidates, observations = model.n_train_candidates, th.randn(setting["batch_size"], setting["obs_dim"])
+    model, setting = built({**changes, "n_steps": 0, "device": device})
+    n_candidates = model.n_train_candidates
+    observations = th.randn(setting["batch_size"], setting["obs_dim"], device=device)
 
     def resident(field: str) -> int:
+        if device == "cuda":
+            return (th.cuda.max_memory_allocated if field == "VmHWM" else th.cuda.memory_allocated)() // 1000
         return int(next(line for line in status.read_text().splitlines() if line.startswith(field)).split()[1])
 
     with th.no_grad():
         # Libraries set themselves up
         model.policy.rank_candidates(observations[:2], n_candidates, reduced_precision=True)
-        clear.write_text("5")  # the peak starts at what is resident now
+        if device == "cuda":  # the peak starts at what is there now
+            th.cuda.reset_peak_memory_stats()
+        else:
+            clear.write_text("5")
         before = resident("VmRSS")
         noise = model._draw_chain_noise(setting["batch_size"], n_candidates)
         model.policy.rank_candidates(observations, n_candidates, noise, reduced_precision=True)
@@ -158,14 +169,19 @@ def candidates_peak_mb(changes: dict[str, Any]) -> float | None:
 
 
 def main() -> None:
-    arguments = parse_arguments(str(__doc__), "update")
+    arguments = parse_arguments(str(__doc__), "update", SETTINGS)
     quick = QUICK if arguments.quick else {}
     rows: Rows = []
     with multiprocessing.get_context("spawn").Pool(1, th.set_num_threads, (arguments.threads,), maxtasksperchild=1) as pool:
-        peaks = {name: pool.apply(candidates_peak_mb, (changes | quick,)) for name, changes in MEMORY.items()}
-    for name, changes in SETTINGS.items():
-        rows += by_setting(name, changes | quick, arguments.repeats, arguments.seconds)
-    rows += by_part(quick, arguments.repeats, arguments.seconds)
+        peaks = {name: pool.apply(candidates_peak_mb, (changes | quick, arguments.device)) for name, changes in MEMORY.items()}
+    for name in arguments.settings:
+        rows += by_setting(name, SETTINGS[name] | quick, arguments.repeats, arguments.seconds, arguments.device)
+    if arguments.device == "cpu":
+        rows += by_part(quick, arguments.repeats, arguments.seconds)
+    else:  # parts alone would tell how long it takes to launch them, which one graph does not
+        model, setting = built({"device": arguments.device} | quick)
+        times = interleaved({PRODUCTS: products(model, setting["batch_size"])}, arguments.repeats, arguments.seconds)
+        rows += [{"setting": "part", "what": PRODUCTS, **summary(times[PRODUCTS])}]
     rows += [{"setting": name, "what": "peak memory of the candidates", "MB": peak} for name, peak in peaks.items()]
     report(rows, arguments)
 

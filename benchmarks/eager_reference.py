@@ -34,24 +34,25 @@ class RowActor(nn.Module):
         self.time_mlp = mlp([time_dim, 8 * time_dim, time_dim])
         self.network = mlp([action_dim + time_dim + obs_dim, *hidden, action_dim])
         self.alpha_bars = th.cumprod(1 - betas, 0)
-        previous = th.cat([th.ones(1), self.alpha_bars[:-1]])
+        previous = th.cat([th.ones(1, device=betas.device), self.alpha_bars[:-1]])
         self.x0_coef = betas * previous.sqrt() / (1 - self.alpha_bars)
         self.x_t_coef = (1 - previous) * (1 - betas).sqrt() / (1 - self.alpha_bars)
         self.posterior_std = (betas * (1 - previous) / (1 - self.alpha_bars)).sqrt()
 
     def forward(self, x_t: th.Tensor, t: th.Tensor, states: th.Tensor) -> th.Tensor:
         half = self.time_dim // 2
-        frequencies = th.exp(-math.log(10_000) * th.arange(half) / (half - 1))
+        frequencies = th.exp(-math.log(10_000) * th.arange(half, device=t.device) / (half - 1))
         angles = t.unsqueeze(-1) * frequencies
         embedding = self.time_mlp(th.cat([angles.sin(), angles.cos()], dim=-1))
         return self.network(th.cat([x_t, embedding, states], dim=-1))
 
     def sample(self, states: th.Tensor, noise: th.Tensor | None = None) -> th.Tensor:
         """One action for each row; noise of shape (T, rows, A) is drawn if None."""
-        noise = th.randn(self.n_steps, len(states), self.action_dim) if noise is None else noise
+        shape = (self.n_steps, len(states), self.action_dim)
+        noise = th.randn(shape, device=states.device) if noise is None else noise
         x_t = noise[0]
         for i, step in enumerate(reversed(range(self.n_steps)), start=1):
-            t = th.full((len(states),), step)
+            t = th.full((len(states),), step, device=states.device)
             alpha_bars = self.alpha_bars[t].unsqueeze(-1)
             x0 = ((x_t - (1 - alpha_bars).sqrt() * self(x_t, t, states)) / alpha_bars.sqrt()).clamp(-1, 1)
             x_t = self.x0_coef[t].unsqueeze(-1) * x0 + self.x_t_coef[t].unsqueeze(-1) * x_t
@@ -77,10 +78,11 @@ class RowCritic(nn.Module):
 
 
 class EagerReference:
-    """Actor, critics, their moving averages, actions and updates; the symbols are the paper's."""
+    """Actor, critics, their moving averages, actions and updates, where the betas are; the symbols are the paper's."""
 
     def __init__(self, obs_dim: int, action_dim: int, betas: th.Tensor, hidden: list[int], n_d: int, n_e: int, k_t: int):
-        self.actor, self.critic = RowActor(obs_dim, action_dim, betas, hidden), RowCritic(obs_dim, action_dim, hidden)
+        with betas.device:
+            self.actor, self.critic = RowActor(obs_dim, action_dim, betas, hidden), RowCritic(obs_dim, action_dim, hidden)
         self.actor_target, self.critic_target = copy.deepcopy(self.actor), copy.deepcopy(self.critic)
         self.actor_optimizer = th.optim.Adam(self.actor.parameters(), lr=3e-4)
         self.critic_optimizer = th.optim.Adam(self.critic.parameters(), lr=3e-4)
@@ -105,17 +107,18 @@ class EagerReference:
 
     def actor_loss(self, states: th.Tensor, draws: tuple[th.Tensor, ...] | None = None) -> th.Tensor:
         """Algorithm 1, lines 5-9; draws are chain noise, uniform actions, steps and noise of the loss, all as rows."""
-        size, action_dim = len(states), self.actor.action_dim
+        size, action_dim, device = len(states), self.actor.action_dim, states.device
         rows = size * (1 + self.n_e)
         if draws is None:
-            uniform = 2 * th.rand(size * self.n_e, action_dim) - 1
-            draws = (None, uniform, th.randint(self.actor.n_steps, (rows,)), th.randn(rows, action_dim))
+            uniform = 2 * th.rand(size * self.n_e, action_dim, device=device) - 1
+            steps = th.randint(self.actor.n_steps, (rows,), device=device)
+            draws = (None, uniform, steps, th.randn(rows, action_dim, device=device))
         chain_noise, uniform, t, noise = draws
         with th.no_grad():
             repeated = states.repeat_interleave(self.n_d, 0)
             candidates = self.actor.sample(repeated, chain_noise)
             q_values = self.critic.minimum(repeated, candidates).view(size, self.n_d)
-            best = candidates.view(size, self.n_d, action_dim)[th.arange(size), q_values.argmax(1)]
+            best = candidates.view(size, self.n_d, action_dim)[th.arange(size, device=device), q_values.argmax(1)]
             weight = q_values.max(1).values - q_values.mean(1)
             all_states = th.cat([states, states.repeat_interleave(self.n_e, 0)])
             actions = th.cat([best, uniform])

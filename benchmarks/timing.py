@@ -7,7 +7,7 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,14 @@ from stable_baselines3 import SAC
 
 from sb3_qvpo import QVPO, __version__
 from sb3_qvpo.common import fast
+from sb3_qvpo.common.captured import EAGER_UPDATES
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 Rows = list[dict[str, Any]]
 CPUINFO = Path("/proc/cpuinfo")
+WARM_UP = 3 * EAGER_UPDATES
+"""Calls before any are timed on a GPU, where updates of critics and of the policy are captured after some."""
 
 
 class NoiseEnv(gym.Env):
@@ -73,14 +76,24 @@ def reference_of(model: QVPO, hidden: list[int]) -> EagerReference:
     return EagerReference(**reference_arguments(model, hidden))
 
 
-def _reference_updates(connection: Any, threads: int, batch_size: int, arguments: dict[str, Any]) -> None:
+def synchronize() -> None:
+    """Wait for the GPU, where there is work on one."""
+    if th.cuda.is_initialized():
+        th.cuda.synchronize()
+
+
+def _reference_updates(connection: Any, threads: int, batch_size: int, device: str, arguments: dict[str, Any]) -> None:
     """What the process of :func:`reference_process` runs."""
     th.set_num_threads(threads)
-    sac = trained(SAC, arguments["obs_dim"], arguments["action_dim"], policy_kwargs=dict(net_arch=[16]))
+    arguments["betas"] = arguments["betas"].to(device)
+    sac = trained(SAC, arguments["obs_dim"], arguments["action_dim"], policy_kwargs=dict(net_arch=[16]), device=device)
     buffer, eager = sac.replay_buffer, EagerReference(**arguments)
     connection.send("ready")
-    while connection.recv() == "update":
-        eager.update(buffer.sample(batch_size))
+    while (command := connection.recv()) != "stop":
+        if command == "update":
+            eager.update(buffer.sample(batch_size))
+        else:
+            synchronize()
         connection.send("done")
 
 
@@ -88,20 +101,27 @@ def _reference_updates(connection: Any, threads: int, batch_size: int, arguments
 def reference_process(model: QVPO, hidden: list[int], batch_size: int) -> Iterator[Callable[[], None]]:
     """
     An update of the eager reference, batch sampling included, in a process of its own: in that of the model it would profit
-    from what the package does for the whole process (``fast.keep_freed_memory()``). It sleeps while it is not called.
+    from what the package does for the whole process (``fast.keep_freed_memory()``). It sleeps while it is not called. Its
+    device is that of the model; its attribute ``synchronize`` waits for the updates that were started there.
     """
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
-    arguments = (there, th.get_num_threads(), batch_size, reference_arguments(model, hidden))
+    arguments = reference_arguments(model, hidden)
+    arguments["betas"] = arguments["betas"].cpu()
+    arguments = (there, th.get_num_threads(), batch_size, str(model.device), arguments)
     process = context.Process(target=_reference_updates, args=arguments, daemon=True)
     process.start()
     there.close()
     here.recv()
 
-    def update() -> None:
-        here.send("update")
+    def ask(command: str) -> None:
+        here.send(command)
         here.recv()
 
+    def update() -> None:
+        ask("update")
+
+    update.synchronize = lambda: ask("synchronize")  # type: ignore[attr-defined]
     try:
         yield update
     finally:
@@ -120,10 +140,11 @@ def products(model: QVPO, batch_size: int) -> Callable[[], None]:
     n_valued = model.policy.critic.n_critics * (n_drawn + 3 * batch_size) + 3 * batch_size * (1 + model.n_uniform_actions)
     rows = {fast.candidate_dtype(model.device): len(model.actor.diffusion.sampling_steps) * n_drawn}
     rows[th.float32] = rows.get(th.float32, 0) + n_valued
-    block = 2048 * th.get_num_threads()
+    # A GPU has more to do at once with all rows in one product
+    block = 2048 * th.get_num_threads() if model.device.type == "cpu" else n_drawn
     layers = []
     for dtype, n_rows in rows.items():
-        x, weight = th.randn(block, width).to(dtype), th.randn(width, width).to(dtype)
+        x, weight = (th.randn(n, width, device=model.device).to(dtype) for n in (block, width))
         layers.append((x, weight, th.empty_like(x), round(len(others) * n_rows / block)))
 
     def multiply() -> None:
@@ -138,22 +159,26 @@ def products(model: QVPO, batch_size: int) -> Callable[[], None]:
 def interleaved(functions: dict[str, Callable[[], Any]], repeats: int, seconds: float = 1.0) -> dict[str, list[float]]:
     """
     Milliseconds of a call of each function, one after the other in each repeat, so that all see the same state of the machine.
-    Each is called again and again for about as many seconds: in training one update follows the other, too.
+    Each is called again and again for about as many seconds: in training one update follows the other, too. A GPU is waited
+    for at the end, not after each call.
     """
     times: dict[str, list[float]] = {name: [] for name in functions}
     calls = dict.fromkeys(functions, 1)
     for repeat in range(repeats + 1):
         for name, function in functions.items():
-            start = time.perf_counter()
-            for _ in range(calls[name]):
-                function()
-            taken = time.perf_counter() - start
-            if repeat == 0:  # warms up
+
+            def seconds_of(n_calls: int, function: Callable[[], Any] = function) -> float:
                 start = time.perf_counter()
-                function()
-                calls[name] = max(1, round(seconds / (time.perf_counter() - start)))
+                for _ in range(n_calls):
+                    function()
+                getattr(function, "synchronize", synchronize)()
+                return time.perf_counter() - start
+
+            if repeat == 0:  # warms up
+                seconds_of(WARM_UP if th.cuda.is_initialized() else 1)
+                calls[name] = max(1, round(seconds / seconds_of(1)))
             else:
-                times[name].append(1e3 * taken / calls[name])
+                times[name].append(1e3 * seconds_of(calls[name]) / calls[name])
     return times
 
 
@@ -168,7 +193,7 @@ def ratio(slow: list[float], fast: list[float]) -> dict[str, float]:
     return {"ratio": statistics.median(ratios), "ratio_min": min(ratios), "ratio_max": max(ratios)}
 
 
-def parse_arguments(description: str, csv_name: str) -> argparse.Namespace:
+def parse_arguments(description: str, csv_name: str, settings: Collection[str] = ()) -> argparse.Namespace:
     """Arguments that all benchmarks take; sets the number of threads."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--threads", type=int, default=th.get_num_threads())
@@ -176,11 +201,17 @@ def parse_arguments(description: str, csv_name: str) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=1.0, help="of calls of each function in a repeat")
     parser.add_argument("--quick", action="store_true", help="toy sizes, to see that it runs")
     parser.add_argument(
-        "--csv", type=Path, help=f"results/{csv_name}.csv by default, with one thread {csv_name}_one_thread.csv"
+        "--csv",
+        type=Path,
+        help=f"results/{csv_name}.csv by default, with one thread {csv_name}_one_thread.csv, on a GPU {csv_name}_gpu.csv",
     )
+    if settings:
+        parser.add_argument("--settings", nargs="+", choices=list(settings), default=list(settings), metavar="NAME")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     arguments = parser.parse_args()
     if arguments.csv is None:
-        arguments.csv = HERE / "results" / f"{csv_name}{'_one_thread' * (arguments.threads == 1)}.csv"
+        where = "_gpu" if arguments.device == "cuda" else "_one_thread" * (arguments.threads == 1)
+        arguments.csv = HERE / "results" / f"{csv_name}{where}.csv"
     arguments.seconds = 0.0 if arguments.quick else arguments.seconds
     th.set_num_threads(arguments.threads)
     return arguments
@@ -217,6 +248,8 @@ def report(rows: Rows, arguments: argparse.Namespace) -> None:
         "stable_baselines3": sb3.__version__,
         "sb3_qvpo": __version__,
     }
+    if arguments.device == "cuda":
+        setup["gpu"] = th.cuda.get_device_name()
     print("; ".join(f"{name} {value}" for name, value in setup.items()), "\n")
     columns = list(dict.fromkeys(column for row in rows for column in row))
     print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))

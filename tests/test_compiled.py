@@ -46,6 +46,12 @@ def is_compiled(model, n_candidates=None) -> bool:
         return compiled.ranking_of(model.policy, n_candidates or model.n_behavior_candidates) is not None
 
 
+def program_of(model):
+    """The program of predictions by the best of n_eval_candidates."""
+    with th.no_grad():
+        return compiled.ranking_of(model.policy, model.n_eval_candidates)
+
+
 def ranked(policy, observation, n_candidates, noise, enabled):
     fast.settings.enabled = enabled
     try:
@@ -126,6 +132,41 @@ def test_a_graph_of_the_readable_functions():
     for results, expected in kept:  # later runs have not overwritten them
         for result, readable in zip(results, expected, strict=True):
             np.testing.assert_allclose(result, readable, atol=1e-6)
+
+
+def test_a_gpu_captures_predictions_on_its_own(settings, monkeypatch):
+    """After some, with the stand-in; the same actions; not for several observations; on the CPU nothing is captured."""
+    captures = []
+
+    def record(function, device):
+        captures.append(function().keys())
+        results = {}
+        return lambda: results.update(function()), results
+
+    monkeypatch.setattr(compiled.CapturedRanking.__init__, "__defaults__", (record,))
+    model = model_with(net_arch=[32, 32])
+    one, several = np.ones(3, np.float32), np.ones((2, 3), np.float32)
+
+    def actions(n_times, observation=one, deterministic=True):
+        th.manual_seed(0)
+        return [model.predict(observation, deterministic=deterministic)[0] for _ in range(n_times)]
+
+    expected = actions(30)
+    assert not captures and not is_compiled(model, model.n_eval_candidates)
+    monkeypatch.setattr(compiled, "is_on_gpu", lambda actor: True)
+    actions(2 * compiled.EAGER_PREDICTIONS, several, deterministic=False)  # together; the best of 32 one by one
+    assert not captures
+    settings.compile_actions = False
+    actions(2 * compiled.EAGER_PREDICTIONS)
+    assert not captures
+    settings.compile_actions = True
+    np.testing.assert_allclose(actions(compiled.EAGER_PREDICTIONS), expected[: compiled.EAGER_PREDICTIONS], atol=1e-6)
+    assert not captures
+    np.testing.assert_allclose(actions(30), expected, atol=1e-6)
+    assert len(captures) == 1 and isinstance(program_of(model), compiled.CapturedRanking)
+    monkeypatch.setattr(compiled, "is_on_gpu", lambda actor: False)
+    assert program_of(model) is None, "it was moved to the CPU"
+    np.testing.assert_allclose(actions(30), expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("what", ["actions", "values"])

@@ -73,7 +73,10 @@ ALGOS: dict[str, tuple[str, dict[str, Any]]] = {
     "qvpo_ddpm5_nd8_delay2_lr1e-3": ("qvpo", {**FAST, "learning_rate": 1e-3}),
     "qvpo_ddpm5_nd8_delay2_qf_lr1e-3": ("qvpo", {**FAST, "qf_learning_rate": 1e-3}),
     # A narrow policy's replay buffer has little that tells the critics about other actions
-    "qvpo_ddpm5_nd8_delay2_noise0.2": ("qvpo", {**FAST, "noise_type": "normal", "noise_std": 0.2}),
+    **{
+        f"qvpo_ddpm5_nd8_delay2_noise{std}": ("qvpo", {**FAST, "noise_type": "normal", "noise_std": std}) for std in (0.2, 0.5)
+    },
+    "qvpo_ddpm5_nd8_noise0.2": ("qvpo", {**EIGHT, "noise_type": "normal", "noise_std": 0.2}),
     # The paper's Figures 4 and 5 with the fast settings: entropy term and T, K_b and K_t, weighting, the authors' settings
     **{
         f"fast_T{T}_ent{c}": ("qvpo", {**FAST, "n_diffusion_steps": T, "ent_coef": c})

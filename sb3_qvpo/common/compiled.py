@@ -5,11 +5,14 @@ No mathematics is defined here: :meth:`GaussianDiffusion.sample` runs the chain,
 :class:`NoisePredictor` returns, and ``torch.compile`` turns it into one C++ function. In eager mode an action is a few hundred
 calls of torch, which cost more than the numbers. Updates are not compiled: there it saves a tenth (see ``docs/speed.md``).
 
-Compiling takes 10 to 20 s for each number of candidates, once on a machine (torch keeps the result on disk). Nothing of it is
-saved with a model, and where it fails there is one warning and all goes on as before.
+Compiling takes 10 to 20 s for each number of candidates, once on a machine (torch keeps the result on disk). A graph takes
+none, and runs the very kernels that the written functions launch one by one: on a GPU, single predictions are captured without
+being asked for, from the :data:`EAGER_PREDICTIONS`-th on. Nothing of it is saved with a model, and where it fails there is one
+warning and all goes on as before.
 """
 
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -43,6 +46,9 @@ TOLERANCE = 1e-3
 MOST_PROGRAMS = 4
 """Numbers of candidates of one policy that ``learn()`` compiles on its own: schedules of them shall not take hours."""
 
+EAGER_PREDICTIONS = 10
+"""Predictions for one state by each number of candidates after which a GPU captures them."""
+
 
 @dataclass
 class Programs:
@@ -53,11 +59,13 @@ class Programs:
     :param for_predictions: Numbers of candidates whose programs serve all predictions, because the user asked for them. Others
         only choose the actions that ``learn()`` collects: predictions are those of a loaded model, bit for bit.
     :param collecting: Whether ``learn()`` is choosing an action.
+    :param eager_predictions: Rankings of one state on a GPU that were not captured, by number of candidates.
     """
 
     by_count: "dict[int, CompiledRanking | CapturedRanking | None]" = field(default_factory=dict)
     for_predictions: set[int] = field(default_factory=set)
     collecting: bool = False
+    eager_predictions: Counter[int] = field(default_factory=Counter)
 
 
 _programs: WeakKeyDictionary[nn.Module, Programs] = WeakKeyDictionary()
@@ -244,6 +252,16 @@ def compile_ranking(
     return rankings.get(n_candidates) is not None
 
 
+def is_on_gpu(actor: DiffusionActor) -> bool:
+    """
+    Whether programs are graphs.
+
+    :param actor: The actor.
+    :return: True on a GPU.
+    """
+    return actor.device.type == "cuda"
+
+
 def is_supported(actor: DiffusionActor, critic: CandidateCritic) -> bool:
     """
     Whether a program can stand for these networks.
@@ -252,9 +270,9 @@ def is_supported(actor: DiffusionActor, critic: CandidateCritic) -> bool:
     :param critic: The critics.
     :return: False for networks that are not the usual ones, of a subclass for instance; a GPU takes all.
     """
-    weight = actor.noise_predictor.first_layer.weight
-    if weight.device.type == "cuda":
+    if is_on_gpu(actor):
         return True
+    weight = actor.noise_predictor.first_layer.weight
     networks = [list(actor.noise_predictor.later_layers)]
     networks += [list(cast(nn.Sequential, q_network))[1:] for q_network in critic.q_networks]
     with th.no_grad():
@@ -279,7 +297,7 @@ def checked_ranking(actor: DiffusionActor, critic: CandidateCritic, n_candidates
     :return: The program.
     :raises RuntimeError: If it does not give what the readable functions give.
     """
-    ranking = (CapturedRanking if actor.device.type == "cuda" else CompiledRanking)(actor, critic)
+    ranking = (CapturedRanking if is_on_gpu(actor) else CompiledRanking)(actor, critic)
     critic_features_dim = cast(nn.Linear, cast(nn.Sequential, critic.q_networks[0])[0]).in_features - actor.action_dim
     sizes = (actor.noise_predictor.split_sizes[-1], critic_features_dim)
     features = [th.linspace(-1, 1, size, device=actor.device).unsqueeze(0) for size in sizes]
@@ -363,14 +381,31 @@ def ranking_of(policy: nn.Module, n_candidates: int) -> CompiledRanking | Captur
     """
     The compiled program of a policy.
 
-    :param policy: The policy.
+    :param policy: The policy, which is about to rank the candidates of one state. On a GPU that is counted.
     :param n_candidates: Number of candidates K.
     :return: The program; None if there is none for what is being done, while gradients are on or fast paths off, and while a
         policy is exported.
     """
-    programs = _programs.get(policy)
-    if programs is None or not (programs.collecting or n_candidates in programs.for_predictions):
-        return None
     if not fast.settings.enabled or th.is_grad_enabled() or th.compiler.is_compiling():
         return None
-    return programs.by_count.get(n_candidates)
+    on_gpu = is_on_gpu(cast(DiffusionActor, policy.actor))
+    programs = _programs.setdefault(policy, Programs()) if on_gpu else _programs.get(policy)
+    if programs is None:
+        return None
+    if on_gpu and fast.settings.compile_actions:
+        _capture_after_some(policy, programs, n_candidates)
+    elif not (programs.collecting or n_candidates in programs.for_predictions):
+        return None
+    program = programs.by_count.get(n_candidates)
+    # A policy that was moved from one device to another has no program there
+    return program if isinstance(program, CapturedRanking) == on_gpu else None
+
+
+def _capture_after_some(policy: nn.Module, programs: Programs, n_candidates: int) -> None:
+    """Capture what a GPU ranks again and again; what failed, or was compiled on the CPU before, is left alone."""
+    if n_candidates in programs.by_count or len(programs.by_count) >= MOST_PROGRAMS:
+        return
+    programs.eager_predictions[n_candidates] += 1
+    if programs.eager_predictions[n_candidates] > EAGER_PREDICTIONS:
+        actor, critic = cast(DiffusionActor, policy.actor), cast(CandidateCritic, policy.critic)
+        compile_ranking(policy, actor, critic, n_candidates, for_predictions=False)

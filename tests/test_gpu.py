@@ -1,0 +1,197 @@
+"""
+What only a GPU can show: updates and actions captured in graphs, and what the same code gives without them; candidates in
+bfloat16; models that move between devices. Skipped where there is none; the tests of ``test_captured.py`` have stand-ins.
+"""
+
+import warnings
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch as th
+from gymnasium import spaces
+from helpers import CountdownEnv, tiny_qvpo, weights_of
+from stable_baselines3.common.callbacks import ConvertCallback
+
+from sb3_qvpo import QVPO, ResumableCheckpointCallback
+from sb3_qvpo.common import captured, compiled, off_policy_algorithm
+
+pytestmark = pytest.mark.skipif(not th.cuda.is_available(), reason="needs a GPU")
+
+
+class DictEnv(CountdownEnv):
+    def __init__(self):
+        super().__init__()
+        self.observation_space = spaces.Dict(a=self.observation_space, b=self.observation_space)
+
+    def reset(self, **kwargs):
+        observation, info = super().reset(**kwargs)
+        return {"a": observation, "b": observation / 2}, info
+
+    def step(self, action):
+        observation, *rest = super().step(action)
+        return {"a": observation, "b": observation / 2}, *rest
+
+
+class ImageEnv(gym.Env):
+    """Images of noise, two action dimensions."""
+
+    def __init__(self):
+        self.observation_space, self.action_space = spaces.Box(0, 255, (36, 36, 1), np.uint8), spaces.Box(-1, 1, (2,))
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return self.np_random.integers(256, size=(36, 36, 1), dtype=np.uint8), {}
+
+    def step(self, action):
+        return self.reset()[0], float(action[0]), False, bool(self.np_random.random() < 0.2), {}
+
+
+def gpu_qvpo(*args, **kwargs):
+    return tiny_qvpo(*args, **{"device": "cuda", **kwargs})
+
+
+def largest_difference(first, second):
+    first, second = weights_of(first), weights_of(second)
+    return max(float((first[name].cpu() - second[name].cpu()).abs().max()) for name in first if first[name].numel())
+
+
+@pytest.fixture
+def warnings_are_errors():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+
+
+CASES = {
+    "plain": dict(),
+    "delayed": dict(policy_delay=2, max_grad_norm=0.5),
+    "schedules": dict(learning_rate="lin_1e-3", qf_learning_rate=lambda p: 1e-3 * p, ent_coef="lin_0.5"),
+    "dictionaries": dict(env=DictEnv, policy="MultiInputPolicy"),
+    "images": dict(env=ImageEnv, policy="CnnPolicy"),
+    "n-step": dict(n_steps=3),
+    "fewer sampling steps": dict(n_diffusion_steps=10, policy_kwargs=dict(net_arch=[8, 8], n_sampling_steps=4)),
+    "shared steps": dict(n_shared_steps=2),
+    "qcut": dict(q_weighting="qcut"),
+    "bfloat16 layers of 64": dict(policy_kwargs=dict(net_arch=[64, 64, 64])),
+}
+
+
+def arguments_of(name):
+    arguments = dict(CASES[name])
+    return arguments | ({"env": arguments["env"]()} if "env" in arguments else {})
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_graphs_of_updates(name, monkeypatch, warnings_are_errors):
+    """Updates of critics and of the policy are captured, once each, and train as the written ones do."""
+    model = gpu_qvpo(**arguments_of(name)).learn(60)
+    assert len(model._captured_updates.graphs) == 2 and not model._captured_updates.failed
+    monkeypatch.setattr(captured, "EAGER_UPDATES", 1000)
+    written = gpu_qvpo(**arguments_of(name)).learn(60)
+    assert not written._captured_updates.graphs
+    assert model._n_updates == written._n_updates == 55
+    assert largest_difference(model, gpu_qvpo(**arguments_of(name))) > 1e-3, "it has learnt"
+    assert largest_difference(model, written) < 1e-4
+
+
+def test_graphs_of_actions(monkeypatch, settings, warnings_are_errors):
+    """Of long runs and where asked for: the actions that the readable functions give."""
+    monkeypatch.setattr(off_policy_algorithm, "COMPILE_AFTER", 10)
+    monkeypatch.setattr(off_policy_algorithm, "LONG_RUN", 20)
+    model = gpu_qvpo(policy_kwargs=dict(net_arch=[32, 32])).learn(60)
+    assert isinstance(compiled._programs[model.policy].by_count[model.n_behavior_candidates], compiled.CapturedRanking)
+    observations = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
+
+    def predictions():
+        th.manual_seed(1)
+        return [model.predict(each, deterministic=flag)[0] for each in observations for flag in (True, False)]
+
+    readable = predictions()
+    assert model.policy.compile_actions() and model.policy.compile_actions(model.n_behavior_candidates)
+    np.testing.assert_allclose(predictions(), readable, atol=1e-4)
+    model.learn(20)
+    later = predictions()
+    settings.enabled = False
+    np.testing.assert_allclose(predictions(), later, atol=1e-4)
+    assert not np.allclose(later, readable, atol=1e-4), "graphs read the weights that there are now"
+
+
+def test_predictions_are_captured_on_their_own(warnings_are_errors):
+    """After some, with the same bits; a policy that is moved to the CPU goes on there."""
+    model, observation = gpu_qvpo(policy_kwargs=dict(net_arch=[32, 32])), np.ones(3, np.float32)
+
+    def actions(n_times, deterministic):
+        th.manual_seed(0)
+        return [model.predict(observation, deterministic=deterministic)[0] for _ in range(n_times)]
+
+    for deterministic in (False, True):
+        readable = actions(compiled.EAGER_PREDICTIONS, deterministic)
+        actions(1, deterministic)
+        np.testing.assert_array_equal(actions(len(readable), deterministic), readable)
+    programs = compiled._programs[model.policy].by_count
+    assert len(programs) == 2 and all(isinstance(program, compiled.CapturedRanking) for program in programs.values())
+    model.policy.to("cpu")
+    np.testing.assert_allclose(actions(len(readable), True), readable, atol=1e-3)
+    model.policy.to("cuda")
+    np.testing.assert_allclose(actions(len(readable), True), readable, atol=1e-3)
+
+
+def test_candidates_are_those_of_the_cpu():
+    """The same numbers in, the same candidates and values out; in bfloat16 to its precision."""
+    on_gpu, on_cpu = (gpu_qvpo(device=device, policy_kwargs=dict(net_arch=[64, 64, 64])) for device in ("cuda", "cpu"))
+    on_gpu.policy.load_state_dict(on_cpu.policy.state_dict())
+    states, noise = th.randn(16, 3), on_cpu.actor.draw_noise(16, 8)
+    with th.no_grad():
+        expected, expected_q = on_cpu.policy.rank_candidates(states, 8, noise)
+        exact, exact_q = on_gpu.policy.rank_candidates(states.cuda(), 8, noise.cuda())
+        reduced, _ = on_gpu.policy.rank_candidates(states.cuda(), 8, noise.cuda(), reduced_precision=True)
+    assert (exact.cpu() - expected).abs().max() < 1e-3 and (exact_q.cpu() - expected_q).abs().max() < 1e-3
+    assert 0 < (reduced - exact).abs().max() < 0.1 and (reduced - exact).abs().mean() < 0.01
+
+
+@pytest.mark.parametrize(("trained_on", "loaded_on"), [("cuda", "cpu"), ("cpu", "cuda"), ("cuda", "cuda")])
+def test_saved_models_move_between_devices(trained_on, loaded_on, tmp_path, warnings_are_errors):
+    model = gpu_qvpo(device=trained_on).learn(40)
+    model.save(tmp_path / "model")
+    model.save_replay_buffer(tmp_path / "buffer")
+    loaded = QVPO.load(tmp_path / "model", env=gym.make("Pendulum-v1"), device=loaded_on)
+    loaded.load_replay_buffer(tmp_path / "buffer")
+    assert largest_difference(model, loaded) == 0
+    loaded.learn(40, reset_num_timesteps=False)
+    assert loaded._n_updates == model._n_updates + 40 and largest_difference(model, loaded) > 1e-4
+    assert np.isfinite(loaded.predict(np.ones(3, np.float32), deterministic=True)[0]).all()
+
+
+def test_a_resumed_run_is_the_run(tmp_path):
+    """Broken off after its graphs were captured: equal to rounding, because the updates after it are written ones at first."""
+
+    def run(until, path):
+        model = gpu_qvpo(CountdownEnv())
+        save = ResumableCheckpointCallback(4, path, at_episode_end=True)
+
+        def stop(locals_, _):
+            if locals_["self"].num_timesteps == until:
+                raise KeyboardInterrupt
+            return True
+
+        try:
+            return model.learn(80, callback=[save, ConvertCallback(stop)])
+        except KeyboardInterrupt:
+            resumed = QVPO.resume(path, model.env)
+            assert resumed.device.type == "cuda" and resumed.num_timesteps == 40
+            save = ResumableCheckpointCallback(4, path, at_episode_end=True)
+            return resumed.learn(resumed.remaining_timesteps, callback=save, reset_num_timesteps=False)
+
+    whole, resumed = run(None, tmp_path / "whole.zip"), run(43, tmp_path / "part.zip")
+    assert whole._n_updates == resumed._n_updates
+    assert largest_difference(whole, resumed) < 1e-3
+
+
+def test_numbers_that_are_not_finite_stop_training():
+    """Reported later than on the CPU, but before a hundred more updates, and no weight is lost."""
+    model = gpu_qvpo().learn(60)
+    model.replay_buffer.rewards[:] = np.nan
+    with pytest.raises(ValueError, match="rewards"):
+        model.learn(250, reset_num_timesteps=False)
+    assert all(th.isfinite(value).all() for value in weights_of(model).values())
