@@ -77,6 +77,13 @@ ALGOS: dict[str, tuple[str, dict[str, Any]]] = {
         f"qvpo_ddpm5_nd8_delay2_noise{std}": ("qvpo", {**FAST, "noise_type": "normal", "noise_std": std}) for std in (0.2, 0.5)
     },
     "qvpo_ddpm5_nd8_noise0.2": ("qvpo", {**EIGHT, "noise_type": "normal", "noise_std": 0.2}),
+    **{
+        f"qvpo_ddpm5_nd8_delay2_kt1_noise{std}": (
+            "qvpo",
+            {**FAST, "n_target_candidates": 1, "noise_type": "normal", "noise_std": std},
+        )
+        for std in (0.2, 0.5)
+    },
     # The paper's Figures 4 and 5 with the fast settings: entropy term and T, K_b and K_t, weighting, the authors' settings
     **{
         f"fast_T{T}_ent{c}": ("qvpo", {**FAST, "n_diffusion_steps": T, "ent_coef": c})
