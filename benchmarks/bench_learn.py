@@ -2,7 +2,7 @@
 Where ``learn()`` spends its time with the paper's settings: update, environment, action, and all the rest.
 
 ``python benchmarks/bench_learn.py [--threads 2] [--repeats 3] [--device cuda]``; needs ``pip install ".[mujoco]"``. On a GPU
-an action waits for the update before it: there only the whole step means something.
+an action waits for the update before it, so that there is only the whole step.
 """
 
 import sys
@@ -49,7 +49,8 @@ def shares(algorithm: type, env_name: str, n_steps: int, device: str, **kwargs: 
     synchronize()
     total = time.perf_counter() - start
     times["rest"] = total - sum(times.values())
-    return {name: 1e3 * value / n_steps for name, value in (*times.items(), ("step", total))}
+    parts = {} if on_gpu else times
+    return {name: 1e3 * value / n_steps for name, value in (*parts.items(), ("step", total))}
 
 
 def main() -> None:

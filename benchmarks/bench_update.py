@@ -12,7 +12,18 @@ from typing import Any
 
 import torch as th
 from stable_baselines3 import SAC, TD3
-from timing import Rows, interleaved, parse_arguments, products, ratio, reference_process, report, summary, trained
+from timing import (
+    Rows,
+    interleaved,
+    parse_arguments,
+    products,
+    ratio,
+    reference_here,
+    reference_process,
+    report,
+    summary,
+    trained,
+)
 from torch.nn import functional as F
 
 from sb3_qvpo import QVPO
@@ -83,7 +94,7 @@ def by_setting(name: str, changes: dict[str, Any], repeats: int, seconds: float,
                 device=device,
             )
             functions[f"SB3 {algorithm.__name__}"] = lambda other=other: other.train(1, batch_size)
-    with reference_process(model, hidden, batch_size) as reference:
+    with (reference_process if device == "cpu" else reference_here)(model, hidden, batch_size) as reference:
         times = interleaved({"eager reference": reference, **functions}, repeats, seconds)
     rows = []
     for implementation, values in times.items():

@@ -82,18 +82,21 @@ def synchronize() -> None:
         th.cuda.synchronize()
 
 
-def _reference_updates(connection: Any, threads: int, batch_size: int, device: str, arguments: dict[str, Any]) -> None:
+@contextmanager
+def reference_here(model: QVPO, hidden: list[int], batch_size: int) -> Iterator[Callable[[], None]]:
+    """An update of the eager reference, batch sampling included, on the device of the model."""
+    eager, buffer = reference_of(model, hidden), model.replay_buffer
+    yield lambda: eager.update(buffer.sample(batch_size))
+
+
+def _reference_updates(connection: Any, threads: int, batch_size: int, arguments: dict[str, Any]) -> None:
     """What the process of :func:`reference_process` runs."""
     th.set_num_threads(threads)
-    arguments["betas"] = arguments["betas"].to(device)
-    sac = trained(SAC, arguments["obs_dim"], arguments["action_dim"], policy_kwargs=dict(net_arch=[16]), device=device)
+    sac = trained(SAC, arguments["obs_dim"], arguments["action_dim"], policy_kwargs=dict(net_arch=[16]))
     buffer, eager = sac.replay_buffer, EagerReference(**arguments)
     connection.send("ready")
-    while (command := connection.recv()) != "stop":
-        if command == "update":
-            eager.update(buffer.sample(batch_size))
-        else:
-            synchronize()
+    while connection.recv() == "update":
+        eager.update(buffer.sample(batch_size))
         connection.send("done")
 
 
@@ -101,27 +104,20 @@ def _reference_updates(connection: Any, threads: int, batch_size: int, device: s
 def reference_process(model: QVPO, hidden: list[int], batch_size: int) -> Iterator[Callable[[], None]]:
     """
     An update of the eager reference, batch sampling included, in a process of its own: in that of the model it would profit
-    from what the package does for the whole process (``fast.keep_freed_memory()``). It sleeps while it is not called. Its
-    device is that of the model; its attribute ``synchronize`` waits for the updates that were started there.
+    from what the package does for the whole process (``fast.keep_freed_memory()``). It sleeps while it is not called.
     """
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
-    arguments = reference_arguments(model, hidden)
-    arguments["betas"] = arguments["betas"].cpu()
-    arguments = (there, th.get_num_threads(), batch_size, str(model.device), arguments)
+    arguments = (there, th.get_num_threads(), batch_size, reference_arguments(model, hidden))
     process = context.Process(target=_reference_updates, args=arguments, daemon=True)
     process.start()
     there.close()
     here.recv()
 
-    def ask(command: str) -> None:
-        here.send(command)
+    def update() -> None:
+        here.send("update")
         here.recv()
 
-    def update() -> None:
-        ask("update")
-
-    update.synchronize = lambda: ask("synchronize")  # type: ignore[attr-defined]
     try:
         yield update
     finally:
@@ -171,7 +167,7 @@ def interleaved(functions: dict[str, Callable[[], Any]], repeats: int, seconds: 
                 start = time.perf_counter()
                 for _ in range(n_calls):
                     function()
-                getattr(function, "synchronize", synchronize)()
+                synchronize()
                 return time.perf_counter() - start
 
             if repeat == 0:  # warms up

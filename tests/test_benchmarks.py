@@ -25,7 +25,7 @@ from run import append, training_command
 from stable_baselines3.common.callbacks import EvalCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
-from timing import interleaved, reference_of, reference_process, trained
+from timing import interleaved, reference_here, reference_of, reference_process, trained
 
 from sb3_qvpo import QVPO
 
@@ -72,6 +72,18 @@ def test_an_update_is_several_times_faster_than_the_reference():
     with reference_process(model, [256, 256], 256) as reference:
         times = interleaved({"reference": reference, "QVPO": lambda: model.train(1, 256)}, repeats=5)
     assert min(times["reference"]) > 4 * min(times["QVPO"])
+
+
+def test_on_a_gpu_the_reference_is_in_the_same_process():
+    """Where the model is; tried on the CPU."""
+    model = trained(QVPO, 3, 2, 300, n_train_candidates=4, n_diffusion_steps=3, policy_kwargs=dict(net_arch=[8]))
+    sampled = []
+    model.replay_buffer.sample = lambda *args: (
+        sampled.append(args) or type(model.replay_buffer).sample(model.replay_buffer, *args)
+    )
+    with reference_here(model, [8], 16) as reference:
+        reference()
+    assert sampled == [(16,)]
 
 
 def test_compiled_actions_are_several_times_faster_than_the_reference():

@@ -119,7 +119,7 @@ def test_graphs_of_actions(monkeypatch, settings, warnings_are_errors):
 
 def test_predictions_are_captured_on_their_own(warnings_are_errors):
     """After some, with the same bits; a policy that is moved to the CPU goes on there."""
-    model, observation = gpu_qvpo(policy_kwargs=dict(net_arch=[32, 32])), np.ones(3, np.float32)
+    model, observation = gpu_qvpo(policy_kwargs=dict(net_arch=[32, 32]), n_eval_candidates=7), np.ones(3, np.float32)
 
     def actions(n_times, deterministic):
         th.manual_seed(0)

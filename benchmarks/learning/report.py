@@ -2,7 +2,7 @@
 Figures and tables of the learning curves, from the CSV files beside this script: ``make report``.
 
 Draws ``docs/figures/`` and fills the tables in ``docs/results.md`` between ``<!-- table: NAME -->`` and ``<!-- end -->``. Runs
-that did not come to their end count in the tables of 40 000 steps only. Every other length of finished runs has tables
+that did not come to their end count in the tables named ``screen_TASK`` only. Every other length of finished runs has tables
 ``returns_LENGTH`` and ``thresholds_LENGTH`` and a figure of its own. Needs rliable, which comes with
 ``pip install ".[zoo]"``. For runs of one's own: ``--results FOLDER --docs FOLDER``.
 """
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from figures import draw_bandit, draw_chain, draw_curves, draw_multi_goal
-from selection import ABLATED, PREFIX, SCREEN, Row, Runs, timed_runs
+from selection import ABLATED, PREFIX, SCREEN, SCREENS, Row, Runs, timed_runs
 from tables import bandit_table, fill, follow_table, multi_goal_table, returns_table, screen_table, thresholds_table
 
 HERE = Path(__file__).parent
@@ -30,8 +30,9 @@ def learning_curves(results: Sequence[Row]) -> tuple[dict[str, str], dict[str, R
     rows = [row for row in results if not row["algo"].startswith(PREFIX)]
     ablations = [row for row in results if row["algo"] == ABLATED or row["algo"].startswith(PREFIX)]
     ablated = dict.fromkeys(row["task"] for row in results if row["algo"].startswith(PREFIX))
-    screened = dict.fromkeys(row["task"] for row in rows if int(row["last_step"]) == SCREEN)
-    tables = {f"screen_{task}": screen_table(rows, task, SCREEN) for task in screened}
+    screened = {task: SCREENS.get(task, SCREEN) for task in dict.fromkeys(row["task"] for row in rows)}
+    lengths = {(row["task"], int(row["last_step"])) for row in rows}
+    tables = {f"screen_{task}": screen_table(rows, task, n) for task, n in screened.items() if (task, n) in lengths}
     tables |= {f"ablations_{task}": screen_table(ablations, task, SCREEN) for task in ablated}
     figures = {}
     for length in sorted({int(row["last_step"]) for row in rows} - {SCREEN}):

@@ -84,6 +84,13 @@ ALGOS: dict[str, tuple[str, dict[str, Any]]] = {
         )
         for std in (0.2, 0.5)
     },
+    "qvpo_ddpm5_nd8_delay2_ou0.2": ("qvpo", {**FAST, "noise_type": "ornstein-uhlenbeck", "noise_std": 0.2}),
+    "qvpo_ddpm5_nd8_delay2_noise0.2_lr3e-4": (
+        "qvpo",
+        {**FAST, "noise_type": "normal", "noise_std": 0.2, "learning_rate": 3e-4},
+    ),
+    "qvpo_ddpm5_nd8_delay2_ent0.25": ("qvpo", {**FAST, "ent_coef": 0.25}),
+    "qvpo_ddpm5_nd8_delay2_kb1": ("qvpo", {**FAST, "n_behavior_candidates": 1}),
     # The paper's Figures 4 and 5 with the fast settings: entropy term and T, K_b and K_t, weighting, the authors' settings
     **{
         f"fast_T{T}_ent{c}": ("qvpo", {**FAST, "n_diffusion_steps": T, "ent_coef": c})

@@ -24,7 +24,20 @@ NAMES = {
     "qvpo_ddpm5_nd8_delay2_tau0.01": "N_d 8, 5 DDPM steps, N_e 2 with ent_coef 0.05, policy_delay 2, tau 0.01",
     "qvpo_ddpm5_nd8_delay2_lr1e-3": "N_d 8, 5 DDPM steps, N_e 2 with ent_coef 0.05, policy_delay 2, learning_rate 1e-3",
     "qvpo_ddpm5_nd8_delay2_qf_lr1e-3": "N_d 8, 5 DDPM steps, N_e 2 with ent_coef 0.05, policy_delay 2, qf_learning_rate 1e-3",
-    "qvpo_ddpm5_nd8_delay2_noise0.2": "N_d 8, 5 DDPM steps, N_e 2 with ent_coef 0.05, policy_delay 2, action noise 0.2",
+    **{
+        f"qvpo_ddpm5_nd8_delay2_{name}": f"N_d 8, 5 DDPM steps, N_e 2 with ent_coef 0.05, policy_delay 2, {changed}"
+        for name, changed in (
+            ("noise0.2", "action noise 0.2"),
+            ("noise0.5", "action noise 0.5"),
+            ("ou0.2", "Ornstein-Uhlenbeck noise 0.2"),
+            ("noise0.2_lr3e-4", "action noise 0.2, learning_rate 3e-4"),
+            ("kt1_noise0.2", "K_t 1, action noise 0.2"),
+            ("kt1_noise0.5", "K_t 1, action noise 0.5"),
+            ("kb1", "K_b 1"),
+        )
+    },
+    "qvpo_ddpm5_nd8_delay2_ent0.25": "N_d 8, 5 DDPM steps, N_e 2 with ent_coef 0.25, policy_delay 2",
+    "qvpo_ddpm5_nd8_noise0.2": "N_d 8, 5 DDPM steps, N_e 2 with ent_coef 0.05, action noise 0.2",
     **{name: name.upper() for name in ("sac", "td3", "tqc")},
     "crossq": "CrossQ",
     **{f"fast_T{T}_ent{c}": f"T {T}, ent_coef {c}" for T in (5, 10, 20) for c in ("0.0", "0.05") if (T, c) != (20, "0.05")},
@@ -52,6 +65,8 @@ PROCESSORS = {
 """What tables call the column ``cpu``."""
 SCREEN = 40_000
 """Steps of the tables that show every seed."""
+SCREENS = {"LunarLanderContinuous-v3": 60_000}
+"""The same of tasks for which it is another number."""
 
 ABLATED, PREFIX = "qvpo_ddpm5_nd8_delay2", "fast_"
 """The settings of which one thing each is varied as in the paper's Figures 4 and 5, and what the names of those begin with."""
