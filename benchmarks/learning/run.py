@@ -84,6 +84,7 @@ ALGOS: dict[str, tuple[str, dict[str, Any]]] = {
         )
         for std in (0.2, 0.5)
     },
+    "qvpo_ddpm5_nd8_delay2_noise0.2_3steps": ("qvpo", {**FAST, "noise_type": "normal", "noise_std": 0.2, "n_steps": 3}),
     "qvpo_ddpm5_nd8_delay2_ou0.2": ("qvpo", {**FAST, "noise_type": "ornstein-uhlenbeck", "noise_std": 0.2}),
     "qvpo_ddpm5_nd8_delay2_noise0.2_lr3e-4": (
         "qvpo",

@@ -33,6 +33,7 @@ NAMES = {
             ("noise0.2_lr3e-4", "action noise 0.2, learning_rate 3e-4"),
             ("kt1_noise0.2", "K_t 1, action noise 0.2"),
             ("kt1_noise0.5", "K_t 1, action noise 0.5"),
+            ("noise0.2_3steps", "action noise 0.2, 3-step returns"),
             ("kb1", "K_b 1"),
         )
     },
