@@ -44,6 +44,7 @@ def shares(algorithm: type, env_name: str, n_steps: int, device: str, **kwargs: 
     model.train = timed(model.train, times, "update")
     model.predict = timed(model.predict, times, "action")
     env.step_wait = timed(env.step_wait, times, "environment")
+    synchronize()
     start = time.perf_counter()
     model.learn(n_steps, reset_num_timesteps=False, log_interval=1)
     synchronize()

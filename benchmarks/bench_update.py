@@ -75,9 +75,8 @@ def built(changes: dict[str, Any]) -> tuple[QVPO, dict[str, Any]]:
 
 def by_setting(name: str, changes: dict[str, Any], repeats: int, seconds: float, device: str) -> Rows:
     """One row for each implementation of one setting; with a delay, the mean of updates with and without the policy's."""
-    model, setting = built(
-        {**changes, "device": device}
-    )  # the reference always draws in all steps, and updates the policy each time
+    # The reference always draws in all steps, and updates the policy each time
+    model, setting = built({**changes, "device": device})
     hidden, batch_size = setting["hidden"], setting["batch_size"]
     functions: dict[str, Callable[[], Any]] = {
         "QVPO, readable": with_settings(False, lambda: model.train(model.policy_delay, batch_size)),

@@ -23,13 +23,14 @@ from stable_baselines3 import SAC
 from sb3_qvpo import QVPO, __version__
 from sb3_qvpo.common import fast
 from sb3_qvpo.common.captured import EAGER_UPDATES
+from sb3_qvpo.common.compiled import EAGER_PREDICTIONS
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 Rows = list[dict[str, Any]]
 CPUINFO = Path("/proc/cpuinfo")
-WARM_UP = 3 * EAGER_UPDATES
-"""Calls before any are timed on a GPU, where updates of critics and of the policy are captured after some."""
+WARM_UP = 3 * max(EAGER_UPDATES, EAGER_PREDICTIONS)
+"""Calls before any are timed on a GPU, where updates and decisions are captured after some."""
 
 
 class NoiseEnv(gym.Env):

@@ -1,5 +1,8 @@
 """What several test files need: small models, toy environments and the way from torch modules to NumPy arrays."""
 
+import warnings
+from contextlib import contextmanager
+
 import gymnasium as gym
 import numpy as np
 import torch as th
@@ -130,3 +133,11 @@ def weights_of(model):
 def same_weights(first, second):
     """Whether two results of :func:`weights_of` agree bit for bit."""
     return first.keys() == second.keys() and all(th.equal(first[name], second[name]) for name in first)
+
+
+@contextmanager
+def recorded_warnings():
+    """All warnings, however often they have been seen before."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield caught

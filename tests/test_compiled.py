@@ -5,13 +5,17 @@ import gc
 import os
 import subprocess
 import sys
+import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
-from helpers import BanditEnv, CountdownEnv, same_weights, tiny_qvpo, weights_of
+from helpers import BanditEnv, CountdownEnv, recorded_warnings, same_weights, tiny_qvpo, weights_of
 from stable_baselines3.common.callbacks import ConvertCallback
 from torch import nn
 
@@ -127,46 +131,144 @@ def test_a_graph_of_the_readable_functions():
             observation, noise = th.randn(1, 3), model.actor.draw_noise(1, 5)
             kept.append((ranking(observation, observation, noise), model.policy.rank_candidates(observation, 5, noise)))
         model.actor.noise_predictor.first_layer = copy.deepcopy(model.actor.noise_predictor.first_layer)
-        assert ranking(observation, observation, noise)[0].equal(kept[-1][0][0]) and len(runs) == 4
+        for n_runs in [3] * compiled.EAGER_PREDICTIONS + [4, 5]:
+            assert ranking(observation, observation, noise)[0].equal(kept[-1][0][0]) and len(runs) == n_runs
         assert ranking.graph[3].are_the_same(), "captured again for the layer that has taken the place of another"
     for results, expected in kept:  # later runs have not overwritten them
         for result, readable in zip(results, expected, strict=True):
             np.testing.assert_allclose(result, readable, atol=1e-6)
 
 
-def test_a_gpu_captures_predictions_on_its_own(settings, monkeypatch):
-    """After some, with the stand-in; the same actions; not for several observations; on the CPU nothing is captured."""
-    captures = []
+@pytest.fixture
+def captures(monkeypatch):
+    """A GPU that is none, with a stand-in for graphs; the list grows with each that is captured."""
+    captured = []
 
     def record(function, device):
-        captures.append(function().keys())
+        captured.append(function()["q_values"].shape[1])
         results = {}
         return lambda: results.update(function()), results
 
-    monkeypatch.setattr(compiled.CapturedRanking.__init__, "__defaults__", (record,))
-    model = model_with(net_arch=[32, 32])
-    one, several = np.ones(3, np.float32), np.ones((2, 3), np.float32)
-
-    def actions(n_times, observation=one, deterministic=True):
-        th.manual_seed(0)
-        return [model.predict(observation, deterministic=deterministic)[0] for _ in range(n_times)]
-
-    expected = actions(30)
-    assert not captures and not is_compiled(model, model.n_eval_candidates)
+    monkeypatch.setattr(compiled.CapturedRanking.__init__, "__defaults__", (record, False))
     monkeypatch.setattr(compiled, "is_on_gpu", lambda actor: True)
-    actions(2 * compiled.EAGER_PREDICTIONS, several, deterministic=False)  # together; the best of 32 one by one
-    assert not captures
+    return captured
+
+
+def actions(model, n_times, deterministic=True, n_observations=None):
+    th.manual_seed(0)
+    observation = np.ones(3 if n_observations is None else (n_observations, 3), np.float32)
+    return [model.predict(observation, deterministic=deterministic)[0] for _ in range(n_times)]
+
+
+SOME = compiled.EAGER_PREDICTIONS
+
+
+def test_a_gpu_captures_predictions_on_its_own(captures, settings, monkeypatch, tmp_path):
+    """After some of each number of candidates; the same actions; not for several observations at once."""
+    model = model_with(net_arch=[32, 32])
+    model.n_eval_candidates = 7
+    with no_graphs():
+        expected = {flag: actions(model, 2 * SOME, flag) for flag in (True, False)}
+    actions(model, 2 * SOME, deterministic=False, n_observations=2)
     settings.compile_actions = False
-    actions(2 * compiled.EAGER_PREDICTIONS)
-    assert not captures
+    actions(model, 2 * SOME)
     settings.compile_actions = True
-    np.testing.assert_allclose(actions(compiled.EAGER_PREDICTIONS), expected[: compiled.EAGER_PREDICTIONS], atol=1e-6)
+    with monkeypatch.context() as patch:
+        patch.setattr(th, "is_autocast_enabled", lambda device: device == "cuda")
+        actions(model, 2 * SOME)
+    actions(model, SOME)
     assert not captures
-    np.testing.assert_allclose(actions(30), expected, atol=1e-6)
-    assert len(captures) == 1 and isinstance(program_of(model), compiled.CapturedRanking)
-    monkeypatch.setattr(compiled, "is_on_gpu", lambda actor: False)
-    assert program_of(model) is None, "it was moved to the CPU"
-    np.testing.assert_allclose(actions(30), expected, atol=1e-6)
+    np.testing.assert_allclose(actions(model, 2 * SOME), expected[True], atol=1e-6)
+    assert captures == [7]
+    np.testing.assert_allclose(actions(model, 2 * SOME, False), expected[False], atol=1e-6)
+    assert captures == [7, model.n_behavior_candidates]
+    model.save_checkpoint(tmp_path / "run")
+    copied = copy.deepcopy(model)
+    np.testing.assert_allclose(actions(copied, SOME), expected[True][:SOME], atol=1e-6)
+    QVPO.resume(tmp_path / "run", gym.make("Pendulum-v1"))
+    assert len(captures) == 2, "neither copies nor checkpoints take graphs along"
+    with no_graphs():
+        assert program_of(model) is None, "the policy was moved to the CPU"
+        np.testing.assert_allclose(actions(model, SOME), expected[True][:SOME], atol=1e-6)
+        assert model.policy.compile_actions(7) and isinstance(program_of(model), compiled.CompiledRanking)
+    assert isinstance(program_of(model), compiled.CapturedRanking)
+    assert model.policy.compile_actions(7) and captures == [7, 4, 7], "asked for, after it was compiled on the CPU"
+
+
+@contextmanager
+def no_graphs():
+    """The CPU that it is."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiled, "is_on_gpu", lambda actor: False)
+        yield
+
+
+def test_a_gpu_captures_no_more_than_a_few_counts(captures):
+    model = model_with(net_arch=[32, 32])
+    for count in range(1, compiled.MOST_PROGRAMS + 3):
+        model.n_eval_candidates = count
+        actions(model, 2 * SOME)
+    assert captures == [1, 2, 3, 4][: compiled.MOST_PROGRAMS]
+
+
+def test_graphs_in_inference_mode_and_after_it(captures):
+    model = model_with(net_arch=[32, 32])
+    expected = actions(model, SOME)
+    with th.inference_mode():
+        np.testing.assert_allclose(actions(model, SOME), expected, atol=1e-6)
+    with recorded_warnings() as caught:
+        np.testing.assert_allclose(actions(model, SOME), expected, atol=1e-6)
+    assert len(captures) == 1 and not caught
+
+
+def test_threads_share_a_graph(captures, monkeypatch):
+    """Between the copy of one thread's inputs and its results no other thread comes in."""
+    model = model_with(net_arch=[32, 32])
+    observations = [np.full(3, x, np.float32) for x in np.linspace(-1, 1, 8)]
+    with no_graphs():
+        expected = [model.predict(each, deterministic=True)[0] for each in observations]
+    actions(model, SOME + 1)
+    run = compiled.CapturedRanking._run
+    monkeypatch.setattr(compiled.CapturedRanking, "_run", lambda *args: (run(*args), time.sleep(0.01))[0])
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda each: model.predict(each, deterministic=True)[0], observations))
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("why", ["subclass", "hook", "batch of one"])
+def test_what_a_gpu_does_not_capture_on_its_own(why, captures):
+    """Networks of which not all is known, and the candidates of a training batch of one state."""
+    model = model_with(net_arch=[32, 32])
+    if why == "subclass":
+        predictor = model.actor.noise_predictor
+        predictor.__class__ = type("Predictor", (type(predictor),), {})
+    elif why == "hook":
+        model.critic.register_forward_hook(lambda *args: None)
+    else:
+        model.learn(10)
+        model.n_behavior_candidates = model.n_train_candidates  # those of actions are captured
+        model.train(2 * SOME, 1)
+        assert not captures
+        return
+    with recorded_warnings() as caught:
+        actions(model, 2 * SOME)
+    assert not captures and not caught
+    assert model.policy.compile_actions(5) and captures == [5], "asked for"
+
+
+def test_a_graph_that_fails_is_warned_of_once(captures, monkeypatch):
+    def fail(function, device):
+        raise RuntimeError("no graph\nhere")
+
+    model = model_with(net_arch=[32, 32])
+    expected = actions(model, SOME)
+    monkeypatch.setattr(compiled.CapturedRanking.__init__, "__defaults__", (fail, False))
+    with recorded_warnings() as caught:
+        np.testing.assert_array_equal(actions(model, SOME), expected)
+        actions(model, SOME)
+    assert [str(each.message) for each in caught] == [
+        "Actions are not captured in a graph and take several times as long: no graph here"
+    ]
 
 
 @pytest.mark.parametrize("what", ["actions", "values"])

@@ -1,13 +1,11 @@
 """What SB3 users rely on with SAC and TD3, here with QVPO: parameters, saving and loading, devices, other environments."""
 
 import io
-import warnings
-from contextlib import contextmanager
 
 import numpy as np
 import pytest
 import torch as th
-from helpers import CountdownEnv, same_weights, tiny_qvpo, weights_of
+from helpers import CountdownEnv, recorded_warnings, same_weights, tiny_qvpo, weights_of
 from stable_baselines3 import HerReplayBuffer
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import BitFlippingEnv, IdentityEnvBox
@@ -44,14 +42,6 @@ def shake(model):
     """Random weights, the noise schedule apart."""
     for parameter in model.policy.parameters():
         parameter.data.copy_(th.rand_like(parameter))
-
-
-@contextmanager
-def recorded_warnings():
-    """All warnings, however often they have been seen before."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        yield caught
 
 
 # Parameters

@@ -54,18 +54,20 @@ def cuda_graph(function: Callable[[], Results], device: th.device) -> tuple[Call
     :return: A function that runs it, and its results, which are overwritten at each run.
     """
     graph = th.cuda.CUDAGraph()
-    with th.cuda.device(device), th.cuda.graph(graph, stream=side_stream(device)):
+    # Other threads may go on with their own work on the device
+    with th.cuda.device(device), th.cuda.graph(graph, stream=side_stream(device), capture_error_mode="thread_local"):
         results = function()
     return graph.replay, results
 
 
-def on_side_stream(function: Callable[[], Results], device: th.device) -> Results:
+def on_side_stream(function: Callable[[], Results], device: th.device, may_wait: bool = False) -> Results:
     """
     Run a function on the stream on which it is to be captured afterwards. Waiting for the device in it is an error, which it
     would be in a graph, too, but there it can leave random generators in disorder.
 
     :param function: The function.
     :param device: Its device.
+    :param may_wait: For functions that are known not to wait: to find out is to make it an error in all threads.
     :return: Its results.
     :raises RuntimeError: If it waits for the device.
     """
@@ -75,11 +77,13 @@ def on_side_stream(function: Callable[[], Results], device: th.device) -> Result
     stream.wait_stream(th.cuda.current_stream(device))
     mode = th.cuda.get_sync_debug_mode()
     try:
-        _set_sync_debug_mode("error")
+        if not may_wait:
+            _set_sync_debug_mode("error")
         with th.cuda.stream(stream):
             results = function()
     finally:
-        _set_sync_debug_mode(mode)
+        if not may_wait:
+            _set_sync_debug_mode(mode)
         th.cuda.current_stream(device).wait_stream(stream)
     return results
 

@@ -5,10 +5,10 @@ No mathematics is defined here: :meth:`GaussianDiffusion.sample` runs the chain,
 :class:`NoisePredictor` returns, and ``torch.compile`` turns it into one C++ function. In eager mode an action is a few hundred
 calls of torch, which cost more than the numbers. Updates are not compiled: there it saves a tenth (see ``docs/speed.md``).
 
-Compiling takes 10 to 20 s for each number of candidates, once on a machine (torch keeps the result on disk). A graph takes
-none, and runs the very kernels that the written functions launch one by one: on a GPU, single predictions are captured without
-being asked for, from the :data:`EAGER_PREDICTIONS`-th on. Nothing of it is saved with a model, and where it fails there is one
-warning and all goes on as before.
+Compiling takes 10 to 20 s for each number of candidates, once on a machine (torch keeps the result on disk). Capturing a graph
+takes as long as a few actions, and it runs the kernels that the written functions launch one by one. So a GPU captures the
+decisions of usual networks without being asked, after :data:`EAGER_PREDICTIONS` of them. Nothing of it is saved with a model,
+and where it fails there is one warning and all goes on as before.
 """
 
 import warnings
@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from threading import Lock
 from types import FunctionType, MethodType
 from typing import Any, cast
 from weakref import WeakKeyDictionary
@@ -44,10 +45,13 @@ TOLERANCE = 1e-3
 """Largest difference of actions, and of values relative to the largest, between a program and the readable functions."""
 
 MOST_PROGRAMS = 4
-"""Numbers of candidates of one policy that ``learn()`` compiles on its own: schedules of them shall not take hours."""
+"""
+Numbers of candidates of one policy that ``learn()`` compiles on its own, and as many that a GPU captures on its own: schedules
+of them shall not take hours.
+"""
 
 EAGER_PREDICTIONS = 10
-"""Predictions for one state by each number of candidates after which a GPU captures them."""
+"""Decisions for one state by each number of candidates that a GPU takes before it captures one."""
 
 
 @dataclass
@@ -59,12 +63,15 @@ class Programs:
     :param for_predictions: Numbers of candidates whose programs serve all predictions, because the user asked for them. Others
         only choose the actions that ``learn()`` collects: predictions are those of a loaded model, bit for bit.
     :param collecting: Whether ``learn()`` is choosing an action.
-    :param eager_predictions: Rankings of one state on a GPU that were not captured, by number of candidates.
+    :param automatic: Graphs that nobody asked for, by number of candidates, None where it failed. They are apart from the
+        others because checkpoints list those, to compile them again.
+    :param eager_predictions: Decisions on a GPU that were not captured, by number of candidates.
     """
 
     by_count: "dict[int, CompiledRanking | CapturedRanking | None]" = field(default_factory=dict)
     for_predictions: set[int] = field(default_factory=set)
     collecting: bool = False
+    automatic: "dict[int, CapturedRanking | None]" = field(default_factory=dict)
     eager_predictions: Counter[int] = field(default_factory=Counter)
 
 
@@ -183,16 +190,20 @@ class CompiledRanking:
 
 class CapturedRanking:
     """
-    The same on a GPU: the readable functions, captured in a graph.
+    The same on a GPU: the readable functions, captured in a graph. Where something else has taken the place of a weight, the
+    next :data:`EAGER_PREDICTIONS` decisions are not captured: weights may be replaced before each of them.
 
     :param actor: The actor.
     :param critic: The critics.
     :param capture: How to capture a function, :func:`sb3_qvpo.common.captured.cuda_graph` unless for a test.
+    :param may_wait: Whether the networks are known not to wait for the device, see :func:`on_side_stream`.
     """
 
-    def __init__(self, actor: DiffusionActor, critic: CandidateCritic, capture: Capture = cuda_graph):
-        self.actor, self.critic, self.capture = actor, critic, capture
+    def __init__(self, actor: DiffusionActor, critic: CandidateCritic, capture: Capture = cuda_graph, may_wait: bool = False):
+        self.actor, self.critic, self.capture, self.may_wait = actor, critic, capture, may_wait
         self.graph: tuple[Callable[[], None], list[th.Tensor], Results, Places] | None = None
+        self.n_to_wait_for = 0
+        self.lock = Lock()
 
     def __call__(self, actor_features: th.Tensor, critic_features: th.Tensor, noise: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
         """
@@ -203,17 +214,27 @@ class CapturedRanking:
         :param noise: Noise of shape (N, 1, K, A), see :meth:`GaussianDiffusion.sample`.
         :return: Actions of shape (1, K, A) and the minimum of their values over critics, shape (1, K).
         """
-        arguments = (actor_features, critic_features, noise)
-        if self.graph is None or not self.graph[3].are_the_same():
-            inputs = [argument.clone() for argument in arguments]
-            on_side_stream(lambda: self._rank(*inputs), noise.device)  # libraries set themselves up
-            replay, results = self.capture(lambda: self._rank(*inputs), noise.device)
+        # All threads share the tensors of the graph, which must not be those of an inference mode that ends
+        with self.lock, th.inference_mode(False), th.no_grad():
+            results = self._run((actor_features, critic_features, noise))
+            return results["candidates"].clone(), results["q_values"].clone()
+
+    def _run(self, arguments: tuple[th.Tensor, th.Tensor, th.Tensor]) -> Results:
+        if self.graph is not None and not self.graph[3].are_the_same():
+            self.graph, self.n_to_wait_for = None, EAGER_PREDICTIONS
+        if self.graph is None and self.n_to_wait_for > 0:
+            self.n_to_wait_for -= 1
+            return self._rank(*arguments)
+        if self.graph is None:
+            inputs, device = [argument.clone() for argument in arguments], arguments[0].device
+            on_side_stream(lambda: self._rank(*inputs), device, self.may_wait)  # libraries set themselves up
+            replay, results = self.capture(lambda: self._rank(*inputs), device)
             self.graph = replay, inputs, results, Places([self.actor, self.critic])
         replay, inputs, results, _ = self.graph
         for fixed, argument in zip(inputs, arguments, strict=True):
             fixed.copy_(argument, non_blocking=True)
         replay()
-        return results["candidates"].clone(), results["q_values"].clone()
+        return results
 
     def _rank(self, actor_features: th.Tensor, critic_features: th.Tensor, noise: th.Tensor) -> Results:
         candidates = self.actor.sample_candidates(actor_features, noise.shape[2], noise)
@@ -240,6 +261,9 @@ def compile_ranking(
     rankings = programs.by_count
     if for_predictions:
         programs.for_predictions.add(n_candidates)
+    on_gpu = is_on_gpu(actor)
+    if isinstance(rankings.get(n_candidates), CompiledRanking if on_gpu else CapturedRanking):
+        del rankings[n_candidates]  # the policy was moved here from another device
     is_new = n_candidates not in rankings and len(rankings) < MOST_PROGRAMS
     if is_new or (for_predictions and rankings.get(n_candidates) is None):
         rankings[n_candidates] = None
@@ -248,7 +272,7 @@ def compile_ranking(
                 with th.no_grad():
                     rankings[n_candidates] = checked_ranking(actor, critic, n_candidates)
         except Exception as error:  # whatever a compiler can fail with, training goes on
-            warn_of_failure(error)
+            warn_of_failure(error, on_gpu)
     return rankings.get(n_candidates) is not None
 
 
@@ -270,34 +294,49 @@ def is_supported(actor: DiffusionActor, critic: CandidateCritic) -> bool:
     :param critic: The critics.
     :return: False for networks that are not the usual ones, of a subclass for instance; a GPU takes all.
     """
-    if is_on_gpu(actor):
-        return True
-    weight = actor.noise_predictor.first_layer.weight
+    return is_on_gpu(actor) or (actor.device.type == "cpu" and are_usual(actor, critic))
+
+
+def are_usual(actor: DiffusionActor, critic: CandidateCritic) -> bool:
+    """
+    Whether all is known that these networks do.
+
+    :param actor: The actor.
+    :param critic: The critics.
+    :return: False for networks of subclasses, with hooks, parameters of activations, or other numbers than float32.
+    """
     networks = [list(actor.noise_predictor.later_layers)]
     networks += [list(cast(nn.Sequential, q_network))[1:] for q_network in critic.q_networks]
-    with th.no_grad():
-        return (
-            type(actor).sample_candidates is DiffusionActor.sample_candidates
-            and type(critic).value_candidates is CandidateCritic.value_candidates
-            and type(actor.diffusion) is GaussianDiffusion
-            and type(actor.noise_predictor) is NoisePredictor
-            and weight.dtype == th.float32
-            and all(fast.applies(layers, weight.device) for layers in networks)
-            and not any(list(layer.parameters()) for layers in networks for layer in layers[::2])
+    return (
+        type(actor).sample_candidates is DiffusionActor.sample_candidates
+        and type(critic).value_candidates is CandidateCritic.value_candidates
+        and type(actor.diffusion) is GaussianDiffusion
+        and type(actor.noise_predictor) is NoisePredictor
+        and actor.noise_predictor.first_layer.weight.dtype == th.float32
+        and all(fast.alternate(layers) for layers in networks)
+        and not any(list(layer.parameters()) for layers in networks for layer in layers[::2])
+        and not any(
+            module._forward_hooks or module._forward_pre_hooks for root in (actor, critic) for module in root.modules()
         )
+    )
 
 
-def checked_ranking(actor: DiffusionActor, critic: CandidateCritic, n_candidates: int) -> "CompiledRanking | CapturedRanking":
+def checked_ranking(
+    actor: DiffusionActor, critic: CandidateCritic, n_candidates: int, may_wait: bool = False
+) -> "CompiledRanking | CapturedRanking":
     """
     A program after a first run.
 
     :param actor: The actor.
     :param critic: The critics.
     :param n_candidates: Number of candidates K.
+    :param may_wait: See :class:`CapturedRanking`.
     :return: The program.
     :raises RuntimeError: If it does not give what the readable functions give.
     """
-    ranking = (CapturedRanking if is_on_gpu(actor) else CompiledRanking)(actor, critic)
+    ranking: CompiledRanking | CapturedRanking = CompiledRanking(actor, critic)
+    if is_on_gpu(actor):
+        ranking = CapturedRanking(actor, critic, may_wait=may_wait)
     critic_features_dim = cast(nn.Linear, cast(nn.Sequential, critic.q_networks[0])[0]).in_features - actor.action_dim
     sizes = (actor.noise_predictor.split_sizes[-1], critic_features_dim)
     features = [th.linspace(-1, 1, size, device=actor.device).unsqueeze(0) for size in sizes]
@@ -316,14 +355,16 @@ def checked_ranking(actor: DiffusionActor, critic: CandidateCritic, n_candidates
     return ranking
 
 
-def warn_of_failure(error: Exception) -> None:
+def warn_of_failure(error: Exception, on_gpu: bool) -> None:
     """
     Say that there is no program.
 
     :param error: Why.
+    :param on_gpu: Whether it would have been a graph.
     """
     reason = " ".join(f"{error}".split())[:200] or repr(error)
-    warnings.warn(f"Actions are not compiled and take two to four times as long: {reason}", stacklevel=4)
+    what = "captured in a graph and take several times" if on_gpu else "compiled and take two to four times"
+    warnings.warn(f"Actions are not {what} as long: {reason}", stacklevel=4)
 
 
 def tried_counts(policy: nn.Module) -> tuple[list[int], list[int]]:
@@ -372,8 +413,11 @@ def rank(
     try:
         return ranking(actor_features, critic_features, noise)
     except Exception as error:  # another number of threads is compiled anew, and may fail then
-        _programs[policy].by_count[noise.shape[2]] = None
-        warn_of_failure(error)
+        programs = _programs[policy]
+        for store in (programs.by_count, programs.automatic):
+            if store.get(noise.shape[2]) is ranking:
+                store[noise.shape[2]] = None
+        warn_of_failure(error, isinstance(ranking, CapturedRanking))
         return None
 
 
@@ -381,7 +425,8 @@ def ranking_of(policy: nn.Module, n_candidates: int) -> CompiledRanking | Captur
     """
     The compiled program of a policy.
 
-    :param policy: The policy, which is about to rank the candidates of one state. On a GPU that is counted.
+    :param policy: The policy, which is about to rank the candidates of one state. On a GPU that is counted, and after some
+        captured, with a warning if that fails.
     :param n_candidates: Number of candidates K.
     :return: The program; None if there is none for what is being done, while gradients are on or fast paths off, and while a
         policy is exported.
@@ -390,22 +435,39 @@ def ranking_of(policy: nn.Module, n_candidates: int) -> CompiledRanking | Captur
         return None
     on_gpu = is_on_gpu(cast(DiffusionActor, policy.actor))
     programs = _programs.setdefault(policy, Programs()) if on_gpu else _programs.get(policy)
-    if programs is None:
+    if programs is None or (on_gpu and _is_being_captured()):
         return None
-    if on_gpu and fast.settings.compile_actions:
-        _capture_after_some(policy, programs, n_candidates)
-    elif not (programs.collecting or n_candidates in programs.for_predictions):
-        return None
-    program = programs.by_count.get(n_candidates)
-    # A policy that was moved from one device to another has no program there
-    return program if isinstance(program, CapturedRanking) == on_gpu else None
+    program = None
+    if programs.collecting or n_candidates in programs.for_predictions:
+        program = programs.by_count.get(n_candidates)
+    if not on_gpu:
+        # A policy that was moved here from a GPU has no program here
+        return program if isinstance(program, CompiledRanking) else None
+    return program if isinstance(program, CapturedRanking) else _automatic_graph(policy, programs, n_candidates)
 
 
-def _capture_after_some(policy: nn.Module, programs: Programs, n_candidates: int) -> None:
-    """Capture what a GPU ranks again and again; what failed, or was compiled on the CPU before, is left alone."""
-    if n_candidates in programs.by_count or len(programs.by_count) >= MOST_PROGRAMS:
-        return
-    programs.eager_predictions[n_candidates] += 1
-    if programs.eager_predictions[n_candidates] > EAGER_PREDICTIONS:
+def _is_being_captured() -> bool:
+    """Whether what is done now goes into a graph, of updates or of the user's: no other can be run or captured there."""
+    initialized = th.cuda.is_initialized()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    return bool(initialized and th.cuda.is_current_stream_capturing())
+
+
+def _automatic_graph(policy: nn.Module, programs: Programs, n_candidates: int) -> CapturedRanking | None:
+    """The graph that a GPU makes of its own accord, after some decisions; it fails once for each number of candidates."""
+    if not fast.settings.compile_actions or th.is_autocast_enabled("cuda"):
+        return None
+    graphs, counts = programs.automatic, programs.eager_predictions
+    if n_candidates not in graphs:
+        counts[n_candidates] += 1
+        if counts[n_candidates] <= EAGER_PREDICTIONS or len(graphs) >= MOST_PROGRAMS:
+            return None
+        graphs[n_candidates] = None
         actor, critic = cast(DiffusionActor, policy.actor), cast(CandidateCritic, policy.critic)
-        compile_ranking(policy, actor, critic, n_candidates, for_predictions=False)
+        try:
+            if are_usual(actor, critic):
+                with th.inference_mode(False), th.no_grad():
+                    ranking = checked_ranking(actor, critic, n_candidates, may_wait=True)
+                graphs[n_candidates] = cast(CapturedRanking, ranking)
+        except Exception as error:  # whatever it is, the decision is taken
+            warn_of_failure(error, on_gpu=True)
+    return graphs[n_candidates]

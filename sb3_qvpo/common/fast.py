@@ -55,7 +55,8 @@ class SpeedSettings:
     How the fast paths work in this process. No saved file holds anything of them.
 
     :param enabled: Whether they are used at all.
-    :param compile_actions: Whether long runs compile their actions, see :mod:`sb3_qvpo.common.compiled`.
+    :param compile_actions: Whether long runs compile their actions, and whether a GPU captures decisions in graphs on its own,
+        see :mod:`sb3_qvpo.common.compiled`.
     :param candidate_dtype: In what candidates for training are drawn: ``"float32"``, ``"bfloat16"`` or ``"auto"``, bfloat16
         where the processor multiplies it in hardware.
     """

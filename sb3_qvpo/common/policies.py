@@ -295,7 +295,8 @@ class DiffusionPolicy(BasePolicy):
             features = actor.features(observation)
             critic_features = features if self.share_features_extractor else critic.features(observation)
             # While a policy is exported the number of observations must not be asked for
-            alone = not (target or n_shared_steps > 0 or th.compiler.is_compiling()) and len(features) == 1
+            otherwise = target or reduced_precision or n_shared_steps > 0 or th.compiler.is_compiling()
+            alone = not otherwise and len(features) == 1
             program = compiled.ranking_of(self, n_candidates) if alone else None
             if program is not None:
                 noise = actor.draw_noise(1, n_candidates) if noise is None else noise
@@ -325,7 +326,7 @@ class DiffusionPolicy(BasePolicy):
         """
         Compile decisions for single observations, which takes 10 to 20 s and makes them two to four times faster. Long runs
         do it on their own for the actions they collect, and for these alone. Actions differ in their last bits from those that
-        are not compiled. A GPU captures them on its own, after some, in no time and with the same bits.
+        are not compiled. A GPU captures those of usual networks on its own, after ten.
 
         Each number of candidates has a program of its own: after a change of ``n_eval_candidates`` compile again.
 
