@@ -74,6 +74,22 @@ class CountdownEnv(gym.Env):
         )
 
 
+class DictEnv(CountdownEnv):
+    """The same with two observations in a dictionary."""
+
+    def __init__(self):
+        super().__init__()
+        self.observation_space = spaces.Dict(a=self.observation_space, b=self.observation_space)
+
+    def reset(self, **kwargs):
+        observation, info = super().reset(**kwargs)
+        return {"a": observation, "b": observation / 2}, info
+
+    def step(self, action):
+        observation, *rest = super().step(action)
+        return {"a": observation, "b": observation / 2}, *rest
+
+
 class GoalEnv(gym.Env):
     """Move a point to a goal; observations of different sizes, episodes of 5 steps."""
 

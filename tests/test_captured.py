@@ -14,8 +14,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
-from gymnasium import spaces
-from helpers import TINY, CountdownEnv, same_weights, tiny_qvpo, weights_of
+from helpers import TINY, DictEnv, same_weights, tiny_qvpo, weights_of
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -99,20 +98,6 @@ def test_a_trial_on_the_side_stream_warns_of_nothing_and_puts_the_mode_back(fail
         else:
             assert captured.on_side_stream(function, th.device("cuda"))["x"] == 1
     assert modes == [0, "error", 0]
-
-
-class DictEnv(CountdownEnv):
-    def __init__(self):
-        super().__init__()
-        self.observation_space = spaces.Dict(a=self.observation_space, b=self.observation_space)
-
-    def reset(self, **kwargs):
-        observation, info = super().reset(**kwargs)
-        return {"a": observation, "b": observation / 2}, info
-
-    def step(self, action):
-        observation, *rest = super().step(action)
-        return {"a": observation, "b": observation / 2}, *rest
 
 
 CASES = {

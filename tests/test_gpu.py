@@ -10,27 +10,13 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
-from helpers import CountdownEnv, tiny_qvpo, weights_of
+from helpers import CountdownEnv, DictEnv, tiny_qvpo, weights_of
 from stable_baselines3.common.callbacks import ConvertCallback
 
 from sb3_qvpo import QVPO, ResumableCheckpointCallback
 from sb3_qvpo.common import captured, compiled, fast, off_policy_algorithm
 
 pytestmark = pytest.mark.skipif(not th.cuda.is_available(), reason="needs a GPU")
-
-
-class DictEnv(CountdownEnv):
-    def __init__(self):
-        super().__init__()
-        self.observation_space = spaces.Dict(a=self.observation_space, b=self.observation_space)
-
-    def reset(self, **kwargs):
-        observation, info = super().reset(**kwargs)
-        return {"a": observation, "b": observation / 2}, info
-
-    def step(self, action):
-        observation, *rest = super().step(action)
-        return {"a": observation, "b": observation / 2}, *rest
 
 
 class ImageEnv(gym.Env):

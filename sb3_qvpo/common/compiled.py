@@ -245,8 +245,9 @@ def compile_ranking(
     policy: nn.Module, actor: DiffusionActor, critic: CandidateCritic, n_candidates: int, for_predictions: bool = True
 ) -> bool:
     """
-    Compile what :func:`ranking_of` finds from then on. Compiles nothing if the fast paths are switched off, nothing again, and
-    on behalf of ``learn()`` no more than :data:`MOST_PROGRAMS` and nothing that failed before.
+    Compile what :func:`ranking_of` finds from then on. Compiles nothing if the fast paths are switched off, nothing again
+    (unless the policy has been moved to another kind of device), and on behalf of ``learn()`` no more than
+    :data:`MOST_PROGRAMS` and nothing that failed before.
 
     :param policy: The policy that the networks belong to.
     :param actor: Its actor.
