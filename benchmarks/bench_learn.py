@@ -57,10 +57,8 @@ def shares(algorithm: type, env_name: str, n_steps: int, device: str, **kwargs: 
 def main() -> None:
     arguments = parse_arguments(str(__doc__), "learn")
     quick = dict(n_train_candidates=4, n_diffusion_steps=3, policy_kwargs=dict(net_arch=[16, 16])) if arguments.quick else {}
-    device = arguments.device
-    n_steps = 1000 if device == "cuda" else 100
-    n_others = n_steps if device == "cuda" else 5 * n_steps
-    n_steps, n_others, repeats = (20, 20, 1) if arguments.quick else (n_steps, n_others, min(arguments.repeats, 3))
+    device, repeats = arguments.device, 1 if arguments.quick else min(arguments.repeats, 3)
+    n_steps, n_others = (20, 20) if arguments.quick else (1000, 1000) if device == "cuda" else (100, 500)
     runs: dict[str, list[dict[str, float]]] = {"QVPO": [], "QVPO, qvpo_fast.yml": [], "SB3 SAC": [], "SB3 TD3": []}
     for _ in range(repeats):
         runs["QVPO"].append(shares(QVPO, "Hopper-v5", n_steps, device, **quick))

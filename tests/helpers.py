@@ -151,6 +151,16 @@ def same_weights(first, second):
     return first.keys() == second.keys() and all(th.equal(first[name], second[name]) for name in first)
 
 
+def take_bad_steps(model):
+    """Two updates whose critics' losses are infinite: on a GPU these steps are undone, and reported later."""
+    before, rewards = weights_of(model), model.replay_buffer.rewards.copy()
+    model.replay_buffer.rewards[:] = np.inf
+    model.train(2, batch_size=8)
+    after = weights_of(model)
+    assert all(th.equal(before[name], after[name]) for name in before if name.startswith("critic."))
+    model.replay_buffer.rewards[:] = rewards
+
+
 @contextmanager
 def recorded_warnings():
     """All warnings, however often they have been seen before."""

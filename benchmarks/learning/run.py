@@ -49,6 +49,11 @@ def steps(n_sampling_steps: int, eta: float = 1.0, **policy_kwargs: Any) -> dict
     return dict(policy_kwargs=dict(n_sampling_steps=n_sampling_steps, sampling_eta=eta, **policy_kwargs))
 
 
+def noise(std: float, kind: str = "normal") -> dict[str, Any]:
+    """RL Zoo's noise on the actions that are collected."""
+    return dict(noise_type=kind, noise_std=std)
+
+
 DELAYED: dict[str, Any] = {**FEWER, **steps(5), "policy_delay": 2}
 """16 candidates in 5 steps, a policy update for every other update of the critics."""
 
@@ -73,23 +78,15 @@ ALGOS: dict[str, tuple[str, dict[str, Any]]] = {
     "qvpo_ddpm5_nd8_delay2_lr1e-3": ("qvpo", {**FAST, "learning_rate": 1e-3}),
     "qvpo_ddpm5_nd8_delay2_qf_lr1e-3": ("qvpo", {**FAST, "qf_learning_rate": 1e-3}),
     # A narrow policy's replay buffer has little that tells the critics about other actions
+    **{f"qvpo_ddpm5_nd8_delay2_noise{std}": ("qvpo", {**FAST, **noise(std)}) for std in (0.2, 0.5)},
+    "qvpo_ddpm5_nd8_noise0.2": ("qvpo", {**EIGHT, **noise(0.2)}),
     **{
-        f"qvpo_ddpm5_nd8_delay2_noise{std}": ("qvpo", {**FAST, "noise_type": "normal", "noise_std": std}) for std in (0.2, 0.5)
-    },
-    "qvpo_ddpm5_nd8_noise0.2": ("qvpo", {**EIGHT, "noise_type": "normal", "noise_std": 0.2}),
-    **{
-        f"qvpo_ddpm5_nd8_delay2_kt1_noise{std}": (
-            "qvpo",
-            {**FAST, "n_target_candidates": 1, "noise_type": "normal", "noise_std": std},
-        )
+        f"qvpo_ddpm5_nd8_delay2_kt1_noise{std}": ("qvpo", {**FAST, **noise(std), "n_target_candidates": 1})
         for std in (0.2, 0.5)
     },
-    "qvpo_ddpm5_nd8_delay2_noise0.2_3steps": ("qvpo", {**FAST, "noise_type": "normal", "noise_std": 0.2, "n_steps": 3}),
-    "qvpo_ddpm5_nd8_delay2_ou0.2": ("qvpo", {**FAST, "noise_type": "ornstein-uhlenbeck", "noise_std": 0.2}),
-    "qvpo_ddpm5_nd8_delay2_noise0.2_lr3e-4": (
-        "qvpo",
-        {**FAST, "noise_type": "normal", "noise_std": 0.2, "learning_rate": 3e-4},
-    ),
+    "qvpo_ddpm5_nd8_delay2_noise0.2_3steps": ("qvpo", {**FAST, **noise(0.2), "n_steps": 3}),
+    "qvpo_ddpm5_nd8_delay2_ou0.2": ("qvpo", {**FAST, **noise(0.2, "ornstein-uhlenbeck")}),
+    "qvpo_ddpm5_nd8_delay2_noise0.2_lr3e-4": ("qvpo", {**FAST, **noise(0.2), "learning_rate": 3e-4}),
     "qvpo_ddpm5_nd8_delay2_ent0.25": ("qvpo", {**FAST, "ent_coef": 0.25}),
     "qvpo_ddpm5_nd8_delay2_kb1": ("qvpo", {**FAST, "n_behavior_candidates": 1}),
     # The paper's Figures 4 and 5 with the fast settings: entropy term and T, K_b and K_t, weighting, the authors' settings

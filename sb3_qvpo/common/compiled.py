@@ -68,10 +68,10 @@ class Programs:
     :param eager_predictions: Decisions on a GPU that were not captured, by number of candidates.
     """
 
-    by_count: "dict[int, CompiledRanking | CapturedRanking | None]" = field(default_factory=dict)
+    by_count: "Rankings" = field(default_factory=dict)
     for_predictions: set[int] = field(default_factory=set)
     collecting: bool = False
-    automatic: "dict[int, CapturedRanking | None]" = field(default_factory=dict)
+    automatic: "Rankings" = field(default_factory=dict)
     eager_predictions: Counter[int] = field(default_factory=Counter)
 
 
@@ -241,6 +241,10 @@ class CapturedRanking:
         return {"candidates": candidates, "q_values": minimum_q(self.critic.value_candidates(critic_features, candidates))}
 
 
+Rankings = dict[int, CompiledRanking | CapturedRanking | None]
+"""Programs by number of candidates, None where it failed."""
+
+
 def compile_ranking(
     policy: nn.Module, actor: DiffusionActor, critic: CandidateCritic, n_candidates: int, for_predictions: bool = True
 ) -> bool:
@@ -262,19 +266,25 @@ def compile_ranking(
     rankings = programs.by_count
     if for_predictions:
         programs.for_predictions.add(n_candidates)
-    on_gpu = is_on_gpu(actor)
-    if isinstance(rankings.get(n_candidates), CompiledRanking if on_gpu else CapturedRanking):
+    if isinstance(rankings.get(n_candidates), CompiledRanking if is_on_gpu(actor) else CapturedRanking):
         del rankings[n_candidates]  # the policy was moved here from another device
     is_new = n_candidates not in rankings and len(rankings) < MOST_PROGRAMS
     if is_new or (for_predictions and rankings.get(n_candidates) is None):
-        rankings[n_candidates] = None
-        try:
-            if is_supported(actor, critic):
-                with th.no_grad():
-                    rankings[n_candidates] = checked_ranking(actor, critic, n_candidates)
-        except Exception as error:  # whatever a compiler can fail with, training goes on
-            warn_of_failure(error, on_gpu)
+        _make(rankings, n_candidates, actor, critic)
     return rankings.get(n_candidates) is not None
+
+
+def _make(
+    rankings: Rankings, n_candidates: int, actor: DiffusionActor, critic: CandidateCritic, automatic: bool = False
+) -> None:
+    """Make a program where the networks allow it; None takes its place, with a warning, if that fails."""
+    rankings[n_candidates] = None
+    try:
+        if (are_usual if automatic else is_supported)(actor, critic):
+            with th.inference_mode(False), th.no_grad():
+                rankings[n_candidates] = checked_ranking(actor, critic, n_candidates, may_wait=automatic)
+    except Exception as error:  # whatever a compiler or a graph can fail with, training and decisions go on
+        warn_of_failure(error, is_on_gpu(actor))
 
 
 def is_on_gpu(actor: DiffusionActor) -> bool:
@@ -284,7 +294,13 @@ def is_on_gpu(actor: DiffusionActor) -> bool:
     :param actor: The actor.
     :return: True on a GPU.
     """
-    return actor.device.type == "cuda"
+    # Asked before each action: the first takes a microsecond, the second eight
+    return _has_gpu() and actor.device.type == "cuda"
+
+
+def _has_gpu() -> bool:
+    """Whether this process uses a GPU."""
+    return bool(th.cuda.is_initialized())  # type: ignore[no-untyped-call]  # torch leaves it untyped
 
 
 def is_supported(actor: DiffusionActor, critic: CandidateCritic) -> bool:
@@ -335,9 +351,8 @@ def checked_ranking(
     :return: The program.
     :raises RuntimeError: If it does not give what the readable functions give.
     """
-    ranking: CompiledRanking | CapturedRanking = CompiledRanking(actor, critic)
-    if is_on_gpu(actor):
-        ranking = CapturedRanking(actor, critic, may_wait=may_wait)
+    on_gpu = is_on_gpu(actor)
+    ranking = CapturedRanking(actor, critic, may_wait=may_wait) if on_gpu else CompiledRanking(actor, critic)
     critic_features_dim = cast(nn.Linear, cast(nn.Sequential, critic.q_networks[0])[0]).in_features - actor.action_dim
     sizes = (actor.noise_predictor.split_sizes[-1], critic_features_dim)
     features = [th.linspace(-1, 1, size, device=actor.device).unsqueeze(0) for size in sizes]
@@ -365,7 +380,7 @@ def warn_of_failure(error: Exception, on_gpu: bool) -> None:
     """
     reason = " ".join(f"{error}".split())[:200] or repr(error)
     what = "captured in a graph and take several times" if on_gpu else "compiled and take two to four times"
-    warnings.warn(f"Actions are not {what} as long: {reason}", stacklevel=4)
+    warnings.warn(f"Actions are not {what} as long: {reason}", stacklevel=5)
 
 
 def tried_counts(policy: nn.Module) -> tuple[list[int], list[int]]:
@@ -449,11 +464,10 @@ def ranking_of(policy: nn.Module, n_candidates: int) -> CompiledRanking | Captur
 
 def _is_being_captured() -> bool:
     """Whether what is done now goes into a graph, of updates or of the user's: no other can be run or captured there."""
-    initialized = th.cuda.is_initialized()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-    return bool(initialized and th.cuda.is_current_stream_capturing())
+    return _has_gpu() and th.cuda.is_current_stream_capturing()
 
 
-def _automatic_graph(policy: nn.Module, programs: Programs, n_candidates: int) -> CapturedRanking | None:
+def _automatic_graph(policy: nn.Module, programs: Programs, n_candidates: int) -> CompiledRanking | CapturedRanking | None:
     """The graph that a GPU makes of its own accord, after some decisions; it fails once for each number of candidates."""
     if not fast.settings.compile_actions or th.is_autocast_enabled("cuda"):
         return None
@@ -462,13 +476,6 @@ def _automatic_graph(policy: nn.Module, programs: Programs, n_candidates: int) -
         counts[n_candidates] += 1
         if counts[n_candidates] <= EAGER_PREDICTIONS or len(graphs) >= MOST_PROGRAMS:
             return None
-        graphs[n_candidates] = None
         actor, critic = cast(DiffusionActor, policy.actor), cast(CandidateCritic, policy.critic)
-        try:
-            if are_usual(actor, critic):
-                with th.inference_mode(False), th.no_grad():
-                    ranking = checked_ranking(actor, critic, n_candidates, may_wait=True)
-                graphs[n_candidates] = cast(CapturedRanking, ranking)
-        except Exception as error:  # whatever it is, the decision is taken
-            warn_of_failure(error, on_gpu=True)
+        _make(graphs, n_candidates, actor, critic, automatic=True)
     return graphs[n_candidates]
