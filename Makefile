@@ -21,7 +21,7 @@ test: lint type pytest
 
 # Two processes, the tests of a file in one of them, in the order of tests/conftest.py. One thread each: the models are tiny
 pytest: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 20
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow -s
@@ -35,7 +35,7 @@ report: $(READY)
 
 # RL Zoo is left out: the sb3-contrib that it needs asks for Stable-Baselines3 2.9.2
 test-oldest: $(OLDEST)/.ready
-	$(OLDEST)/bin/python -m pytest --ignore tests/test_zoo.py --ignore tests/test_zoo_commands.py
+	$(OLDEST)/bin/python -m pytest --ignore tests/zoo
 
 $(OLDEST)/.ready: pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv $(OLDEST)

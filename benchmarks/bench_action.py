@@ -12,8 +12,7 @@ import torch as th
 from stable_baselines3 import SAC, TD3
 from timing import Rows, interleaved, parse_arguments, ratio, reference_of, report, summary, trained
 
-from sb3_qvpo import QVPO
-from sb3_qvpo.common.candidates import best_candidate
+from sb3_qvpo import QVPO, DiffusionPolicy
 
 
 def main() -> None:
@@ -28,7 +27,12 @@ def main() -> None:
     compiled_model = trained(QVPO, 11, 3, policy_kwargs=policy_kwargs, device=device)
     if not compiled_model.policy.compile_actions():
         print("Nothing is compiled here.")
-    decide = th.no_grad()(lambda policy, n: best_candidate(*policy.rank_candidates(state, n)))
+
+    @th.no_grad()
+    def decide(policy: DiffusionPolicy, n_candidates: int) -> th.Tensor:
+        """By the policy's program if it has one, as in ``predict()``."""
+        return policy._best_action(state, n_candidates)
+
     for name, n_candidates, deterministic in (("best of 4", 4, False), ("best of 32", 32, True)):
         functions: dict[str, Callable[[], Any]] = {
             "eager reference": lambda n=n_candidates: reference.act(state, n).cpu(),

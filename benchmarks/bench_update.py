@@ -24,10 +24,10 @@ from timing import (
     summary,
     trained,
 )
-from torch.nn import functional as F
 
 from sb3_qvpo import QVPO
-from sb3_qvpo.common import fast
+from sb3_qvpo.common.speed.cpu import OneDnnProducts
+from sb3_qvpo.common.speed.settings import settings
 
 PAPER = dict(obs_dim=11, action_dim=3, batch_size=256, n_train_candidates=64, n_diffusion_steps=20, hidden=[256, 256])
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -57,11 +57,11 @@ def with_settings(enabled: bool, function: Callable[[], Any]) -> Callable[[], An
     """The function with the fast paths on or off."""
 
     def run() -> None:
-        fast.settings.enabled = enabled
+        settings.enabled = enabled
         try:
             function()
         finally:
-            fast.settings.enabled = True
+            settings.enabled = True
 
     return run
 
@@ -79,7 +79,7 @@ def by_setting(name: str, changes: dict[str, Any], repeats: int, seconds: float,
     model, setting = built({**changes, "device": device})
     hidden, batch_size = setting["hidden"], setting["batch_size"]
     functions: dict[str, Callable[[], Any]] = {
-        "QVPO, readable": with_settings(False, lambda: model.train(model.policy_delay, batch_size)),
+        "QVPO, eager": with_settings(False, lambda: model.train(model.policy_delay, batch_size)),
         "QVPO": with_settings(True, lambda: model.train(model.policy_delay, batch_size)),
     }
     if not changes or "batch_size" in changes:
@@ -114,13 +114,13 @@ def by_part(changes: dict[str, Any], repeats: int, seconds: float) -> Rows:
     actions = 2 * th.rand(batch_size, 1 + model.n_uniform_actions, model.actor.action_dim) - 1
     with th.no_grad():
         features = policy.actor.features(batch.observations)
-        candidates = policy.actor.sample_candidates(features, model.n_train_candidates, noise.chain)
+        candidates = policy.actor.sample_candidates(features, noise.chain)
 
     def target() -> None:
-        policy.rank_candidates(batch.next_observations, model.n_target_candidates, target=True, reduced_precision=True)
+        policy.score_candidates(batch.next_observations, model.n_target_candidates, of="target", for_training=True)
 
     def critic() -> None:
-        loss = th.stack([F.mse_loss(q, batch.rewards) for q in model.critic(batch.observations, batch.actions)]).sum()
+        loss = model.critic.loss(model.critic(batch.observations, batch.actions), batch.rewards)
         model._optimize(model.critic.optimizer, "critic_loss", loss)
 
     def actor() -> None:
@@ -132,18 +132,14 @@ def by_part(changes: dict[str, Any], repeats: int, seconds: float) -> Rows:
         "random numbers": lambda: model._draw_actor_noise(batch_size),
         "target": th.no_grad()(target),
         "critic": critic,
-        "candidates": th.no_grad()(
-            lambda: policy.actor.sample_candidates(features, model.n_train_candidates, noise.chain, reduced_precision=True)
-        ),
-        "candidates in float32": th.no_grad()(
-            lambda: policy.actor.sample_candidates(features, model.n_train_candidates, noise.chain)
-        ),
-        "scoring": th.no_grad()(lambda: policy.critic.value_candidates(features, candidates)),
+        "candidates": th.no_grad()(lambda: policy.actor.sample_candidates(features, noise.chain, for_training=True)),
+        "candidates in float32": th.no_grad()(lambda: policy.actor.sample_candidates(features, noise.chain)),
+        "scoring": th.no_grad()(lambda: policy.critic.score(features, candidates)),
         "actor": actor,
         "targets": lambda: policy.update_targets(0.005),
         PRODUCTS: products(model, batch_size),
     }
-    with fast.OneDnnProducts():  # as in train()
+    with OneDnnProducts():  # as in train()
         times = interleaved(parts, repeats, seconds)
     return [{"setting": "part", "what": name, **summary(values)} for name, values in times.items()]
 
@@ -167,14 +163,14 @@ def candidates_peak_mb(changes: dict[str, Any], device: str = "cpu") -> float | 
 
     with th.no_grad():
         # Libraries set themselves up
-        model.policy.rank_candidates(observations[:2], n_candidates, reduced_precision=True)
+        model.policy.score_candidates(observations[:2], n_candidates, for_training=True)
         if device == "cuda":  # the peak starts at what is there now
             th.cuda.reset_peak_memory_stats()
         else:
             clear.write_text("5")
         before = resident("VmRSS")
-        noise = model._draw_chain_noise(setting["batch_size"], n_candidates)
-        model.policy.rank_candidates(observations, n_candidates, noise, reduced_precision=True)
+        noise = model.policy.draw_noise(setting["batch_size"], n_candidates)
+        model.policy.score_candidates(observations, noise, for_training=True)
     return (resident("VmHWM") - before) / 1e3
 
 

@@ -4,7 +4,7 @@ against.
 
 Every candidate is a row of its own that carries its state and its time embedding through the whole network: states are
 repeated for each candidate, the time embedding's MLP runs on every row at every step, nothing is shared. The equations are
-those of the package; ``tests/test_benchmarks.py`` compares the losses of both on the same numbers.
+those of the package; ``tests/project/test_benchmarks.py`` compares the losses of both on the same numbers.
 """
 
 import copy

@@ -21,15 +21,16 @@ from gymnasium import spaces
 from stable_baselines3 import SAC
 
 from sb3_qvpo import QVPO, __version__
-from sb3_qvpo.common import fast
-from sb3_qvpo.common.captured import EAGER_UPDATES
-from sb3_qvpo.common.compiled import EAGER_PREDICTIONS
+from sb3_qvpo.common.speed.cpu import OneDnnProducts
+from sb3_qvpo.common.speed.graphs import EAGER_DECISIONS
+from sb3_qvpo.common.speed.settings import candidate_dtype
+from sb3_qvpo.common.speed.updates import EAGER_UPDATES
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 Rows = list[dict[str, Any]]
 CPUINFO = Path("/proc/cpuinfo")
-WARM_UP = 3 * max(EAGER_UPDATES, EAGER_PREDICTIONS)
+WARM_UP = 3 * max(EAGER_UPDATES, EAGER_DECISIONS)
 """Calls before any are timed on a GPU, where updates and decisions are captured after some."""
 
 
@@ -105,7 +106,7 @@ def _reference_updates(connection: Any, threads: int, batch_size: int, arguments
 def reference_process(model: QVPO, hidden: list[int], batch_size: int) -> Iterator[Callable[[], None]]:
     """
     An update of the eager reference, batch sampling included, in a process of its own: in that of the model it would profit
-    from what the package does for the whole process (``fast.keep_freed_memory()``). It sleeps while it is not called.
+    from what the package does for the whole process (``keep_freed_memory()``). It sleeps while it is not called.
     """
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
@@ -135,7 +136,7 @@ def products(model: QVPO, batch_size: int) -> Callable[[], None]:
     n_drawn = batch_size * (model.n_train_candidates + model.n_target_candidates)
     # Critics and actor are trained as well: a product forwards is two backwards
     n_valued = model.policy.critic.n_critics * (n_drawn + 3 * batch_size) + 3 * batch_size * (1 + model.n_uniform_actions)
-    rows = {fast.candidate_dtype(model.device): len(model.actor.diffusion.sampling_steps) * n_drawn}
+    rows = {candidate_dtype(model.device): len(model.actor.diffusion.sampling_steps) * n_drawn}
     rows[th.float32] = rows.get(th.float32, 0) + n_valued
     # A GPU has more to do at once with all rows in one product
     block = 2048 * th.get_num_threads() if model.device.type == "cpu" else n_drawn
@@ -145,7 +146,7 @@ def products(model: QVPO, batch_size: int) -> Callable[[], None]:
         layers.append((x, weight, th.empty_like(x), round(len(others) * n_rows / block)))
 
     def multiply() -> None:
-        with fast.OneDnnProducts():
+        with OneDnnProducts():
             for x, weight, out, n_blocks in layers:
                 for _ in range(n_blocks):
                     th.mm(x, weight, out=out)

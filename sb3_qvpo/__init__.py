@@ -1,7 +1,7 @@
 """Diffusion policies for Stable-Baselines3, trained by QVPO."""
 
-from sb3_qvpo.common.callbacks import ResumableCheckpointCallback
 from sb3_qvpo.common.policies import DiffusionPolicy
+from sb3_qvpo.common.runs.callbacks import ResumableCheckpointCallback
 from sb3_qvpo.qvpo import QVPO
 
 __version__ = "0.1.0"

@@ -1,5 +1,6 @@
 """
-QVPO in RL Zoo (rl_zoo3): registration, default settings, the search space for Optuna. The only module that knows rl_zoo3.
+The algorithms in RL Zoo (rl_zoo3): registration, default settings, the search space for Optuna. The only module that
+knows rl_zoo3. Another algorithm is another row of :data:`ALGORITHMS`.
 
 After installation nothing needs to be called: ``sb3_qvpo_autoload`` calls :func:`register_loaded` when rl_zoo3 is imported.
 Explicitly: :func:`register`, or ``python -m sb3_qvpo.zoo train --algo qvpo ...`` instead of ``python -m rl_zoo3.train ...``.
@@ -13,49 +14,48 @@ import os
 import runpy
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.type_aliases import MaybeCallback
 from stable_baselines3.common.utils import configure_logger
 
-from sb3_qvpo.common.checkpoints import is_checkpoint
+from sb3_qvpo.common.off_policy_algorithm import DiffusionOffPolicyAlgorithm
+from sb3_qvpo.common.runs.checkpoints import is_checkpoint
 from sb3_qvpo.qvpo import QVPO
 
 if TYPE_CHECKING:
     import optuna
 
-ALGORITHM = "qvpo"
-"""The name in ``--algo``."""
-
 SCRIPTS = ("train", "enjoy", "record_video", "record_training", "push_to_hub", "load_from_hub", "cli")
 """RL Zoo's scripts that ``python -m sb3_qvpo.zoo`` can run."""
 
-SelfZooQVPO = TypeVar("SelfZooQVPO", bound="ZooQVPO")
+SelfInZoo = TypeVar("SelfInZoo", bound="InZoo")
 
 
-class ZooQVPO(QVPO):
+class InZoo(DiffusionOffPolicyAlgorithm):
     """
-    QVPO as RL Zoo gets it: RL Zoo keeps lists of the algorithms it knows, and this makes up for QVPO not being in them.
+    What an algorithm needs to be one of RL Zoo's. RL Zoo keeps lists of the algorithms it knows, and ours are not in them.
 
     A model loaded to play gets a replay buffer of one transition, as RL Zoo arranges for SAC. A model loaded to continue
-    (``-i``) goes on counting steps, so that its schedules do not start again; if the file is a checkpoint of a whole run, that
-    run is resumed. Constructor as in :class:`QVPO`.
+    (``-i``) goes on counting steps, so that its schedules do not start again. If the file is a checkpoint of a whole run, that
+    run is resumed.
     """
 
     _resumed = False
 
     @classmethod
-    def load(cls: type[SelfZooQVPO], path: Any, *args: Any, **kwargs: Any) -> SelfZooQVPO:
+    def load(cls: type[SelfInZoo], path: Any, *args: Any, **kwargs: Any) -> SelfInZoo:
         """
         Load a model, or resume a run to train on.
 
         :param path: Path of the file: a model or a checkpoint.
-        :param args: Further positional arguments of ``QVPO.load``.
-        :param kwargs: Keyword arguments of ``QVPO.load``. RL Zoo's scripts that play pass ``custom_objects``, training does
-            not: that is how they are told apart. Training passes all settings of the task, and T, like the other sizes of
-            the policy, stays the model's.
+        :param args: Further positional arguments of the algorithm's ``load``.
+        :param kwargs: Keyword arguments of it. RL Zoo's scripts that play pass ``custom_objects``, training does not: that is
+            how they are told apart. Training passes all settings of the task. T, like the other sizes of the policy, stays the
+            model's.
         :return: The model.
         """
         if "custom_objects" in kwargs:
@@ -107,12 +107,24 @@ class ZooQVPO(QVPO):
             self._custom_logger = own_logger
 
 
-ZooQVPO.__name__ = "QVPO"  # what RL Zoo writes into model cards
+def in_zoo(algorithm: type[DiffusionOffPolicyAlgorithm]) -> type[DiffusionOffPolicyAlgorithm]:
+    """
+    An algorithm as RL Zoo gets it.
+
+    :param algorithm: The algorithm.
+    :return: A subclass of it and of :class:`InZoo`, under the same name, which RL Zoo writes into model cards.
+    """
+    # Pickles look for it by its qualified name in this module
+    names = {"__module__": __name__, "__qualname__": f"Zoo{algorithm.__name__}", "__doc__": algorithm.__doc__}
+    return type(algorithm.__name__, (InZoo, algorithm), names)
+
+
+ZooQVPO = in_zoo(QVPO)
 
 
 def hyperparams_folder() -> Path:
     """
-    Where ``qvpo.yml`` (the default settings) and ``qvpo_official.yml`` (the authors' code's) lie.
+    Where the settings lie: for each algorithm ``NAME.yml``, its defaults, and others such as ``qvpo_official.yml``.
 
     :return: The folder: in the package when installed from a wheel, at the root of the repository in a checkout.
     """
@@ -123,7 +135,7 @@ def hyperparams_folder() -> Path:
 
 def register() -> None:
     """
-    Add QVPO to RL Zoo: algorithm, Optuna sampler and converter, default settings. May be called any number of times.
+    Add the algorithms to RL Zoo: classes, Optuna samplers and converters, default settings. May be called any number of times.
 
     :raises ImportError: If rl_zoo3 is not installed.
     """
@@ -132,15 +144,15 @@ def register() -> None:
 
 
 def register_loaded() -> None:
-    """Add QVPO to those tables of RL Zoo whose modules have been imported. Imports nothing of RL Zoo itself."""
-    tables: list[tuple[str, str, Any]] = [
-        ("rl_zoo3", "ALGOS", ZooQVPO),
-        ("rl_zoo3.hyperparams_opt", "HYPERPARAMS_SAMPLER", sample_qvpo_params),
-        ("rl_zoo3.hyperparams_opt", "HYPERPARAMS_CONVERTER", convert_qvpo_params),
+    """Add the algorithms to those tables of RL Zoo whose modules have been imported. Imports nothing of RL Zoo itself."""
+    tables: list[tuple[str, str, dict[str, Any]]] = [
+        ("rl_zoo3", "ALGOS", {name: row.algorithm for name, row in ALGORITHMS.items()}),
+        ("rl_zoo3.hyperparams_opt", "HYPERPARAMS_SAMPLER", {name: row.sample for name, row in ALGORITHMS.items()}),
+        ("rl_zoo3.hyperparams_opt", "HYPERPARAMS_CONVERTER", {name: row.convert for name, row in ALGORITHMS.items()}),
     ]
-    for module_name, table_name, entry in tables:
+    for module_name, table_name, entries in tables:
         # In place: RL Zoo's other modules hold the same dictionaries
-        getattr(sys.modules.get(module_name), table_name, {})[ALGORITHM] = entry
+        getattr(sys.modules.get(module_name), table_name, {}).update(entries)
     experiment_manager = getattr(sys.modules.get("rl_zoo3.exp_manager"), "ExperimentManager", None)
     if experiment_manager is not None:
         _patch_experiment_manager(experiment_manager)
@@ -154,27 +166,27 @@ class _TrialNumber(int):
 
 
 def _patch_experiment_manager(experiment_manager: Any) -> None:
-    """Let RL Zoo find QVPO's default settings and its trial 0; other algorithms are left alone."""
+    """Let RL Zoo find our default settings and trial 0. Other algorithms are left alone."""
     original = experiment_manager.__init__
-    if hasattr(original, "_knows_qvpo"):
+    if hasattr(original, "_knows_sb3_qvpo"):
         return
     signature = inspect.signature(original)
 
     @functools.wraps(original)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
-        if self.algo == ALGORITHM:
+        if self.algo in ALGORITHMS:
             if not signature.bind(self, *args, **kwargs).arguments.get("config"):
-                self.config = str(hyperparams_folder() / f"{ALGORITHM}.yml")
+                self.config = str(hyperparams_folder() / f"{self.algo}.yml")
             if self.trial_id is not None:
                 self.trial_id = _TrialNumber(self.trial_id)
 
-    __init__._knows_qvpo = True  # type: ignore[attr-defined]  # a mark against patching twice
+    __init__._knows_sb3_qvpo = True  # type: ignore[attr-defined]  # a mark against patching twice
     experiment_manager.__init__ = __init__
 
 
-# The search space. Costly settings share one budget: an update draws batch_size * n_diffusion_steps * n_train_candidates =
-# 5 * 2**draws_pow network passes (half of it with the wider network), and tuning decides how to spend them.
+# The search space of QVPO. Costly settings share one budget, and tuning decides how to spend it. An update makes
+# batch_size * n_diffusion_steps * n_train_candidates = 5 * 2**draws_pow network passes, half of it with the wider network.
 
 DRAWS_POW = (12, 13)
 """Range of the exponent of the drawing budget 5 * 2**draws_pow: from 20 480 to 40 960 passes; the paper's is 327 680."""
@@ -267,10 +279,30 @@ def convert_qvpo_params(sampled_params: dict[str, Any]) -> dict[str, Any]:
     return params
 
 
+class ZooRow(NamedTuple):
+    """
+    What RL Zoo needs to know of an algorithm. Its default settings are in ``hyperparams/NAME.yml``.
+
+    :param algorithm: The class, from :func:`in_zoo`.
+    :param sample: From Optuna's trial to keyword arguments, see :func:`sample_qvpo_params`.
+    :param convert: From a trial's parameters to keyword arguments, see :func:`convert_qvpo_params`.
+    """
+
+    algorithm: type[DiffusionOffPolicyAlgorithm]
+    sample: Callable[["optuna.Trial", int, int, dict[str, Any]], dict[str, Any]]
+    convert: Callable[[dict[str, Any]], dict[str, Any]]
+
+
+ALGORITHMS = {
+    "qvpo": ZooRow(ZooQVPO, sample_qvpo_params, convert_qvpo_params),
+}
+"""The registry: the name in ``--algo``, and its row."""
+
+
 def main() -> None:
     """
-    Run one of RL Zoo's scripts with QVPO registered: ``python -m sb3_qvpo.zoo train --algo qvpo ...``, or print the folder
-    of the settings: ``python -m sb3_qvpo.zoo hyperparams``.
+    Run one of RL Zoo's scripts with our algorithms registered: ``python -m sb3_qvpo.zoo train --algo qvpo ...``. Or print the
+    folder of the settings: ``python -m sb3_qvpo.zoo hyperparams``.
     """
     usage = f"usage: python -m sb3_qvpo.zoo {{{','.join(SCRIPTS)}}} ... | hyperparams"
     if len(sys.argv) < 2 or sys.argv[1] not in (*SCRIPTS, "hyperparams"):

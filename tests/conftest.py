@@ -3,7 +3,7 @@
 import pytest
 import torch as th
 
-from sb3_qvpo.common import fast
+from sb3_qvpo.common.speed.settings import settings as speed_settings
 
 # The models here are tiny: a second thread would only wait
 th.set_num_threads(1)
@@ -28,6 +28,6 @@ def _seeded():
 @pytest.fixture
 def settings():
     """The settings of this process, put back afterwards."""
-    before = vars(fast.settings).copy()
-    yield fast.settings
-    vars(fast.settings).update(before)
+    before = vars(speed_settings).copy()
+    yield speed_settings
+    vars(speed_settings).update(before)

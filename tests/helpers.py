@@ -1,14 +1,30 @@
 """What several test files need: small models, toy environments and the way from torch modules to NumPy arrays."""
 
+import os
+import random
+import sys
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
+from io import StringIO
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
 import torch as th
 from gymnasium import spaces
+from stable_baselines3 import HerReplayBuffer
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.envs import BitFlippingEnv, FakeImageEnv, IdentityEnvBox, SimpleMultiObsEnv
+from stable_baselines3.common.vec_env import VecNormalize
 
-from sb3_qvpo import QVPO
+from sb3_qvpo import QVPO, DiffusionPolicy
+from sb3_qvpo.common.runs.finite_checks import FiniteGuard
+
+TOLERANCE = dict(rtol=1e-5, atol=1e-5)
+"""Between float32 here and the float64 reference."""
+
+# Models
 
 TINY = dict(
     learning_starts=5,
@@ -28,6 +44,105 @@ TINY = dict(
 def tiny_qvpo(env="Pendulum-v1", policy="MlpPolicy", **kwargs):
     """A small QVPO; ``kwargs`` override :data:`TINY`."""
     return QVPO(policy, env, **{**TINY, **kwargs})
+
+
+SMALL_MODELS = {
+    "vector": lambda **kwargs: tiny_qvpo(n_eval_candidates=32, **kwargs),
+    "image": lambda **kwargs: tiny_qvpo(
+        FakeImageEnv(screen_height=36, screen_width=36, discrete=False), policy="CnnPolicy", **kwargs
+    ),
+    "dict": lambda **kwargs: tiny_qvpo(
+        SimpleMultiObsEnv(discrete_actions=False), policy="MultiInputPolicy", **{**kwargs, "policy_kwargs": dict(net_arch=[8])}
+    ),
+}
+"""A small QVPO for each kind of observation."""
+
+
+def bandit_qvpo(**kwargs):
+    """A small QVPO whose best action is the observation, between -10 and 10."""
+    return tiny_qvpo(IdentityEnvBox(-10, 10), **kwargs)
+
+
+def bit_flipping_qvpo(n_envs=2, **kwargs):
+    """A small QVPO with hindsight, in several environments."""
+    return tiny_qvpo(
+        make_vec_env(BitFlippingEnv, n_envs=n_envs, env_kwargs=dict(n_bits=4, continuous=True)),
+        policy="MultiInputPolicy",
+        replay_buffer_class=HerReplayBuffer,
+        replay_buffer_kwargs=dict(n_sampled_goal=2),
+        learning_starts=20,
+        gradient_steps=-1,
+        **kwargs,
+    )
+
+
+def random_sizes(seed):
+    """Batch, candidates, action dimensions, observation size, diffusion steps, hidden layers."""
+    rng = np.random.default_rng(seed)
+    b, k, a, s, t = (int(rng.integers(low, high)) for low, high in [(1, 6), (1, 7), (1, 5), (1, 9), (1, 12)])
+    layers = [int(width) for width in rng.integers(3, 20, size=seed % 4)]
+    return b, k, a, s, t, layers
+
+
+def random_policy(seed, schedule="cosine"):
+    """A policy of random sizes and weights, observations, and noise of its chains."""
+    b, k, a, s, t, layers = random_sizes(seed)
+    policy = DiffusionPolicy(
+        spaces.Box(-1, 1, (s,), np.float32),
+        spaces.Box(-1, 1, (a,), np.float32),
+        lambda _: 1e-3,
+        net_arch=layers,
+        n_diffusion_steps=t,
+        noise_schedule=schedule,
+        time_embedding_dim=4 + 2 * (seed % 3),
+        n_critics=1 + seed % 3,
+    )
+    for parameter in policy.parameters():  # biases too, which start at 0
+        parameter.data.add_(0.3 * th.randn_like(parameter))
+    return policy, th.randn(b, s), th.randn(t, b, k, a)
+
+
+# Environments
+
+BOX = spaces.Box(-1, 1, (2,), np.float32)
+IMAGE = spaces.Box(0, 255, (3, 36, 36), np.uint8)
+
+
+class AnySpacesEnv(gym.Env):
+    """Random observations and rewards in given spaces, episodes of five steps."""
+
+    def __init__(self, observation_space, action_space):
+        self.observation_space, self.action_space, self.steps = observation_space, action_space, 0
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.steps = 0
+        return self.observation_space.sample(), {}
+
+    def step(self, action):
+        assert self.action_space.contains(action), action
+        self.steps += 1
+        return self.observation_space.sample(), self.np_random.normal(), self.steps == 5, False, {}
+
+
+class SeededEnv(gym.Env):
+    """Random observations that repeat with the seed, reward by action, time limit after ``length`` steps."""
+
+    def __init__(self, observation_space=BOX, action_space=BOX, length=5):
+        self.observation_space, self.action_space = observation_space, action_space
+        self.length, self.steps = length, 0
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        if seed is not None:
+            self.observation_space.seed(seed)
+        self.steps = 0
+        return self.observation_space.sample(), {}
+
+    def step(self, action):
+        assert self.action_space.contains(action), action
+        self.steps += 1
+        return self.observation_space.sample(), float(action.sum()), False, self.steps == self.length, {"step": self.steps}
 
 
 class BanditEnv(gym.Env):
@@ -74,6 +189,11 @@ class CountdownEnv(gym.Env):
         )
 
 
+def countdown(**kwargs):
+    """A function that makes a :class:`CountdownEnv` with episodes of five steps."""
+    return lambda: CountdownEnv(length=5, **kwargs)
+
+
 class DictEnv(CountdownEnv):
     """The same with two observations in a dictionary."""
 
@@ -117,6 +237,34 @@ class GoalEnv(gym.Env):
         return dict(observation=self.point.copy(), achieved_goal=self.point.copy(), desired_goal=self.goal.copy())
 
 
+class TwoPartsEnv(gym.ObservationWrapper):
+    """Observations in two parts."""
+
+    def __init__(self, env):
+        super().__init__(env)
+        self.observation_space = spaces.Dict(a=env.observation_space, b=env.observation_space)
+
+    def observation(self, observation):
+        return dict(a=observation, b=observation)
+
+
+def normalized(env="Pendulum-v1", **kwargs):
+    """One environment in a ``VecNormalize``."""
+    return VecNormalize(make_vec_env(env, n_envs=1), **kwargs)
+
+
+def sampled_observations(space, n, seed=0):
+    """A batch of random observations, the same for each seed."""
+    space.seed(seed)
+    samples = [space.sample() for _ in range(n)]
+    if isinstance(space, spaces.Dict):
+        return {key: np.stack([sample[key] for sample in samples]) for key in space.spaces}
+    return np.stack(samples)
+
+
+# From torch modules to NumPy arrays
+
+
 def layers_to_numpy(module):
     """The linear layers of a module as float64 (weight, bias) pairs in order."""
     linear_layers = [layer for layer in module.modules() if isinstance(layer, th.nn.Linear)]
@@ -141,6 +289,9 @@ def critics_to_numpy(critic):
     return [layers_to_numpy(q_network) for q_network in critic.q_networks]
 
 
+# Comparisons
+
+
 def weights_of(model):
     """A copy of all weights of a model."""
     return {name: value.clone() for name, value in model.policy.state_dict().items()}
@@ -149,6 +300,126 @@ def weights_of(model):
 def same_weights(first, second):
     """Whether two results of :func:`weights_of` agree bit for bit."""
     return first.keys() == second.keys() and all(th.equal(first[name], second[name]) for name in first)
+
+
+def changed_names(before, after):
+    """Names of the weights that differ between two results of :func:`weights_of`."""
+    return {name for name in before if not th.equal(before[name], after[name])}
+
+
+def trained_weights(model):
+    """All weights after a short training."""
+    return weights_of(model.learn(16))
+
+
+def prediction(deterministic):
+    """A function that lets a model of Pendulum decide, always with the same random numbers."""
+
+    def observe(model):
+        th.manual_seed(1)
+        return model.predict(np.full((6, 3), 0.3, np.float32), deterministic=deterministic)[0]
+
+    return observe
+
+
+def differ(first, second):
+    """Whether two results differ: weights, arrays or anything else."""
+    if isinstance(first, dict):
+        return not same_weights(first, second)
+    return not np.array_equal(first, second) if isinstance(first, np.ndarray) else first != second
+
+
+def shake(model):
+    """Random weights, the noise schedule apart."""
+    for parameter in model.policy.parameters():
+        parameter.data.copy_(th.rand_like(parameter))
+
+
+# Interruptions
+
+CONTINUE = dict(reset_num_timesteps=False)
+"""For ``learn()``."""
+
+
+class Interrupt(BaseCallback):
+    """Ctrl-C at a step."""
+
+    def __init__(self, at):
+        super().__init__()
+        self.at = at
+
+    def _on_step(self):
+        if self.num_timesteps >= self.at:
+            raise KeyboardInterrupt
+        return True
+
+
+def scramble():
+    """Another process draws other numbers."""
+    for seed in (random.seed, np.random.seed, th.manual_seed):
+        seed(int.from_bytes(os.urandom(3), "big"))
+
+
+# The package's own names: what tests reach into is only named here
+
+
+def report_errors_later(model):
+    """Undo bad steps and report them later, as on an accelerator."""
+    model._finite_guard = FiniteGuard(deferred=True)
+
+
+def errors_are_deferred(model):
+    """Whether bad steps are reported later."""
+    return model._finite_guard.deferred
+
+
+def metric_sums(model):
+    """The dictionary in which a model adds its metrics up until the log is written: sum and count by name."""
+    return model._metric_sums
+
+
+def actor_noise(model, batch_size):
+    """All random draws of a policy step."""
+    return model._draw_actor_noise(batch_size)
+
+
+def ent_coef_of(model):
+    """The schedule of ``ent_coef`` that is in use."""
+    return model._ent_coef_schedule
+
+
+def weighting_in_use(model):
+    """The function that weighs candidates."""
+    return model._q_weighting
+
+
+def batch_of_an_update(model):
+    """The transitions that the next update sees."""
+    seen, critic_loss = [], model._critic_loss
+    model._critic_loss = lambda batch, noise: seen.append(batch) or critic_loss(batch, noise)
+    model.train(1, batch_size=200)
+    del model._critic_loss
+    (batch,) = seen
+    return batch
+
+
+def recorded_draws(model):
+    """Lists that fill up while a model trains: its batches, the noise of its critics' targets, that of its policy steps."""
+    methods = {
+        "batch": (model.replay_buffer, "sample"),
+        "target_noise": (model.policy, "draw_noise"),
+        "actor_noise": (model, "_draw_actor_noise"),
+    }
+    records = {name: [] for name in methods}
+    for name, (owner, method_name) in methods.items():
+        method = getattr(owner, method_name)
+
+        def recorder(*args, _method=method, _results=records[name], **kwargs):
+            _results.append(_method(*args, **kwargs))
+            return _results[-1]
+
+        setattr(owner, method_name, recorder)
+    return records
 
 
 def take_bad_steps(model):
@@ -167,3 +438,28 @@ def recorded_warnings():
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         yield caught
+
+
+ROOT = Path(__file__).parents[1]
+"""The repository."""
+
+
+def output_of(main, *command_line, folder="."):
+    """
+    What a command prints. It runs in this process, because the imports of another one take seconds.
+
+    :param main: The function that the command calls.
+    :param command_line: The name of the program and its arguments.
+    :param folder: Where the command runs.
+    """
+    arguments, working_folder, n_threads = sys.argv, os.getcwd(), th.get_num_threads()
+    sys.argv = [str(part) for part in command_line]
+    os.chdir(folder)
+    try:
+        with redirect_stdout(StringIO()) as output:
+            main()
+    finally:
+        sys.argv = arguments
+        os.chdir(working_folder)
+        th.set_num_threads(n_threads)
+    return output.getvalue()

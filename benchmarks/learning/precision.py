@@ -19,7 +19,7 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.monitor import Monitor
 
 from sb3_qvpo import QVPO
-from sb3_qvpo.common import fast
+from sb3_qvpo.common.speed.settings import settings
 
 SETTINGS = yaml.safe_load((Path(__file__).parents[2] / "hyperparams" / "qvpo.yml").read_text())["Pendulum-v1"]
 POLICY, N_TIMESTEPS = SETTINGS.pop("policy"), SETTINGS.pop("n_timesteps")
@@ -39,7 +39,7 @@ def main() -> None:
         for dtype in ("float32", "bfloat16"):
             if (dtype, seed) in done:
                 continue
-            fast.settings.candidate_dtype = dtype
+            settings.candidate_dtype = dtype
             start, rows = time.time(), []
             model = QVPO(POLICY, "Pendulum-v1", **SETTINGS, seed=seed, device="cpu")
             for step in range(arguments.eval_freq, arguments.steps + 1, arguments.eval_freq):

@@ -65,7 +65,6 @@ FAST: dict[str, Any] = {**EIGHT, "policy_delay": 2}
 
 ALGOS: dict[str, tuple[str, dict[str, Any]]] = {
     "qvpo": ("qvpo", {}),
-    "qvpo_shared10": ("qvpo", {**FEWER, "n_shared_steps": 10}),
     "qvpo_ddpm5": ("qvpo", {**FEWER, **steps(5)}),
     **{f"qvpo_ddim{n}": ("qvpo", {**FEWER, **steps(n, 0.0)}) for n in (5, 10)},
     "qvpo_ddpm5_delay2": ("qvpo", DELAYED),

@@ -12,7 +12,6 @@ from rliable import library, metrics
 
 NAMES = {
     "qvpo": "QVPO with `qvpo.yml`",
-    "qvpo_shared10": "N_d 16, 10 shared steps",
     "qvpo_ddim10": "N_d 16, 10 DDIM steps",
     "qvpo_ddpm5": "N_d 16, 5 DDPM steps",
     "qvpo_ddim5": "N_d 16, 5 DDIM steps",

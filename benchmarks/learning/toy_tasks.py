@@ -35,7 +35,6 @@ from multi_goal import MultiGoalEnv
 from run import FAST, append, read, setup, steps, write
 
 from sb3_qvpo import QVPO
-from sb3_qvpo.common.candidates import minimum_q
 from sb3_qvpo.qvpo.weights import qadv
 
 HERE = Path(__file__).parent
@@ -217,7 +216,7 @@ def best_of_critics(model: BaseAlgorithm, states: th.Tensor, actions: np.ndarray
     optimizer = th.optim.Adam([best], lr=0.02)
     for _ in range(150):
         optimizer.zero_grad()
-        (-minimum_q(th.stack(model.critic(states, best))).sum()).backward()
+        (-model.critic.aggregate(th.stack(model.critic(states, best))).sum()).backward()
         optimizer.step()
         best.data.clamp_(-1, 1)
     return best.detach().numpy()

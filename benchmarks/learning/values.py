@@ -16,7 +16,6 @@ import torch as th
 from evaluation import SEED, best_of
 
 from sb3_qvpo import QVPO
-from sb3_qvpo.common.candidates import minimum_q
 
 
 def discounted(rewards: list[float], last_value: float | None, gamma: float) -> np.ndarray:
@@ -54,7 +53,7 @@ def played(model: QVPO, env: gym.Env[Any, Any], seed: int) -> tuple[float, np.nd
     with th.no_grad():
         batch, _ = model.policy.obs_to_tensor(np.array(observations))
         both = model.critic(batch, th.as_tensor(np.array(actions), device=model.device))
-        values = minimum_q(th.stack(both)).flatten().cpu().numpy()
+        values = model.critic.aggregate(th.stack(both)).cpu().numpy()
     return sum(rewards), values, discounted(rewards, None if terminated else float(values[-1]), model.gamma)
 
 

@@ -1,24 +1,22 @@
 """
-The networks of a diffusion policy for Stable-Baselines3: the actor, which draws candidates, and the critics, which value them.
+The networks of a diffusion policy for Stable-Baselines3: the actor, which draws candidates, and the critics, which score them.
 
-Shapes: B batch, K candidates for each state, A action dimensions, S state features, T diffusion steps, C critics.
-Actions are scaled to [-1, 1].
+Shapes: B batch, K candidates for each state, A action dimensions, S state features, T diffusion steps, C critics, M numbers
+that a critic predicts for an action (1 for :class:`CandidateCritic`). Actions are scaled to [-1, 1].
 """
 
-import functools
-from typing import Any, cast
+from typing import Any
 
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.policies import BasePolicy, ContinuousCritic
 from stable_baselines3.common.preprocessing import get_action_dim
-from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, create_mlp
 from stable_baselines3.common.type_aliases import PyTorchObs
 from torch import nn
 from torch.nn import functional as F
 
-import sb3_qvpo.common.fast as fast
-from sb3_qvpo.common.diffusion import GaussianDiffusion, NoiseNetwork
+from sb3_qvpo.common.diffusion import DiffusionProcess, GaussianDiffusion
 from sb3_qvpo.common.networks import NoisePredictor, init_linear_layers
 from sb3_qvpo.common.noise_schedules import NoiseSchedule, make_betas
 
@@ -26,6 +24,8 @@ from sb3_qvpo.common.noise_schedules import NoiseSchedule, make_betas
 class DiffusionActor(BasePolicy):
     """
     The diffusion policy pi_theta(a | s): a features extractor, a noise predictor and the chain that turns noise into actions.
+
+    A subclass changes the diffusion in :meth:`make_diffusion` and the network in :meth:`make_noise_predictor`.
 
     :param observation_space: Observation space.
     :param action_space: Action space, a finite ``Box``.
@@ -40,6 +40,8 @@ class DiffusionActor(BasePolicy):
     :param n_sampling_steps: Reverse steps of a sample, see :class:`GaussianDiffusion`.
     :param sampling_eta: Factor of the noise in the reverse steps, see :class:`GaussianDiffusion`.
     """
+
+    diffusion: DiffusionProcess
 
     def __init__(
         self,
@@ -66,11 +68,46 @@ class DiffusionActor(BasePolicy):
         )
         self._constructor_arguments = constructor_arguments
         self.action_dim = get_action_dim(action_space)
-        betas = make_betas(noise_schedule, n_diffusion_steps)
-        self.diffusion = GaussianDiffusion(betas, n_sampling_steps=n_sampling_steps, sampling_eta=sampling_eta)
-        self.noise_predictor = NoisePredictor(
-            self.action_dim, features_dim, n_diffusion_steps, net_arch, activation_fn, time_embedding_dim
+        self.features_dim = features_dim
+        self.diffusion = self.make_diffusion(n_diffusion_steps, noise_schedule, n_sampling_steps, sampling_eta)
+        self.noise_predictor = self.make_noise_predictor(
+            features_dim, n_diffusion_steps, net_arch, activation_fn, time_embedding_dim
         )
+
+    def make_diffusion(
+        self, n_steps: int, noise_schedule: str | NoiseSchedule, n_sampling_steps: int | None, sampling_eta: float
+    ) -> DiffusionProcess:
+        """
+        Create the diffusion process.
+
+        :param n_steps: T.
+        :param noise_schedule: Name of a noise schedule or a function T -> betas.
+        :param n_sampling_steps: Reverse steps of a sample, T if None.
+        :param sampling_eta: Factor of the noise in the reverse steps.
+        :return: The process.
+        """
+        betas = make_betas(noise_schedule, n_steps)
+        return GaussianDiffusion(betas, n_sampling_steps=n_sampling_steps, sampling_eta=sampling_eta)
+
+    def make_noise_predictor(
+        self,
+        features_dim: int,
+        n_steps: int,
+        net_arch: list[int],
+        activation_fn: type[nn.Module],
+        time_embedding_dim: int,
+    ) -> NoisePredictor:
+        """
+        Create the network that the diffusion asks at every step.
+
+        :param features_dim: Number of state features S.
+        :param n_steps: T.
+        :param net_arch: Widths of the hidden layers.
+        :param activation_fn: Activation function.
+        :param time_embedding_dim: Size of the time embedding.
+        :return: The network.
+        """
+        return NoisePredictor(self.action_dim, features_dim, n_steps, net_arch, activation_fn, time_embedding_dim)
 
     def features(self, observation: PyTorchObs) -> th.Tensor:
         """
@@ -81,38 +118,6 @@ class DiffusionActor(BasePolicy):
         """
         return self.extract_features(observation, self.features_extractor)
 
-    def sample_candidates(
-        self,
-        features: th.Tensor,
-        n_candidates: int,
-        noise: th.Tensor | None = None,
-        reduced_precision: bool = False,
-        n_shared_steps: int = 0,
-    ) -> th.Tensor:
-        """
-        Draw candidates from pi_theta (Algorithm 1, line 5). The state enters the network once for all candidates and steps.
-
-        :param features: State features of shape (B, S).
-        :param n_candidates: Candidates K for each state.
-        :param noise: Standard normal noise of shape (T, B, K, A), see :meth:`GaussianDiffusion.sample`. Drawn if None.
-        :param reduced_precision: Whether hidden layers may be multiplied in bfloat16, see :mod:`sb3_qvpo.common.fast`.
-        :param n_shared_steps: First steps that are shared by all candidates of a state, see :meth:`GaussianDiffusion.sample`.
-        :return: Actions of shape (B, K, A) in [-1, 1].
-        """
-        condition = self.noise_predictor.condition(features)
-        if noise is None:
-            noise = self.draw_noise(len(features), n_candidates)
-        n_rows, later_layers = features.shape[0] * noise.shape[2], list(self.noise_predictor.later_layers)
-        if noise.shape[1] == features.shape[0] == 1 and n_shared_steps == 0 and fast.applies(later_layers, features.device):
-            return fast.sample_for_one_state(self.diffusion, self.noise_predictor, condition, noise)
-        if fast.pays_off(later_layers, n_rows, features.device) and noise.shape[1] == len(features):
-            dtype = fast.candidate_dtype(features.device) if reduced_precision else th.float32
-            return fast.sample_candidates(self.diffusion, self.noise_predictor, condition, noise, dtype, n_shared_steps)
-        network: NoiseNetwork = self.noise_predictor
-        if reduced_precision and fast.reduces(features.device):
-            network = fast.reduced(self.noise_predictor)
-        return self.diffusion.sample(network, condition, noise, n_shared_steps=n_shared_steps)
-
     def draw_noise(self, n_states: int, n_candidates: int) -> th.Tensor:
         """
         Noise of reverse chains.
@@ -122,6 +127,19 @@ class DiffusionActor(BasePolicy):
         :return: Standard normal noise of shape (N, B, K, A); N is T unless samples take fewer steps.
         """
         return th.randn(self.diffusion.n_noises, n_states, n_candidates, self.action_dim, device=self.device)
+
+    def sample_candidates(self, features: th.Tensor, noise: th.Tensor, for_training: bool = False) -> th.Tensor:
+        """
+        Draw candidates from pi_theta (Algorithm 1, line 5). The state enters the network once for all candidates and steps.
+
+        :param features: State features of shape (B, S).
+        :param noise: Standard normal noise of shape (N, B, K, A), see :meth:`draw_noise`, or (N, 1, K, A) for the same noise
+            in each state.
+        :param for_training: Whether the candidates only serve an update. A subclass may round them then; this class does not.
+        :return: Actions of shape (B, K, A) in [-1, 1].
+        """
+        condition = self.noise_predictor.condition(features)
+        return self.diffusion.sample(self.noise_predictor, condition, noise)
 
     def denoising_loss(
         self,
@@ -140,8 +158,7 @@ class DiffusionActor(BasePolicy):
         :return: Losses of shape (B, K).
         """
         condition = self.noise_predictor.condition(self.features(observation))
-        network = fast.trainable(self.noise_predictor, actions.shape[0] * actions.shape[1])
-        return self.diffusion.loss(network, actions, condition, timesteps, noise)
+        return self.diffusion.loss(self.noise_predictor, actions, condition, timesteps, noise)
 
     def forward(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
         """
@@ -154,7 +171,8 @@ class DiffusionActor(BasePolicy):
         return self._predict(observation, deterministic)
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
-        return self.sample_candidates(self.features(observation), n_candidates=1).squeeze(1)
+        features = self.features(observation)
+        return self.sample_candidates(features, self.draw_noise(len(features), n_candidates=1)).squeeze(1)
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         return self._constructor_arguments
@@ -162,16 +180,65 @@ class DiffusionActor(BasePolicy):
 
 class CandidateCritic(ContinuousCritic):
     """
-    SB3's critics, able to value many candidates of a state without repeating the state. Parameters as in SB3.
+    SB3's critics, which can also score many candidates of a state: clipped double Q-learning, as in SAC and TD3.
 
-    :param args: Positional arguments of SB3's ``ContinuousCritic``.
-    :param kwargs: Keyword arguments of SB3's ``ContinuousCritic``.
+    Another critic is a subclass. It overrides what it does otherwise: :meth:`make_q_network`, :meth:`aggregate`,
+    :meth:`bootstrap`, :meth:`loss`.
+
+    :param observation_space: Observation space.
+    :param action_space: Action space.
+    :param net_arch: Widths of the hidden layers.
+    :param features_extractor: Network that turns an observation into features.
+    :param features_dim: Number of features S.
+    :param activation_fn: Activation function.
+    :param normalize_images: Whether to divide images by 255.
+    :param n_critics: Number of critics C.
+    :param share_features_extractor: Whether the features extractor is the actor's, and trained by its loss.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self,
+        observation_space: spaces.Space[Any],
+        action_space: spaces.Box,
+        net_arch: list[int],
+        features_extractor: BaseFeaturesExtractor,
+        features_dim: int,
+        activation_fn: type[nn.Module] = nn.ReLU,
+        normalize_images: bool = True,
+        n_critics: int = 2,
+        share_features_extractor: bool = True,
+    ):
+        super().__init__(
+            observation_space,
+            action_space,
+            net_arch,
+            features_extractor,
+            features_dim,
+            activation_fn,
+            normalize_images,
+            n_critics=0,  # SB3's networks are always MLPs with one output
+            share_features_extractor=share_features_extractor,
+        )
+        self.n_critics = n_critics
+        self.features_dim = features_dim
+        n_inputs = features_dim + get_action_dim(action_space)
+        for i in range(n_critics):
+            q_network = self.make_q_network(n_inputs, net_arch, activation_fn)
+            self.add_module(f"qf{i}", q_network)
+            self.q_networks.append(q_network)
         for q_network in self.q_networks:
             init_linear_layers(q_network)
+
+    def make_q_network(self, n_inputs: int, net_arch: list[int], activation_fn: type[nn.Module]) -> nn.Module:
+        """
+        Create the network of one critic.
+
+        :param n_inputs: Number of inputs, S + A: state features, then the action.
+        :param net_arch: Widths of the hidden layers.
+        :param activation_fn: Activation function.
+        :return: A network from rows (R, S + A) to (R, M).
+        """
+        return nn.Sequential(*create_mlp(n_inputs, 1, net_arch, activation_fn))
 
     def features(self, observation: PyTorchObs) -> th.Tensor:
         """
@@ -182,46 +249,55 @@ class CandidateCritic(ContinuousCritic):
         """
         return self.extract_features(observation, self.features_extractor)
 
-    def forward(self, obs: PyTorchObs, actions: th.Tensor) -> tuple[th.Tensor, ...]:
-        """
-        Values of one action for each observation, for the critics' loss.
-
-        :param obs: B observations.
-        :param actions: Actions of shape (B, A) in [-1, 1].
-        :return: Values of shape (B, 1) for each critic.
-        """
-        with th.set_grad_enabled(not self.share_features_extractor):  # shared ones are trained by the actor's loss
-            features = self.features(obs)
-        rows = th.cat([features, actions], dim=1)
-        return tuple(self._value(q_network, rows) for q_network in self.q_networks)
-
-    @staticmethod
-    def _value(q_network: nn.Module, rows: th.Tensor) -> th.Tensor:
-        layers = list(q_network) if type(q_network) is nn.Sequential else []
-        fast_layers = fast.trainable_layers(layers, len(rows))
-        if all(layer is fast_layer for layer, fast_layer in zip(layers, fast_layers, strict=True)):
-            return cast(th.Tensor, q_network(rows))
-        return functools.reduce(lambda hidden, layer: layer(hidden), fast_layers, rows)
-
     def value_candidates(self, features: th.Tensor, candidates: th.Tensor) -> th.Tensor:
         """
-        Values of all candidates. The first layer is split: the state's part is computed once for all its candidates.
+        What each critic predicts for each candidate.
 
         :param features: State features of shape (B, S).
         :param candidates: Actions of shape (B, K, A) in [-1, 1].
-        :return: Values of shape (C, B, K).
+        :return: Predictions of shape (C, B, K, M).
         """
-        q_values = []
-        for q_network in self.q_networks:
-            first_layer, *later_layers = cast(nn.Sequential, q_network)
-            first_weight, first_bias = cast(nn.Linear, first_layer).weight, cast(nn.Linear, first_layer).bias
-            state_weight, action_weight = th.split(first_weight, [features.shape[-1], candidates.shape[-1]], dim=1)
-            state_part = F.linear(features, state_weight, first_bias).unsqueeze(1)
-            if fast.pays_off(later_layers, candidates.shape[0] * candidates.shape[1], features.device):
-                q_values.append(fast.value_candidates(cast(nn.Sequential, q_network), state_part, candidates))
-                continue
-            hidden = F.linear(candidates, action_weight) + state_part
-            for layer in later_layers:
-                hidden = layer(hidden)
-            q_values.append(hidden.squeeze(-1))
-        return th.stack(q_values)
+        n_states, n_candidates = candidates.shape[:2]
+        rows = th.cat([features.unsqueeze(1).expand(-1, n_candidates, -1), candidates], dim=-1).flatten(0, 1)
+        return th.stack([q_network(rows).view(n_states, n_candidates, -1) for q_network in self.q_networks])
+
+    def aggregate(self, q_values: th.Tensor) -> th.Tensor:
+        """
+        One value from the predictions of all critics: their minimum. Sec. 5.1 of the QVPO paper uses it throughout.
+
+        :param q_values: Predictions of shape (C, ..., M).
+        :return: Values of shape (...).
+        """
+        return q_values.squeeze(-1).min(dim=0).values
+
+    def score(self, features: th.Tensor, candidates: th.Tensor) -> th.Tensor:
+        """
+        The value of each candidate. Choosing among candidates, weights and guides use it.
+
+        :param features: State features of shape (B, S).
+        :param candidates: Actions of shape (B, K, A) in [-1, 1].
+        :return: Values of shape (B, K).
+        """
+        return self.aggregate(self.value_candidates(features, candidates))
+
+    def bootstrap(self, features: th.Tensor, candidates: th.Tensor, scores: th.Tensor) -> th.Tensor:
+        """
+        What the TD target takes from the next state (Algorithm 1, line 10): the value of its best candidate,
+        ``max_i min_c Q_c(s', a'_i)``. Candidates are chosen and valued by the same critics.
+
+        :param features: Features of the next states, shape (B, S). A subclass may need them, as the candidates.
+        :param candidates: Their candidates, shape (B, K, A).
+        :param scores: The scores of these, shape (B, K).
+        :return: Values of shape (B, M).
+        """
+        return scores.max(dim=1, keepdim=True).values
+
+    def loss(self, q_values: tuple[th.Tensor, ...], targets: th.Tensor) -> th.Tensor:
+        """
+        The critics' loss (Algorithm 1, line 11): ``sum over critics of mean (Q_c(s, a) - y)^2``.
+
+        :param q_values: Predictions of each critic, shape (B, M), as ``forward()`` returns them.
+        :param targets: TD targets y, shape (B, M).
+        :return: A scalar.
+        """
+        return th.stack([F.mse_loss(q_value, targets) for q_value in q_values]).sum()

@@ -2,12 +2,10 @@
 
 import math
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, cast, overload
 
 import numpy as np
 from gymnasium import spaces
-from stable_baselines3.common.buffers import ReplayBuffer
-from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.type_aliases import Schedule
 from stable_baselines3.common.utils import FloatSchedule, LinearSchedule
 
@@ -70,6 +68,35 @@ def check_count(name: str, value: Any, minimum: int = 1) -> int:
     return int(value)
 
 
+class PolicyCount:
+    """
+    A count that belongs to a policy. It can be read and set on the policy, and on the algorithm that trains it.
+
+    SB3 saves and loads an instance's ``__dict__``. The algorithm keeps the count there until its policy exists.
+    Every value that is set is checked: a whole number of at least 1.
+    """
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    @overload
+    def __get__(self, instance: None, owner: type) -> "PolicyCount": ...
+
+    @overload
+    def __get__(self, instance: object, owner: type) -> int: ...
+
+    def __get__(self, instance: object, owner: type) -> "PolicyCount | int":
+        if instance is None:
+            return self
+        policy = vars(instance).get("policy")
+        return cast(int, vars(instance)[self.name] if policy is None else getattr(policy, self.name))
+
+    def __set__(self, instance: object, value: int) -> None:
+        vars(instance)[self.name] = check_count(self.name, value)
+        if "policy" in vars(instance):
+            setattr(vars(instance)["policy"], self.name, value)
+
+
 def check_class(name: str, value: Any, base: type) -> None:
     """
     A class, or a function that takes its place. Neither its name nor an instance.
@@ -82,41 +109,6 @@ def check_class(name: str, value: Any, base: type) -> None:
     fits = issubclass(value, base) if isinstance(value, type) else callable(value) and not isinstance(value, base)
     if not fits:
         raise ValueError(f"{name} must be a subclass of {base.__module__}.{base.__qualname__}, got {value!r}")
-
-
-def check_step_counts(learning_starts: Any, train_freq: Any, gradient_steps: Any, stats_window_size: Any) -> None:
-    """
-    Numbers that SB3 takes as they are, and would fail on in ``learn()``.
-
-    :param learning_starts: A finite number of at least 0.
-    :param train_freq: In any of SB3's forms; the number in it must be at least 1. SB3 checks the rest.
-    :param gradient_steps: A whole number of at least 0, or -1.
-    :param stats_window_size: A whole number of at least 1.
-    :raises ValueError: If one is anything else.
-    """
-    check_interval("learning_starts", learning_starts, 0, math.inf)
-    frequency = train_freq[0] if isinstance(train_freq, tuple | list) and train_freq else train_freq
-    if isinstance(frequency, Integral):
-        check_count("train_freq", frequency)
-    check_count("gradient_steps", gradient_steps, -1)
-    check_count("stats_window_size", stats_window_size)
-
-
-def check_options(action_noise: Any, replay_buffer_class: Any, max_grad_norm: Any) -> None:
-    """
-    What may be left out.
-
-    :param action_noise: An instance of SB3's ``ActionNoise``, or None.
-    :param replay_buffer_class: A subclass of SB3's ``ReplayBuffer``, or None.
-    :param max_grad_norm: A finite number above 0, or None.
-    :raises ValueError: If one is anything else.
-    """
-    if max_grad_norm is not None:
-        check_interval("max_grad_norm", max_grad_norm, 0, math.inf, low_allowed=False)
-    if action_noise is not None and not isinstance(action_noise, ActionNoise):
-        raise ValueError(f"action_noise must be an ActionNoise such as NormalActionNoise, or None, got {action_noise!r}")
-    if replay_buffer_class is not None:
-        check_class("replay_buffer_class", replay_buffer_class, ReplayBuffer)
 
 
 def check_net_arch(net_arch: Any) -> None:
@@ -180,8 +172,11 @@ def _parse_schedule_string(name: str, value: str) -> float | LinearSchedule:
     try:
         if not value.startswith("lin_"):
             return float(value)
-        start, end, fraction = ([float(number) for number in value.split("_")[1:]] + [0.0, 1.0][value.count("_") - 1 :])[:3]
-        if value.count("_") > 3 or not 0 < fraction <= 1:
+        numbers = [float(number) for number in value.split("_")[1:]]
+        if len(numbers) > 3:
+            raise ValueError
+        start, end, fraction = (*numbers, *(0.0, 1.0)[len(numbers) - 1 :])
+        if not 0 < fraction <= 1:
             raise ValueError
     except ValueError:
         raise ValueError(

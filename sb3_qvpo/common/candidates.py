@@ -1,21 +1,27 @@
 """
 Choosing among candidate actions by their value.
 
-Shapes: B batch, K candidates for each state, A action dimensions, C critics. Candidates are always (B, K, A), their
+Shapes: B batch, K candidates for each state, A action dimensions, S state features. Candidates are always (B, K, A), their
 values (B, K). All functions are pure.
 """
+
+from typing import NamedTuple
 
 import torch as th
 
 
-def minimum_q(q_values: th.Tensor) -> th.Tensor:
+class ScoredCandidates(NamedTuple):
     """
-    The minimum over critics, as in SAC and TD3 (clipped double Q-learning); Sec. 5.1 of the QVPO paper uses it throughout.
+    The candidates of B states and their scores.
 
-    :param q_values: Values of shape (C, B, K).
-    :return: Values of shape (B, K).
+    :param features: State features of the critics that scored them, shape (B, S).
+    :param candidates: Actions of shape (B, K, A).
+    :param scores: Value of each candidate, shape (B, K).
     """
-    return q_values.min(dim=0).values
+
+    features: th.Tensor
+    candidates: th.Tensor
+    scores: th.Tensor
 
 
 def select(candidates: th.Tensor, index: th.Tensor) -> th.Tensor:
@@ -38,19 +44,6 @@ def best_candidate(candidates: th.Tensor, q_values: th.Tensor) -> th.Tensor:
     :return: Best action of each state, shape (B, A).
     """
     return select(candidates, q_values.argmax(dim=1))
-
-
-def top_candidates(candidates: th.Tensor, q_values: th.Tensor, k: int) -> tuple[th.Tensor, th.Tensor]:
-    """
-    The k candidates of highest value, best first.
-
-    :param candidates: Actions of shape (B, K, A).
-    :param q_values: Their values, shape (B, K).
-    :param k: How many to keep, 1 ... K.
-    :return: Actions of shape (B, k, A) and their values, shape (B, k).
-    """
-    values, index = q_values.topk(k, dim=1)
-    return candidates.gather(1, index.unsqueeze(-1).expand(-1, -1, candidates.shape[-1])), values
 
 
 def candidate_std(candidates: th.Tensor) -> th.Tensor:

@@ -1,10 +1,10 @@
 """
-Gaussian diffusion over bounded vectors: the forward noising, the reverse chain and the per-sample denoising loss.
+Diffusion over bounded vectors: the forward noising, the reverse chain and the loss of each sample.
 
-Nothing here owns a network, knows what a state or a reward is, or switches gradients off: callers that only sample write
+Nothing here owns a network, knows what a state or a reward is, or switches gradients off. Callers that only sample write
 ``with th.no_grad()`` themselves, because some algorithms back-propagate through the chain.
 
-A *network* is any callable ``network(x_t, t, cond) -> predicted noise`` of the shape of ``x_t``; ``cond`` is handed through
+A *network* is any callable ``network(x_t, t, cond) -> prediction`` of the shape of ``x_t``. ``cond`` is handed through
 untouched. Every random draw can be supplied by the caller.
 
 ======================  =====================================  ==========
@@ -20,8 +20,9 @@ variable                symbol in the paper                    shape
 ======================  =====================================  ==========
 """
 
+from abc import ABC, abstractmethod
 from itertools import zip_longest
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any, Protocol
 
 import torch as th
@@ -29,22 +30,93 @@ from torch import nn
 
 
 class NoiseNetwork(Protocol):
-    """What the chain needs of a network: predict the noise in ``x_t``."""
+    """What the chain needs of a network: a prediction from ``x_t``, the noise in it for :class:`GaussianDiffusion`."""
 
     def __call__(self, x_t: th.Tensor, t: Any, cond: Any) -> th.Tensor:
         """
-        Predict the noise.
+        Predict.
 
         :param x_t: Noisy samples of shape (..., A).
         :param t: Step in 0 ... T-1, an int for all samples or a tensor of shape (...).
         :param cond: Whatever the network is conditioned on.
-        :return: Predicted noise of shape (..., A).
+        :return: Prediction of shape (..., A).
+        """
+
+
+class DiffusionProcess(nn.Module, ABC):
+    """
+    What an actor needs of a diffusion: four methods and two numbers. :class:`GaussianDiffusion` is the paper's.
+
+    A subclass with another prediction, sampler or noise levels is used by an actor whose ``make_diffusion()`` returns it.
+    """
+
+    n_steps: int
+    """T, steps that the network is trained on."""
+    n_noises: int
+    """N, draws of noise that a chain takes."""
+
+    def draw_timesteps(self, shape: tuple[int, ...], device: th.device) -> th.Tensor:
+        """
+        Steps at which :meth:`loss` is taken, uniform over 0 ... T-1.
+
+        :param shape: Shape of the result.
+        :param device: Device of the result.
+        :return: Steps of that shape.
+        """
+        return th.randint(self.n_steps, shape, device=device)
+
+    @abstractmethod
+    def add_noise(self, x0: th.Tensor, t: th.Tensor, noise: th.Tensor) -> th.Tensor:
+        """
+        Forward noising in one jump, a draw from q(x_t | x_0).
+
+        :param x0: Clean samples of shape (..., A).
+        :param t: Steps in 0 ... T-1, shape (...).
+        :param noise: Standard normal noise of shape (..., A).
+        :return: Noisy samples of shape (..., A).
+        """
+
+    @abstractmethod
+    def posterior(self, x0: th.Tensor, x_t: th.Tensor, t: int) -> tuple[th.Tensor, float]:
+        """
+        Mean and standard deviation of one reverse step, q(x_s | x_t, x_0) for the sampling step s before t.
+
+        :param x0: Clean samples of shape (..., A), or estimates of them.
+        :param x_t: Noisy samples of shape (..., A).
+        :param t: Step in 0 ... T-1.
+        :return: The mean of shape (..., A), and the deviation, the same for all dimensions.
+        """
+
+    @abstractmethod
+    def sample(self, network: NoiseNetwork, cond: Any, noise: th.Tensor) -> th.Tensor:
+        """
+        The reverse chain.
+
+        :param network: See the module's docstring.
+        :param cond: Passed to the network at every step.
+        :param noise: Standard normal noise of shape (N, ..., A): ``noise[0]`` is x_T.
+        :return: Clean samples of shape (..., A).
+        """
+
+    @abstractmethod
+    def loss(
+        self, network: NoiseNetwork, x0: th.Tensor, cond: Any, t: th.Tensor | None = None, noise: th.Tensor | None = None
+    ) -> th.Tensor:
+        """
+        Loss of each sample. Not reduced over samples: the caller weights and averages.
+
+        :param network: See the module's docstring.
+        :param x0: Clean samples of shape (..., A).
+        :param cond: Passed to the network.
+        :param t: Steps of shape (...). Drawn by :meth:`draw_timesteps` if None.
+        :param noise: Standard normal noise of shape (..., A). Drawn if None.
+        :return: Losses of shape (...).
         """
 
 
 def sampling_steps(n_steps: int, n_sampling_steps: int | None) -> list[int]:
     """
-    The steps of a chain that has fewer of them than were trained: evenly spaced, the first and the last among them.
+    The steps of a chain that takes fewer of them than were trained. They are evenly spaced and include the first and the last.
 
     :param n_steps: T.
     :param n_sampling_steps: S; T if None.
@@ -52,7 +124,7 @@ def sampling_steps(n_steps: int, n_sampling_steps: int | None) -> list[int]:
     :raises ValueError: If S is not in 1 ... T.
     """
     count = n_steps if n_sampling_steps is None else n_sampling_steps
-    if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count <= n_steps:
+    if not isinstance(count, Integral) or isinstance(count, bool) or not 1 <= count <= n_steps:
         raise ValueError(f"n_sampling_steps must be a whole number from 1 to n_diffusion_steps = {n_steps}, got {count!r}")
     # A single step must start from pure noise
     return [n_steps - 1] if count == 1 else [round(i * (n_steps - 1) / (count - 1)) for i in range(count)]
@@ -80,13 +152,13 @@ def respaced_coefficients(alpha_bars: th.Tensor, steps: list[int], eta: float) -
     return {"x0_coef": x0_coef, "x_t_coef": x_t_coef, "posterior_std": std}
 
 
-class GaussianDiffusion(nn.Module):
+class GaussianDiffusion(DiffusionProcess):
     """
     Denoising diffusion (Ho et al. 2020) with noise prediction, in posterior form, for samples in [-1, 1].
 
-    Samples may be drawn in fewer steps than are trained: S of the T steps, evenly spaced from 0 to T-1, as in Nichol and
-    Dhariwal (2021), *Improved Denoising Diffusion Probabilistic Models*, Sec. 4. Between DDPM and the deterministic DDIM
-    stands the factor eta of Song et al. (2021), *Denoising Diffusion Implicit Models*, Eqs. 12 and 16.
+    Samples may be drawn in fewer steps than are trained: S of the T steps, evenly spaced from 0 to T-1. Source: Nichol and
+    Dhariwal (2021), *Improved Denoising Diffusion Probabilistic Models*, Sec. 4. The factor eta leads from DDPM to the
+    deterministic DDIM: Song et al. (2021), *Denoising Diffusion Implicit Models*, Eqs. 12 and 16.
 
     :param betas: Variances beta_t of the forward steps (Eq. 1), shape (T,), each in (0, 1).
     :param clip_denoised: Clamp the estimate of the clean sample to [-1, 1] at every reverse step, and the result.
@@ -133,22 +205,22 @@ class GaussianDiffusion(nn.Module):
         # A reverse step has one t for all samples: numbers cost less there than looking up tensors
         self._numbers: dict[str, list[float]] = {name: value.float().tolist() for name, value in coefficients.items()}
         for name in ("betas", "sqrt_alpha_bars", "sqrt_one_minus_alpha_bars"):  # looked up for many t at once
-            # Fixed by the schedule, so they stay out of the saved weights; all but one: weights that were trained for another
-            # number of steps must not load
+            # The schedule fixes them, so they stay out of the saved weights. Only the betas are saved: they tell on loading
+            # whether the weights were trained on this schedule
             self.register_buffer(name, coefficients[name].float(), persistent=name == "betas")
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         saved, own, error_messages = state_dict.get(f"{prefix}betas"), self.betas, args[-1]
-        if (
-            saved is not None
-            and saved.shape == own.shape
-            and not own.is_meta
-            and not th.allclose(saved.to(own), own, rtol=1e-4)
-        ):
-            # The other coefficients would stay those of the old schedule
+        # The other coefficients would stay those of this model's schedule
+        if saved is not None and saved.shape != own.shape:
+            error_messages.append(
+                f"n_diffusion_steps is {self.n_steps} in this model, other than in the saved policy; it is fixed when a "
+                f"policy is trained, because the noise predictor has learnt these {len(saved)} steps and no others."
+            )
+        elif saved is not None and not own.is_meta and not th.allclose(saved.to(own), own, rtol=1e-4):
             error_messages.append(f"{prefix}betas are those of another noise schedule: weights trained with it do not fit.")
-            return
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        else:
+            super()._load_from_state_dict(state_dict, prefix, *args)
 
     def add_noise(self, x0: th.Tensor, t: th.Tensor, noise: th.Tensor) -> th.Tensor:
         """
@@ -174,10 +246,22 @@ class GaussianDiffusion(nn.Module):
         x0 = th.sub(x_t, noise, alpha=sqrt_one_minus) / sqrt_alpha_bar
         return x0.clamp(-1, 1) if self.clip_denoised else x0
 
+    def posterior(self, x0: th.Tensor, x_t: th.Tensor, t: int) -> tuple[th.Tensor, float]:
+        """
+        Mean ``c1_t x_0 + c2_t x_t`` and deviation ``sqrt(tilde beta_t)`` of q(x_{t-1} | x_t, x_0). With fewer sampling steps
+        those of q(x_s | x_t, x_0) for the sampling step s before t.
+
+        :param x0: Estimated clean samples of shape (..., A).
+        :param x_t: Noisy samples of shape (..., A).
+        :param t: Step in 0 ... T-1.
+        :return: The mean of shape (..., A), and the deviation, the same for all dimensions.
+        """
+        x0_coef, x_t_coef, posterior_std = (self._numbers[name][t] for name in ("x0_coef", "x_t_coef", "posterior_std"))
+        return th.add(x0_coef * x0, x_t, alpha=x_t_coef), posterior_std
+
     def posterior_step(self, x0: th.Tensor, x_t: th.Tensor, t: int, noise: th.Tensor | None) -> th.Tensor:
         """
-        One reverse step, a draw from q(x_{t-1} | x_t, x_0): ``x_{t-1} = c1_t x_0 + c2_t x_t + sqrt(tilde beta_t) noise``; with
-        fewer sampling steps from q(x_s | x_t, x_0) for the step s before t among them.
+        One reverse step, a draw from :meth:`posterior`.
 
         :param x0: Estimated clean samples of shape (..., A).
         :param x_t: Noisy samples of shape (..., A).
@@ -185,43 +269,23 @@ class GaussianDiffusion(nn.Module):
         :param noise: Standard normal noise of shape (..., A), or None for the mean (the last step, t = 0).
         :return: Samples one step less noisy, shape (..., A).
         """
-        x0_coef, x_t_coef, posterior_std = (self._numbers[name][t] for name in ("x0_coef", "x_t_coef", "posterior_std"))
-        mean = th.add(x0_coef * x0, x_t, alpha=x_t_coef)
-        return mean if noise is None else th.add(mean, noise, alpha=posterior_std)
+        mean, std = self.posterior(x0, x_t, t)
+        return mean if noise is None else th.add(mean, noise, alpha=std)
 
-    def sample(
-        self,
-        network: NoiseNetwork,
-        cond: Any,
-        noise: th.Tensor | None = None,
-        shape: tuple[int, ...] | None = None,
-        n_shared_steps: int = 0,
-    ) -> th.Tensor:
+    def sample(self, network: NoiseNetwork, cond: Any, noise: th.Tensor) -> th.Tensor:
         """
         The reverse chain: x_T from N(0, I), then S posterior steps, the last one without noise, and a final clamp.
 
         :param network: Noise predictor, see the module's docstring.
         :param cond: Passed to the network at every step.
         :param noise: Standard normal noise of shape (N, ..., A), N = ``n_noises``: ``noise[0]`` is x_T, ``noise[i]`` enters
-            the i-th reverse step. N is S, or 1 if no step adds noise (``sampling_eta=0``). Drawn if None.
-        :param shape: Shape (..., A) of the samples, needed if ``noise`` is None.
-        :param n_shared_steps: How many of the first steps are taken once for all K samples of shape (..., K, A), which part
-            afterwards. Each of them alone is distributed as without, but they are no longer independent.
+            the i-th reverse step. N is S, or 1 if no step adds noise (``sampling_eta=0``).
         :return: Clean samples of shape (..., A), in [-1, 1] if ``clip_denoised``.
-        :raises ValueError: If neither or both of ``noise`` and ``shape`` are given, or ``noise`` has not N entries.
+        :raises ValueError: If ``noise`` has not N entries.
         """
-        if (noise is None) == (shape is None):
-            raise ValueError("sample() needs either noise of shape (N, ..., A) or the shape (..., A) of the samples")
-        if noise is None:
-            assert shape is not None
-            noise = th.randn((self.n_noises, *shape), dtype=self.betas.dtype, device=self.betas.device)
         if len(noise) != self.n_noises:
             raise ValueError(f"noise must have {self.n_noises} entries, one for each step that adds noise, got {len(noise)}")
         x_t, *step_noise = noise.unbind()
-        if n_shared_steps > 0:
-            # One start, and one noise in all shared steps but the last, whose noise parts the samples
-            x_t = x_t[..., :1, :]
-            step_noise = [z[..., :1, :] if i < n_shared_steps else z for i, z in enumerate(step_noise, start=1)]
         for t, z in zip_longest(reversed(self.sampling_steps), step_noise):
             x0 = self.predict_x0(x_t, t, network(x_t, t, cond))
             x_t = self.posterior_step(x0, x_t, t, z)
@@ -238,19 +302,18 @@ class GaussianDiffusion(nn.Module):
         """
         Denoising loss of each sample: ``mean over dimensions of (noise - network(x_t, t, cond))^2``, the norm in Eq. 6.
 
-        The paper writes the squared norm, a sum over the action's dimensions; the mean differs by the constant factor A,
-        which only matters next to Adam's epsilon and for gradient clipping. Not reduced over samples: the caller weights and
-        averages.
+        The paper writes the squared norm, a sum over the action's dimensions. The mean differs by the constant factor A,
+        which only matters next to Adam's epsilon and for gradient clipping.
 
         :param network: Noise predictor, see the module's docstring.
         :param x0: Clean samples of shape (..., A).
         :param cond: Passed to the network.
-        :param t: Steps in 0 ... T-1, shape (...). Drawn uniformly if None.
+        :param t: Steps in 0 ... T-1, shape (...). Drawn by :meth:`draw_timesteps` if None.
         :param noise: Standard normal noise of shape (..., A). Drawn if None.
         :return: Losses of shape (...).
         """
         if t is None:
-            t = th.randint(self.n_steps, x0.shape[:-1], device=x0.device)
+            t = self.draw_timesteps(x0.shape[:-1], x0.device)
         if noise is None:
             noise = th.randn_like(x0)
         x_t = self.add_noise(x0, t, noise)

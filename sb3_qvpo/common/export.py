@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import Any, Literal, Protocol, cast
 
 import numpy as np
 import torch as th
@@ -25,14 +25,29 @@ from stable_baselines3.common.type_aliases import PyTorchObs
 from stable_baselines3.common.vec_env import VecNormalize
 from torch import nn
 
-from sb3_qvpo.common.candidates import best_candidate
-from sb3_qvpo.common.safe_files import atomic_file
-
-if TYPE_CHECKING:
-    from sb3_qvpo.common.policies import DiffusionPolicy
+from sb3_qvpo.common.candidates import ScoredCandidates, best_candidate
+from sb3_qvpo.common.runs.files import atomic_file
 
 FORMATS = {"onnx": ".onnx", "torch": ".pt2"}
 """Formats and the suffixes of their files."""
+
+
+class ExportablePolicy(Protocol):
+    """What a file needs of a policy, which is also a module."""
+
+    observation_space: spaces.Space[Any]
+    action_space: spaces.Space[Any]
+    normalized_observations: th.Tensor
+
+    @property
+    def n_eval_candidates(self) -> int:
+        """K, candidates of a decision."""
+
+    def noise_bank(self, n_candidates: int) -> th.Tensor:
+        """Noise of deterministic decisions, shape (N, 1, K, A)."""
+
+    def score_candidates(self, observation: PyTorchObs, noise: th.Tensor | int) -> ScoredCandidates:
+        """Candidates of B observations and their scores."""
 
 
 class Normalization(nn.Module):
@@ -75,9 +90,9 @@ class Decision(nn.Module):
     low: th.Tensor
     high: th.Tensor
 
-    def __init__(self, policy: "DiffusionPolicy", vec_normalize: VecNormalize | None = None):
+    def __init__(self, policy: ExportablePolicy, vec_normalize: VecNormalize | None = None):
         super().__init__()
-        self.policy = copy.deepcopy(policy).to("cpu").requires_grad_(False)
+        self.policy = cast(Any, copy.deepcopy(policy)).to("cpu").requires_grad_(False)
         action_space = cast(spaces.Box, policy.action_space)
         self.action_shape = action_space.shape
         self.register_buffer("noise_bank", self.policy.noise_bank(policy.n_eval_candidates).contiguous())
@@ -104,8 +119,8 @@ class Decision(nn.Module):
         noise = self.noise_bank if noise is None else noise
         # Row i, or row 0 if it is the only one; any other number of rows fails. Written so that it can be exported for any B
         rows = th.arange(batch_size).clamp(max=(noise.shape[1] - 1) * 2**32)
-        candidates, q_values = self.policy.rank_candidates(observation, noise.shape[2], noise.index_select(1, rows))
-        scaled_actions = best_candidate(candidates, q_values)
+        _, candidates, scores = self.policy.score_candidates(observation, noise.index_select(1, rows))
+        scaled_actions = best_candidate(candidates, scores)
         # SB3's unscale_action(), kept within the bounds
         actions = self.low + 0.5 * (scaled_actions + 1) * (self.high - self.low)
         return actions.clamp(self.low, self.high).reshape(-1, *self.action_shape)
@@ -134,7 +149,7 @@ def _example_observation(space: spaces.Space[Any], batch_size: int = 2) -> PyTor
 
 
 def export_policy(
-    policy: "DiffusionPolicy", path: str | Path, format: str | None, vec_normalize: VecNormalize | Literal[False] | None
+    policy: ExportablePolicy, path: str | Path, format: str | None, vec_normalize: VecNormalize | Literal[False] | None
 ) -> None:
     """
     Write a policy to a file, see the module's docstring.
@@ -167,7 +182,7 @@ def export_policy(
         file.write(content)
 
 
-def _check_normalization(policy: "DiffusionPolicy", vec_normalize: VecNormalize | Literal[False] | None) -> None:
+def _check_normalization(policy: ExportablePolicy, vec_normalize: VecNormalize | Literal[False] | None) -> None:
     if vec_normalize is None and policy.normalized_observations:
         raise ValueError(
             "vec_normalize must be the VecNormalize that the policy was trained with, got None: without it the decisions "

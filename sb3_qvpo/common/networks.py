@@ -1,17 +1,37 @@
 """
-The noise-prediction network and the initialisation of the authors' code.
+The noise-prediction network, the initialisation of the authors' code, and the mode in which networks are evaluated.
 
 Shapes: B batch, K candidates for each state, A action dimensions, S state features, E time-embedding size, T steps,
 H width of the first hidden layer.
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import NamedTuple
 
 import torch as th
 from torch import nn
 from torch.nn import functional as F
+
+
+@contextmanager
+def evaluation_mode(*modules: nn.Module) -> Iterator[None]:
+    """
+    Put modules in evaluation mode for a while: drawing candidates must not move batch-norm statistics or apply dropout.
+
+    :param modules: The modules. Their mode is restored at the end.
+    """
+    # Going through all layers costs as much as two steps of a chain. So only modules that must change are touched
+    training = [module for module in modules if module.training]
+    for module in training:
+        module.train(False)
+    try:
+        yield
+    finally:
+        for module in training:
+            module.train(True)
 
 
 def init_linear_layers(module: nn.Module) -> None:

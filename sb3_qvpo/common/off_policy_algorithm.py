@@ -1,16 +1,17 @@
 """
 What every algorithm that trains a :class:`DiffusionPolicy` off-policy shares: checked arguments, candidate counts that can be
-changed, learning rates, metrics that do not stall an accelerator.
+changed, learning rates, updates as graphs on a GPU, metrics that do not stall an accelerator.
 
-A subclass sets its own arguments, calls ``_setup_model()``, and writes ``train()``.
+A subclass sets its own arguments, calls ``_setup_model()``, and writes ``train()``: losses, steps through ``_optimize()``, and
+metrics. ``docs/development.md`` has an example.
 """
 
 import copy
-import io
+import math
 import pathlib
 import warnings
-from collections.abc import Callable, Iterable
-from operator import attrgetter
+from collections.abc import Callable
+from numbers import Integral
 from typing import Any, ClassVar, Literal, cast
 
 import numpy as np
@@ -23,22 +24,34 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, ReplayB
 from stable_baselines3.common.utils import FloatSchedule
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
-import sb3_qvpo.common.arguments as arguments
-import sb3_qvpo.common.busy_cores as busy_cores
-import sb3_qvpo.common.captured as captured
-import sb3_qvpo.common.compiled as compiled
-import sb3_qvpo.common.fast as fast
-import sb3_qvpo.common.fused_steps as fused_steps
+from sb3_qvpo.common import arguments
 from sb3_qvpo.common.actor_critic import CandidateCritic, DiffusionActor
-from sb3_qvpo.common.batches import flat_items, rebuild, sample_batch
-from sb3_qvpo.common.guarded_algorithm import GuardedOffPolicyAlgorithm
+from sb3_qvpo.common.arguments import PolicyCount
 from sb3_qvpo.common.policies import DiffusionPolicy
-
-COMPILE_AFTER, LONG_RUN = 10_000, 100_000
-"""Environment steps after which actions are compiled, in calls of ``learn()`` that are this long: see ``docs/speed.md``."""
+from sb3_qvpo.common.runs.guarded_algorithm import GuardedOffPolicyAlgorithm
+from sb3_qvpo.common.speed.cpu import warn_of_busy_cores
+from sb3_qvpo.common.speed.optimizers import forget_graphs, plain_state, set_learning_rate, use_fused
+from sb3_qvpo.common.speed.updates import UpdateRunner, sample_batch
 
 Metrics = dict[str, th.Tensor]
 """Named scalars of a loss, still on the device."""
+
+# fmt: off
+RUN_STATE = frozenset({
+    # The position of a run
+    "num_timesteps", "_num_timesteps_at_start", "_total_timesteps", "_current_progress_remaining", "_n_updates", "_n_calls",
+    "_episode_num", "_first_timestep", "_warm_up_end", "start_time", "learning_starts", "train_freq",
+    # What it collects, and reports
+    "env", "_last_obs", "_last_original_obs", "_last_episode_starts", "_vec_normalize_env", "replay_buffer", "action_noise",
+    "ep_info_buffer", "ep_success_buffer", "_logger", "_custom_logger", "_metric_sums", "_statistics",
+    "_resumed_random_states", "_finite_guard", "_update_runner", "_warned_of_few_updates",
+    # Networks, whose tensors and settings are watched by themselves
+    "policy", "actor", "actor_target", "critic", "critic_target",
+    # What updates get as numbers
+    "lr_schedule", "_qf_lr_schedule",
+})
+# fmt: on
+"""Attributes that no update reads, see ``DiffusionOffPolicyAlgorithm._not_read_by_updates``."""
 
 
 class DiffusionOffPolicyAlgorithm(GuardedOffPolicyAlgorithm):
@@ -64,13 +77,17 @@ class DiffusionOffPolicyAlgorithm(GuardedOffPolicyAlgorithm):
     critic: CandidateCritic
     critic_target: CandidateCritic
 
+    n_behavior_candidates = PolicyCount()
+    """K_b, best of this many candidates in ``predict(deterministic=False)``; can be changed at any time."""
+    n_eval_candidates = PolicyCount()
+    """K, best of this many candidates in ``predict(deterministic=True)``; can be changed at any time."""
+
     _policy_arguments: ClassVar[tuple[str, ...]] = ("n_diffusion_steps", "n_behavior_candidates", "n_eval_candidates")
-    _update_settings: ClassVar[tuple[str, ...]] = ("gamma", "tau", "max_grad_norm")
-    """Attributes that an update reads and a script may change."""
-    _count_arguments: ClassVar[tuple[str, ...]] = (
-        *("batch_size", "buffer_size", "n_steps", "policy_delay"),
-        *_policy_arguments,
-    )
+    """Arguments that are handed on to the policy."""
+    _count_arguments: ClassVar[tuple[str, ...]] = ("batch_size", "buffer_size", "n_steps", "policy_delay", *_policy_arguments)
+    """Arguments that are whole numbers of at least 1."""
+    _not_read_by_updates: ClassVar[frozenset[str]] = RUN_STATE
+    """Attributes that change while graphs of updates stay valid. One that is missing here only costs a new capture."""
 
     def __init__(
         self,
@@ -96,27 +113,6 @@ class DiffusionOffPolicyAlgorithm(GuardedOffPolicyAlgorithm):
         self.policy_delay = policy_delay
         self.max_grad_norm = max_grad_norm
 
-    # The two counts that predict() uses belong to the policy, and can be changed there or here at any time. SB3 saves and
-    # loads what is in the instance's dictionary, so they stand there until there is a policy, and when the model is saved.
-
-    @property
-    def n_behavior_candidates(self) -> int:
-        """K_b, best of this many candidates in ``predict(deterministic=False)``; can be changed at any time."""
-        return self._candidate_count("n_behavior_candidates")
-
-    @n_behavior_candidates.setter
-    def n_behavior_candidates(self, value: int) -> None:
-        self._set_candidate_count("n_behavior_candidates", value)
-
-    @property
-    def n_eval_candidates(self) -> int:
-        """K, best of this many candidates in ``predict(deterministic=True)``; can be changed at any time."""
-        return self._candidate_count("n_eval_candidates")
-
-    @n_eval_candidates.setter
-    def n_eval_candidates(self, value: int) -> None:
-        self._set_candidate_count("n_eval_candidates", value)
-
     @property
     def n_diffusion_steps(self) -> int:
         """T, steps of the diffusion; fixed once there is a policy."""
@@ -128,38 +124,29 @@ class DiffusionOffPolicyAlgorithm(GuardedOffPolicyAlgorithm):
             raise ValueError(f"n_diffusion_steps is fixed by the policy, {self.policy.n_diffusion_steps}, got {value!r}")
         self.__dict__["n_diffusion_steps"] = value
 
-    def _candidate_count(self, name: str) -> int:
-        return cast(int, getattr(self.policy, name) if "policy" in self.__dict__ else self.__dict__[name])
-
-    def _set_candidate_count(self, name: str, value: int) -> None:
-        self.__dict__[name] = arguments.check_count(name, value)
-        if "policy" in self.__dict__:
-            setattr(self.policy, name, value)
-
     # Building and saving
 
     def _setup_model(self) -> None:
         self._resolve_arguments()
-        # Not there: in a later learn() 0 freezes the targets
+        # Checked here, not in _resolve_arguments(), which every learn() repeats: setting tau = 0 later is a supported way to
+        # freeze the targets
         arguments.check_interval("tau", self.tau, 0, 1, low_allowed=False)
         self._warned_of_few_updates = False
         self._metric_sums: dict[str, tuple[th.Tensor, int]] = {}
-        self._captured_updates: captured.CapturedUpdates | None = None
+        self._update_runner = UpdateRunner()
         own_kwargs = {name: getattr(self, name) for name in self._policy_arguments}
         policy_kwargs = self.policy_kwargs
         for name in own_kwargs.keys() & policy_kwargs.keys():
             raise ValueError(
                 f"{name} must be an argument of {type(self).__name__}, not of policy_kwargs, got {policy_kwargs[name]!r} there"
             )
-        # What the user gave is saved with the model and stays as it was given
+        # Add the counts only while the policy is built, so that the user's own policy_kwargs are what is saved
         self.policy_kwargs = {**policy_kwargs, **own_kwargs}
         n_step_kwargs = dict(self.replay_buffer_kwargs) if self.replay_buffer_class is None and self.n_steps > 1 else None
         try:
             super()._setup_model()
         finally:
             self.policy_kwargs = policy_kwargs
-        if self.device.type == "cpu":
-            fast.keep_freed_memory()
         if n_step_kwargs is not None:
             # SB3 has put its n-step buffer here: saved like that, a loaded model would ignore its own n_steps and gamma
             self.replay_buffer_class, self.replay_buffer_kwargs = None, n_step_kwargs
@@ -179,8 +166,21 @@ class DiffusionOffPolicyAlgorithm(GuardedOffPolicyAlgorithm):
         for name in self._count_arguments:
             arguments.check_count(name, getattr(self, name))
         arguments.check_interval("gamma", self.gamma, 0, 1)
-        arguments.check_options(self.action_noise, self.replay_buffer_class, self.max_grad_norm)
-        arguments.check_step_counts(self.learning_starts, self.train_freq, self.gradient_steps, self._stats_window_size)
+        if self.max_grad_norm is not None:
+            arguments.check_interval("max_grad_norm", self.max_grad_norm, 0, math.inf, low_allowed=False)
+        if self.action_noise is not None and not isinstance(self.action_noise, ActionNoise):
+            raise ValueError(
+                f"action_noise must be an ActionNoise such as NormalActionNoise, or None, got {self.action_noise!r}"
+            )
+        if self.replay_buffer_class is not None:
+            arguments.check_class("replay_buffer_class", self.replay_buffer_class, ReplayBuffer)
+        # SB3 takes these as they are, and would fail on them in learn()
+        arguments.check_interval("learning_starts", self.learning_starts, 0, math.inf)
+        frequency = self.train_freq[0] if isinstance(self.train_freq, tuple | list) and self.train_freq else self.train_freq
+        if isinstance(frequency, Integral):  # SB3 checks its other forms
+            arguments.check_count("train_freq", frequency)
+        arguments.check_count("gradient_steps", self.gradient_steps, -1)
+        arguments.check_count("stats_window_size", self._stats_window_size)
 
     def _setup_lr_schedule(self) -> None:
         self.lr_schedule: FloatSchedule = arguments.parse_schedule("learning_rate", self.learning_rate)
@@ -188,23 +188,10 @@ class DiffusionOffPolicyAlgorithm(GuardedOffPolicyAlgorithm):
         if self.qf_learning_rate is not None:
             self._qf_lr_schedule = arguments.parse_schedule("qf_learning_rate", self.qf_learning_rate)
 
-    def save(
-        self,
-        path: str | pathlib.Path | io.BufferedIOBase,
-        exclude: Iterable[str] | None = None,
-        include: Iterable[str] | None = None,
-    ) -> None:
-        """
-        Save the model in a zip file.
-
-        :param path: Path of the file, or an open file.
-        :param exclude: Attributes not to save, besides those that are never saved.
-        :param include: Attributes to save although they would be excluded.
-        :raises OSError: If writing fails. A previous file is intact then.
-        """
+    def _prepare_saving(self) -> None:
+        # The policy's counts may have been changed there
         for name in ("n_behavior_candidates", "n_eval_candidates"):
-            self.__dict__[name] = self._candidate_count(name)
-        super().save(path, exclude, include)
+            self.__dict__[name] = getattr(self, name)
 
     def export(
         self,
@@ -237,22 +224,17 @@ class DiffusionOffPolicyAlgorithm(GuardedOffPolicyAlgorithm):
             schedule for instance.
         """
         before = copy.deepcopy(self.get_parameters())
-        for optimizer in (self.actor.optimizer, self.critic.optimizer):
-            captured.forget(optimizer)
-        self._captured_updates = None  # its graphs hold on to the state that the optimisers had
+        for optimizer in self._optimizers().values():
+            forget_graphs(optimizer)
+        self._update_runner.forget()  # its graphs hold on to the state that the optimisers had
         try:
             super().set_parameters(load_path_or_dict, exact_match, device)
-        except Exception as error:  # whatever is wrong, the model must be as it was
+        except Exception:  # whatever is wrong, the model must be as it was
             super().set_parameters(cast(Any, before), exact_match=True, device=self.device)
-            if "size mismatch for actor.diffusion.betas" not in str(error):
-                raise
-            raise RuntimeError(
-                f"n_diffusion_steps is {self.n_diffusion_steps} in this model, other than in the saved policy; it is fixed "
-                "when a policy is trained, because the noise predictor has learnt these steps and no others"
-            ) from error
+            raise
         finally:
-            for optimizer in (self.actor.optimizer, self.critic.optimizer):
-                fused_steps.use_fused(optimizer)
+            for optimizer in self._optimizers().values():
+                use_fused(optimizer)
 
     def get_parameters(self) -> dict[str, dict[str, Any]]:
         """
@@ -261,116 +243,81 @@ class DiffusionOffPolicyAlgorithm(GuardedOffPolicyAlgorithm):
         :return: State dictionaries by name.
         """
         parameters = cast(dict[str, dict[str, Any]], super().get_parameters())
-        for name in ("actor.optimizer", "critic.optimizer"):
-            state = captured.plain_state(parameters[name])
-            # What the user has chosen
-            choice = attrgetter(name)(self).defaults.get("fused")
-            groups = [{**group, "fused": choice} if "fused" in group else group for group in state["param_groups"]]
-            parameters[name] = {**state, "param_groups": groups}
+        for name, optimizer in self._optimizers().items():
+            parameters[name] = plain_state(optimizer, parameters[name])
         return parameters
 
     def _excluded_save_params(self) -> list[str]:
         networks = ["actor", "actor_target", "critic", "critic_target"]
-        of_the_process = ["_qf_lr_schedule", "_metric_sums", "_warned_of_few_updates", "_captured_updates"]
-        return [*super()._excluded_save_params(), *networks, *of_the_process]
+        not_saved = ["_qf_lr_schedule", "_metric_sums", "_warned_of_few_updates", "_update_runner"]
+        return [*super()._excluded_save_params(), *networks, *not_saved]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
-        return ["policy", "actor.optimizer", "critic.optimizer"], []
+        return ["policy", *self._optimizers()], []
+
+    def _optimizers(self) -> dict[str, th.optim.Optimizer]:
+        """All optimisers, by the names under which their states are saved."""
+        return {"actor.optimizer": self.actor.optimizer, "critic.optimizer": self.critic.optimizer}
 
     # Updates
 
-    def _sample_batch(self, batch_size: int) -> ReplayBufferSamples:
-        """
-        A mini-batch from the replay buffer.
-
-        :param batch_size: B.
-        :return: B transitions on the model's device.
-        """
-        return sample_batch(cast(ReplayBuffer, self.replay_buffer), batch_size, self._vec_normalize_env, self.device)
-
-    def _draw_chain_noise(self, batch_size: int, n_candidates: int) -> th.Tensor | None:
-        """
-        Noise of reverse chains.
-
-        :param batch_size: B.
-        :param n_candidates: Candidates K of each state.
-        :return: Standard normal noise of shape (N, B, K, A); N is T unless samples take fewer steps. None where it would take
-            too much memory at once: it is drawn with the candidates then.
-        """
-        if batch_size > self.policy.states_at_once(n_candidates):
-            return None
-        return self.actor.draw_noise(batch_size, n_candidates)
-
-    def _update_learning_rates(self) -> None:
+    def _begin_updates(self) -> None:
+        """What comes before the first update of ``train()``: the mode of the networks, the learning rates."""
+        self.policy.set_training_mode(True)
         # Looked up here, because lr_schedule is a public attribute that scripts replace
         learning_rate = self.lr_schedule(self._current_progress_remaining)
         qf_learning_rate = (self._qf_lr_schedule or self.lr_schedule)(self._current_progress_remaining)
-        captured.set_learning_rate(self.actor.optimizer, learning_rate)
-        captured.set_learning_rate(self.critic.optimizer, qf_learning_rate)
+        set_learning_rate(self.actor.optimizer, learning_rate)
+        set_learning_rate(self.critic.optimizer, qf_learning_rate)
         self.logger.record("train/learning_rate", learning_rate)
         self.logger.record("train/learning_rate_qf", qf_learning_rate)
 
-    def _make_captured_updates(self) -> captured.CapturedUpdates:
-        def state() -> list[th.Tensor]:
-            return [*self.policy.state_dict().values(), *self._finite_guard.tensors()]
+    def _sample_batch(self, batch_size: int) -> ReplayBufferSamples:
+        """
+        A mini-batch from the replay buffer, for the update of number ``_n_updates``.
 
-        return captured.CapturedUpdates(self.policy, state, [self.actor.optimizer, self.critic.optimizer], self.device)
+        :param batch_size: B.
+        :return: B transitions on the model's device.
+        :raises ValueError: If a number in it is not finite.
+        """
+        buffer = cast(ReplayBuffer, self.replay_buffer)
+        batch = sample_batch(buffer, batch_size, self._vec_normalize_env, self.device)
+        self._finite_guard.start_update(self._n_updates, batch._asdict())
+        return batch
 
     def _run_update(self, update: Callable[..., Metrics], batch: ReplayBufferSamples, *numbers: float) -> None:
         """
-        Run an update, on a GPU as a captured graph, see :mod:`sb3_qvpo.common.captured`.
+        Run an update, on a GPU as a graph.
 
         :param update: A method of the algorithm that takes a batch and numbers, and returns metrics.
         :param batch: Transitions.
         :param numbers: What changes from update to update.
         """
-        if not (self._can_be_captured() and fast.settings.enabled):
-            self._add_metrics(update(batch, *numbers))
-            return
-        optimizers = [self.actor.optimizer, self.critic.optimizer]
-        if self._captured_updates is None or self._captured_updates.optimizers != optimizers:
-            self._captured_updates = self._make_captured_updates()
-        tensors = [tensor for _, tensor in flat_items(batch._asdict())]
+        self._add_metrics(self._update_runner.run(self, update, batch, numbers))
 
-        def update_of_tensors(n_updates: th.Tensor, *inputs: th.Tensor) -> Metrics:
-            values, rest = inputs[: len(numbers)], iter(inputs[len(numbers) :])
-            self._update_on_device = n_updates
-            try:
-                metrics = update(ReplayBufferSamples(**rebuild(batch._asdict(), rest)), *values)
-                # Graphs of gradients must not outlive the update
-                return {name: value.detach() for name, value in metrics.items()}
-            finally:
-                self._update_on_device = None
+    def _update_state(self) -> list[th.Tensor]:
+        """The tensors that updates change, besides those of the optimisers."""
+        return [*self.policy.state_dict().values(), *self._finite_guard.tensors()]
 
-        n_updates = th.full((), self._n_updates, device=self.device)
-        inputs = [n_updates, *(th.full((), number, device=self.device) for number in numbers), *tensors]
-        settings = [update.__name__, batch.discounts is None, fast.settings.candidate_dtype]
-        settings += [getattr(self, name) for name in self._update_settings]
-        self._add_metrics(self._captured_updates(update_of_tensors, inputs, tuple(settings)))
-
-    def _can_be_captured(self) -> bool:
-        """Whether updates are functions of tensors and settings alone, on a GPU."""
-        return self.device.type == "cuda"
+    def _updates_are_pure(self) -> bool:
+        """Whether updates depend on tensors and settings only. Only then can they be graphs."""
+        return True
 
     def _sample_action(
         self, learning_starts: int, action_noise: ActionNoise | None = None, n_envs: int = 1
     ) -> tuple[np.ndarray, np.ndarray]:
-        # By counts of steps, so that the same seed gives the same run, also broken off and resumed
-        steps, total = self.num_timesteps - self._first_timestep, self._total_timesteps - self._first_timestep
-        if n_envs == 1 and steps >= COMPILE_AFTER and total >= LONG_RUN and fast.settings.compile_actions:
-            compiled.compile_ranking(self.policy, self.actor, self.critic, self.n_behavior_candidates, for_predictions=False)
-        with compiled.collecting(self.policy):
+        n_steps, total = self.num_timesteps - self._first_timestep, self._total_timesteps - self._first_timestep
+        with self.policy.programs.collecting(self.policy, self.n_behavior_candidates, n_steps, total, n_envs):
             return super()._sample_action(learning_starts, action_noise, n_envs)
 
     def _process_state(self) -> dict[str, Any]:
-        counts, for_predictions = compiled.tried_counts(self.policy)
+        counts, for_predictions = self.policy.programs.tried_counts()
         return {**super()._process_state(), "compiled": counts, "compiled_for_predictions": for_predictions}
 
     def _restore_process_state(self, state: dict[str, Any]) -> None:
         super()._restore_process_state(state)
         for count in state["compiled"]:
-            for_predictions = count in state.get("compiled_for_predictions", ())
-            compiled.compile_ranking(self.policy, self.actor, self.critic, count, for_predictions)
+            self.policy.programs.compile(self.policy, count, count in state.get("compiled_for_predictions", ()))
 
     # Metrics: summed on the device, read back when they are logged
 
@@ -397,13 +344,13 @@ class DiffusionOffPolicyAlgorithm(GuardedOffPolicyAlgorithm):
         self._record_metrics()
         super().dump_logs()
         self._metric_sums.clear()
-        busy_cores.warn_of_busy_cores()
+        warn_of_busy_cores()
 
     # Starting
 
     @staticmethod
     def _wrap_env(env: GymEnv, verbose: int = 0, monitor_wrapper: bool = True) -> VecEnv:
-        # Checked here because every environment passes here, before SB3's own assertions
+        # Every environment passes here first, so the user sees our message instead of SB3's assertion
         if hasattr(env, "action_space"):
             arguments.check_action_space(env.action_space)
         return OffPolicyAlgorithm._wrap_env(env, verbose, monitor_wrapper)

@@ -1,15 +1,13 @@
 """
 Diffusion actor-critic policies for Stable-Baselines3: networks with their targets and optimisers, and ``predict``.
 
-Shapes: B batch, K candidates for each state, A action dimensions, S state features, T diffusion steps, C critics.
+Shapes: B batch, K candidates for each state, A action dimensions, S state features, T diffusion steps, N noises of a chain.
 Actions are scaled to [-1, 1] everywhere here; ``predict`` unscales them.
 """
 
 import io
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 import numpy as np
 import torch as th
@@ -22,35 +20,21 @@ from stable_baselines3.common.vec_env import VecNormalize
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-import sb3_qvpo.common.compiled as compiled
-import sb3_qvpo.common.fused_steps as fused_steps
 from sb3_qvpo.common.actor_critic import CandidateCritic, DiffusionActor
-from sb3_qvpo.common.arguments import check_class, check_count, check_net_arch
-from sb3_qvpo.common.candidates import best_candidate, minimum_q
+from sb3_qvpo.common.arguments import PolicyCount, check_class, check_count, check_net_arch
+from sb3_qvpo.common.candidates import ScoredCandidates, best_candidate
 from sb3_qvpo.common.export import export_policy
+from sb3_qvpo.common.networks import evaluation_mode
 from sb3_qvpo.common.noise_schedules import FixedSchedule, NoiseSchedule, make_betas
-from sb3_qvpo.common.safe_files import atomic_file
+from sb3_qvpo.common.runs.files import atomic_file
+from sb3_qvpo.common.speed.networks import FastActor, FastCritic
+from sb3_qvpo.common.speed.optimizers import use_fused
+from sb3_qvpo.common.speed.programs import Programs
 
 LARGEST_DRAW = 2**24
-"""Numbers in the noise, or a hidden layer, of candidates that are drawn together: 64 MB in float32; the paper's: 4 million."""
-
-
-@contextmanager
-def evaluation_mode(*modules: nn.Module) -> Iterator[None]:
-    """
-    Put modules in evaluation mode for a while: drawing candidates must not move batch-norm statistics or apply dropout.
-
-    :param modules: The modules; their mode is restored at the end.
-    """
-    # Going through all layers costs as much as two steps of a chain: not where nothing is to be done
-    training = [module for module in modules if module.training]
-    for module in training:
-        module.train(False)
-    try:
-        yield
-    finally:
-        for module in training:
-            module.train(True)
+"""
+Largest number of elements (64 MB in float32) in the noise or a hidden layer of one draw. The paper's settings need 4 million.
+"""
 
 
 def split_rows(observation: PyTorchObs) -> list[PyTorchObs]:
@@ -73,6 +57,8 @@ class DiffusionPolicy(BasePolicy):
     ``predict(deterministic=False)`` is the behaviour policy: fresh noise, best of ``n_behavior_candidates``.
     ``predict(deterministic=True)`` is a function of the weights and the observation: best of ``n_eval_candidates`` under a
     fixed bank of noise, with the same result for an observation alone or anywhere in a batch.
+
+    A subclass with another actor or other critics sets :attr:`actor_class` or :attr:`critic_class`.
 
     :param observation_space: Observation space.
     :param action_space: Action space, a finite ``Box``.
@@ -103,6 +89,16 @@ class DiffusionPolicy(BasePolicy):
     actor_target: DiffusionActor
     critic: CandidateCritic
     critic_target: CandidateCritic
+
+    actor_class: ClassVar[type[DiffusionActor]] = FastActor
+    """Class of the actor and its target."""
+    critic_class: ClassVar[type[CandidateCritic]] = FastCritic
+    """Class of the critics and their targets."""
+
+    n_behavior_candidates = PolicyCount()
+    """K_b, best of this many candidates in ``predict(deterministic=False)``; can be changed at any time."""
+    n_eval_candidates = PolicyCount()
+    """K, best of this many candidates in ``predict(deterministic=True)``; can be changed at any time."""
 
     def __init__(
         self,
@@ -155,8 +151,9 @@ class DiffusionPolicy(BasePolicy):
         self.noise_bank_seed = noise_bank_seed
         self.share_features_extractor = share_features_extractor
         self._noise_bank: th.Tensor | None = None
-        # With the weights, so that no way of saving forgets it: an exported policy without its normalisation decides nonsense.
-        # 0 or 1 in float32, like all else among the weights
+        self.programs = Programs()
+        # A buffer, so that every way of saving keeps it: exported without its normalisation, a policy would act on wrong
+        # inputs. A float, as every other entry of the state dict
         self.normalized_observations: th.Tensor
         self.register_buffer("normalized_observations", th.tensor(0.0))
 
@@ -184,24 +181,6 @@ class DiffusionPolicy(BasePolicy):
         )
         self._build(lr_schedule)
 
-    @property
-    def n_behavior_candidates(self) -> int:
-        """K_b, best of this many candidates in ``predict(deterministic=False)``; can be changed at any time."""
-        return self._n_behavior_candidates
-
-    @n_behavior_candidates.setter
-    def n_behavior_candidates(self, value: int) -> None:
-        self._n_behavior_candidates = check_count("n_behavior_candidates", value)
-
-    @property
-    def n_eval_candidates(self) -> int:
-        """K, best of this many candidates in ``predict(deterministic=True)``; can be changed at any time."""
-        return self._n_eval_candidates
-
-    @n_eval_candidates.setter
-    def n_eval_candidates(self, value: int) -> None:
-        self._n_eval_candidates = check_count("n_eval_candidates", value)
-
     def _build(self, lr_schedule: Schedule) -> None:
         """
         Create networks, targets and optimisers.
@@ -226,7 +205,7 @@ class DiffusionPolicy(BasePolicy):
     def _make_optimizer(self, parameters: list[nn.Parameter], learning_rate: float) -> th.optim.Optimizer:
         optimizer_class = cast(Any, self.optimizer_class)
         optimizer: th.optim.Optimizer = optimizer_class(parameters, lr=learning_rate, **self.optimizer_kwargs)
-        fused_steps.use_fused(optimizer)
+        use_fused(optimizer)
         return optimizer
 
     def make_actor(self, features_extractor: BaseFeaturesExtractor | None = None) -> DiffusionActor:
@@ -236,7 +215,7 @@ class DiffusionPolicy(BasePolicy):
         :param features_extractor: Features extractor to share; a new one is created if None.
         :return: The actor, on the device of this policy.
         """
-        return DiffusionActor(**self._update_features_extractor(self.actor_kwargs, features_extractor)).to(self.device)
+        return self.actor_class(**self._update_features_extractor(self.actor_kwargs, features_extractor)).to(self.device)
 
     def make_critic(self, features_extractor: BaseFeaturesExtractor | None = None) -> CandidateCritic:
         """
@@ -245,7 +224,7 @@ class DiffusionPolicy(BasePolicy):
         :param features_extractor: Features extractor to share; a new one is created if None.
         :return: The critics, on the device of this policy.
         """
-        return CandidateCritic(**self._update_features_extractor(self.critic_kwargs, features_extractor)).to(self.device)
+        return self.critic_class(**self._update_features_extractor(self.critic_kwargs, features_extractor)).to(self.device)
 
     def critic_parameters(self, critic: CandidateCritic) -> list[nn.Parameter]:
         """
@@ -260,60 +239,72 @@ class DiffusionPolicy(BasePolicy):
             if not (self.share_features_extractor and name.startswith("features_extractor."))
         ]
 
-    def rank_candidates(
+    def encode(self, observation: PyTorchObs, of: Literal["online", "target"] = "online") -> tuple[th.Tensor, th.Tensor]:
+        """
+        Encode observations, once where actor and critics share a features extractor.
+
+        :param observation: B observations.
+        :param of: Whose extractors: the online networks' or the targets'.
+        :return: Features of the actor and of the critics, shape (B, S) each.
+        """
+        actor, critic = (self.actor, self.critic) if of == "online" else (self.actor_target, self.critic_target)
+        features = actor.features(observation)
+        return features, features if self.share_features_extractor else critic.features(observation)
+
+    def score_candidates(
         self,
         observation: PyTorchObs,
-        n_candidates: int,
-        noise: th.Tensor | None = None,
-        target: bool = False,
-        reduced_precision: bool = False,
-        n_shared_steps: int = 0,
-    ) -> tuple[th.Tensor, th.Tensor]:
+        noise: th.Tensor | int,
+        of: Literal["online", "target"] = "online",
+        for_training: bool = False,
+    ) -> ScoredCandidates:
         """
-        Draw candidates from the actor and value them by the minimum over critics. Each observation is encoded once.
+        Draw candidates from the actor and let the critics score them. Each observation is encoded once.
 
         Always in evaluation mode: choosing actions moves no statistics. Gradients are the caller's business.
 
         :param observation: B observations.
-        :param n_candidates: Candidates K for each observation.
-        :param noise: Standard normal noise of shape (T, B, K, A), see :meth:`GaussianDiffusion.sample`. Drawn if None.
-        :param target: Use the target actor and the target critics.
-        :param reduced_precision: Whether candidates may be drawn in bfloat16, see :mod:`sb3_qvpo.common.fast`. Their values
-            are computed in float32.
-        :param n_shared_steps: First steps that are shared by all candidates of a state, see :meth:`GaussianDiffusion.sample`.
-        :return: Actions of shape (B, K, A) in [-1, 1] and their values, shape (B, K).
+        :param noise: What :meth:`draw_noise` returned: noise of shape (N, B, K, A), or K. Then noise is drawn here.
+        :param of: Whose candidates: the online networks' or the targets'.
+        :param for_training: Whether the candidates only serve an update, see :meth:`DiffusionActor.sample_candidates`.
+        :return: The critics' features, shape (B, S), the candidates, (B, K, A), and their scores, (B, K).
         """
-        actor, critic = (self.actor_target, self.critic_target) if target else (self.actor, self.critic)
+        actor, critic = (self.actor, self.critic) if of == "online" else (self.actor_target, self.critic_target)
 
-        def rank(
-            features: th.Tensor, critic_features: th.Tensor, noise: th.Tensor | None = None
-        ) -> tuple[th.Tensor, th.Tensor]:
-            candidates = actor.sample_candidates(features, n_candidates, noise, reduced_precision, n_shared_steps)
-            return candidates, minimum_q(critic.value_candidates(critic_features, candidates))
+        def scored(features: th.Tensor, critic_features: th.Tensor, noise: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+            candidates = actor.sample_candidates(features, noise, for_training)
+            return candidates, critic.score(critic_features, candidates)
 
         with evaluation_mode(actor, critic):
-            features = actor.features(observation)
-            critic_features = features if self.share_features_extractor else critic.features(observation)
-            # While a policy is exported the number of observations must not be asked for
-            otherwise = target or reduced_precision or n_shared_steps > 0 or th.compiler.is_compiling()
-            alone = not otherwise and len(features) == 1
-            program = compiled.ranking_of(self, n_candidates) if alone else None
-            if program is not None:
-                noise = actor.draw_noise(1, n_candidates) if noise is None else noise
-                ranked = compiled.rank(self, program, features, critic_features, noise)
-                if ranked is not None:
-                    return ranked
-            size = self.states_at_once(n_candidates)
-            if noise is not None or len(features) <= size:
-                return rank(features, critic_features, noise)
-            starts = range(0, len(features), size)
-            parts = [rank(features[i : i + size], critic_features[i : i + size]) for i in starts]
-            return th.cat([actions for actions, _ in parts]), th.cat([q_values for _, q_values in parts])
+            features, critic_features = self.encode(observation, of)
+            if isinstance(noise, th.Tensor):
+                return ScoredCandidates(critic_features, *scored(features, critic_features, noise))
+            size = self.states_at_once(noise)
+            parts = [
+                scored(part, critic_part, actor.draw_noise(len(part), noise))
+                for part, critic_part in zip(th.split(features, size), th.split(critic_features, size), strict=True)
+            ]
+            if len(parts) == 1:
+                return ScoredCandidates(critic_features, *parts[0])
+            return ScoredCandidates(critic_features, *map(th.cat, zip(*parts, strict=True)))
+
+    def draw_noise(self, n_states: int, n_candidates: int) -> th.Tensor | int:
+        """
+        Noise of reverse chains, for :meth:`score_candidates`.
+
+        :param n_states: B.
+        :param n_candidates: Candidates K of each state.
+        :return: Standard normal noise of shape (N, B, K, A). K itself where that would take too much memory at once: then the
+            noise is drawn with the candidates, for some states at a time.
+        """
+        if n_states > self.states_at_once(n_candidates):
+            return n_candidates
+        return self.actor.draw_noise(n_states, n_candidates)
 
     def states_at_once(self, n_candidates: int) -> int:
         """
-        States whose candidates are drawn together, so that memory has a bound: at most :data:`LARGEST_DRAW` numbers in their
-        noise and in a hidden layer.
+        States whose candidates are drawn together. It bounds memory: at most :data:`LARGEST_DRAW` elements in their noise and
+        in a hidden layer.
 
         :param n_candidates: Candidates K for each state.
         :return: Number of states, at least 1.
@@ -338,7 +329,7 @@ class DiffusionPolicy(BasePolicy):
         counts = [self.n_behavior_candidates, self.n_eval_candidates]
         if n_candidates is not None:
             counts = [check_count("n_candidates", n_candidates)]
-        return all([compiled.compile_ranking(self, self.actor, self.critic, count) for count in counts])
+        return all([self.programs.compile(self, count) for count in counts])
 
     def noise_bank(self, n_candidates: int) -> th.Tensor:
         """
@@ -385,11 +376,15 @@ class DiffusionPolicy(BasePolicy):
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
         if not deterministic:
-            return best_candidate(*self.rank_candidates(observation, self.n_behavior_candidates))
+            return self._best_action(observation, self.n_behavior_candidates)
         # One by one: float32 sums depend on the shape of the batch, and a last bit can change which candidate is best
         bank = self.noise_bank(self.n_eval_candidates)
-        actions = [best_candidate(*self.rank_candidates(row, self.n_eval_candidates, bank)) for row in split_rows(observation)]
-        return th.cat(actions)
+        return th.cat([self._best_action(row, bank) for row in split_rows(observation)])
+
+    def _best_action(self, observation: PyTorchObs, noise: th.Tensor | int) -> th.Tensor:
+        with evaluation_mode(self.actor, self.critic):
+            by_program = self.programs.score(self, observation, noise)
+        return best_candidate(*(by_program or self.score_candidates(observation, noise)[1:]))
 
     def unscale_action(self, scaled_action: np.ndarray) -> np.ndarray:
         """

@@ -18,6 +18,7 @@ argument or variable        symbol              meaning
 """
 
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
@@ -26,10 +27,8 @@ from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, PyTorchObs, ReplayBufferSamples, Schedule
-from torch.nn import functional as F
 
-import sb3_qvpo.common.fast as fast
-from sb3_qvpo.common.arguments import check_count, check_interval, parse_schedule
+from sb3_qvpo.common.arguments import check_interval, parse_schedule
 from sb3_qvpo.common.candidates import candidate_std, critic_contrast
 from sb3_qvpo.common.off_policy_algorithm import DiffusionOffPolicyAlgorithm, Metrics
 from sb3_qvpo.common.policies import DiffusionPolicy
@@ -43,13 +42,13 @@ class ActorNoise(NamedTuple):
     """
     All random draws of one policy step.
 
-    :param chain: Noise of the candidates' reverse chains, shape (T, B, N_d, A). Drawn with them if None.
+    :param chain: Noise of the candidates' reverse chains, shape (N, B, N_d, A); or N_d, and then it is drawn with them.
     :param uniform_actions: Uniform actions in [-1, 1], shape (B, N_e, A).
     :param timesteps: Diffusion steps of the loss, shape (B, 1 + N_e).
     :param denoising: Noise epsilon of the loss, shape (B, 1 + N_e, A).
     """
 
-    chain: th.Tensor | None
+    chain: th.Tensor | int
     uniform_actions: th.Tensor
     timesteps: th.Tensor
     denoising: th.Tensor
@@ -93,11 +92,10 @@ class QVPO(DiffusionOffPolicyAlgorithm):
     :param q_weighting: omega_eq: ``"qadv"`` (Eq. 9), ``"qcut"`` (Sec. 4.2) or a function from values (B, N_d) to weights
         (B, N_d) of at least 0, which is tried on construction and at the start of each ``learn()``.
     :param n_diffusion_steps: T, steps of the diffusion, at least 1.
-    :param n_shared_steps: First reverse steps that the N_d candidates of a state share when they are drawn for training: less
-        work, the same distribution for each, but they are no longer independent. 0 (the paper) to one less than the steps.
     :param policy_delay: Update actor and targets every this many critic updates.
     :param max_grad_norm: Largest Euclidean norm of the gradients of actor and of critics; None for no clipping.
-    :param use_sde: Must be False: gSDE belongs to Gaussian policies. Here, with the next two, for scripts that name it.
+    :param use_sde: Must be False: gSDE belongs to Gaussian policies. Accepted, like the next two, only so that scripts written
+        for SAC run unchanged.
     :param sde_sample_freq: Has no effect without gSDE.
     :param use_sde_at_warmup: Has no effect without gSDE.
     :param stats_window_size: Episodes over which rollout statistics are averaged in the log.
@@ -115,14 +113,13 @@ class QVPO(DiffusionOffPolicyAlgorithm):
         "CnnPolicy": CnnPolicy,
         "MultiInputPolicy": MultiInputPolicy,
     }
-    _update_settings: ClassVar[tuple[str, ...]] = (
-        *DiffusionOffPolicyAlgorithm._update_settings,
-        *("n_target_candidates", "n_train_candidates", "n_uniform_actions", "n_shared_steps", "q_weighting"),
-    )
     _count_arguments: ClassVar[tuple[str, ...]] = (
         *DiffusionOffPolicyAlgorithm._count_arguments,
-        *("n_target_candidates", "n_train_candidates", "n_uniform_actions"),
+        "n_target_candidates",
+        "n_train_candidates",
+        "n_uniform_actions",
     )
+    _not_read_by_updates: ClassVar[frozenset[str]] = DiffusionOffPolicyAlgorithm._not_read_by_updates | {"_ent_coef_schedule"}
 
     def __init__(
         self,
@@ -150,7 +147,6 @@ class QVPO(DiffusionOffPolicyAlgorithm):
         n_uniform_actions: int = 10,
         q_weighting: str | Callable[[th.Tensor], th.Tensor] = "qadv",
         n_diffusion_steps: int = 20,
-        n_shared_steps: int = 0,
         policy_delay: int = 1,
         max_grad_norm: float | None = None,
         use_sde: bool = False,
@@ -201,12 +197,10 @@ class QVPO(DiffusionOffPolicyAlgorithm):
         self.n_train_candidates = n_train_candidates
         self.n_uniform_actions = n_uniform_actions
         self.q_weighting = q_weighting
-        self.n_shared_steps = n_shared_steps
 
         if _init_setup_model:
             self._setup_model()
 
-    @fast.OneDnnProducts()
     def train(self, gradient_steps: int, batch_size: int = 256) -> None:
         """
         Algorithm 1, lines 4-11. The critic comes first, as in the authors' code, then the actor and the targets.
@@ -215,15 +209,12 @@ class QVPO(DiffusionOffPolicyAlgorithm):
         :param batch_size: B, transitions in each update.
         :raises ValueError: At the first loss or gradient that is not finite; the weights stay as they were before it.
         """
-        self.policy.set_training_mode(True)
-        self._update_learning_rates()
+        self._begin_updates()
         ent_coef = self._current_ent_coef()
-
         for _ in range(gradient_steps):
             self._n_updates += 1
             # Line 4: sample a mini-batch
             batch = self._sample_batch(batch_size)
-            self._finite_guard.check_batch(batch._asdict(), self._n_updates)
 
             # Lines 10-11: TD target and critics
             self._run_update(self._update_critics, batch)
@@ -235,7 +226,7 @@ class QVPO(DiffusionOffPolicyAlgorithm):
         self._log_updates()
 
     def _update_critics(self, batch: ReplayBufferSamples) -> Metrics:
-        target_noise = self._draw_chain_noise(len(batch.rewards), self.n_target_candidates)
+        target_noise = self.policy.draw_noise(len(batch.rewards), self.n_target_candidates)
         loss, metrics = self._critic_loss(batch, target_noise)
         self._optimize(self.critic.optimizer, "critic_loss", loss)
         return metrics
@@ -246,28 +237,28 @@ class QVPO(DiffusionOffPolicyAlgorithm):
         self.policy.update_targets(self.tau)
         return metrics
 
-    def _critic_loss(self, batch: ReplayBufferSamples, target_noise: th.Tensor | None) -> tuple[th.Tensor, Metrics]:
+    def _critic_loss(self, batch: ReplayBufferSamples, target_noise: th.Tensor | int) -> tuple[th.Tensor, Metrics]:
         """
         Algorithm 1, lines 10-11: ``y = r + gamma^n (1 - done) max_i min_c Q'_c(s', a'_i)`` over K_t candidates a'_i of the
         target actor, and ``sum over critics of mean (Q_c(s, a) - y)^2``.
 
         :param batch: Transitions.
-        :param target_noise: Noise of the target actor's chains, shape (T, B, K_t, A). Drawn if None.
+        :param target_noise: Noise of the target actor's chains, shape (N, B, K_t, A); or K_t, and then it is drawn here.
         :return: The loss and its metrics.
         """
         with th.no_grad():
-            _, next_q_values = self.policy.rank_candidates(
-                batch.next_observations, self.n_target_candidates, target_noise, target=True, reduced_precision=True
-            )
             # The K_t-efficient target policy takes its best candidate; ranked and valued by the same critics
-            next_values = next_q_values.max(dim=1, keepdim=True).values
+            next_candidates = self.policy.score_candidates(
+                batch.next_observations, target_noise, of="target", for_training=True
+            )
+            next_values = self.critic_target.bootstrap(*next_candidates)
             # n-step buffers hand out gamma^n of each transition
             discounts = self.gamma if batch.discounts is None else batch.discounts
             target_q_values = batch.rewards + (1 - batch.dones) * discounts * next_values
 
         q_values = self.critic(batch.observations, batch.actions)
-        loss = th.stack([F.mse_loss(q_value, target_q_values) for q_value in q_values]).sum()
-        metrics = {"critic_loss": loss, "q_value": th.cat(q_values, dim=1).detach().min(dim=1).values.mean()}
+        loss = self.critic.loss(q_values, target_q_values)
+        metrics = {"critic_loss": loss, "q_value": self.critic.aggregate(th.stack(q_values).detach()).mean()}
         return loss, metrics
 
     def _actor_loss(
@@ -283,13 +274,7 @@ class QVPO(DiffusionOffPolicyAlgorithm):
         """
         with th.no_grad():
             # Line 5: N_d samples of the policy for each state, valued by the minimum over critics
-            candidates, q_values = self.policy.rank_candidates(
-                observations,
-                self.n_train_candidates,
-                noise.chain,
-                reduced_precision=True,
-                n_shared_steps=self.n_shared_steps,
-            )
+            _, candidates, q_values = self.policy.score_candidates(observations, noise.chain, for_training=True)
             # Line 6: weights, Eq. 9 (or Sec. 4.2)
             weights = self._q_weighting(q_values)
             # Line 7: only the sample with the largest weight is trained on
@@ -311,9 +296,9 @@ class QVPO(DiffusionOffPolicyAlgorithm):
         }
         return loss, metrics
 
-    def _can_be_captured(self) -> bool:
+    def _updates_are_pure(self) -> bool:
         # A function of the user's may have a state of its own
-        return isinstance(self.q_weighting, str) and super()._can_be_captured()
+        return isinstance(self.q_weighting, str)
 
     def _draw_actor_noise(self, batch_size: int) -> ActorNoise:
         """
@@ -325,9 +310,9 @@ class QVPO(DiffusionOffPolicyAlgorithm):
         uniform_shape = (batch_size, self.n_uniform_actions, self.actor.action_dim)
         loss_shape = (batch_size, 1 + self.n_uniform_actions)
         return ActorNoise(
-            chain=self._draw_chain_noise(batch_size, self.n_train_candidates),
+            chain=self.policy.draw_noise(batch_size, self.n_train_candidates),
             uniform_actions=2 * th.rand(uniform_shape, device=self.device) - 1,
-            timesteps=th.randint(self.n_diffusion_steps, loss_shape, device=self.device),
+            timesteps=self.actor.diffusion.draw_timesteps(loss_shape, self.device),
             denoising=th.randn((*loss_shape, self.actor.action_dim), device=self.device),
         )
 
@@ -347,14 +332,14 @@ class QVPO(DiffusionOffPolicyAlgorithm):
         self._ent_coef_schedule = parse_schedule("ent_coef", self.ent_coef)
 
     def _setup_model(self) -> None:
-        super()._setup_model()
-        diffusion = self.actor.diffusion
-        check_count("n_shared_steps", self.n_shared_steps, 0)
-        if self.n_shared_steps > 0 and self.n_shared_steps >= diffusion.n_noises:
-            raise ValueError(
-                f"n_shared_steps must be below {diffusion.n_noises}, because candidates part by the noise of the last step "
-                f"they share, and only {diffusion.n_noises - 1} steps of these chains add noise, got {self.n_shared_steps}"
+        # Files written before version 0.2 have it
+        n_shared_steps = self.__dict__.pop("n_shared_steps", 0)
+        if n_shared_steps:
+            warnings.warn(
+                f"n_shared_steps is {n_shared_steps} in the saved model; the option is gone, and candidates share no steps",
+                stacklevel=4,
             )
+        super()._setup_model()
 
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), "_q_weighting", "_ent_coef_schedule"]

@@ -1,0 +1,152 @@
+"""
+The fast actor and critics: subclasses that override the costly methods, and hand on to the eager ones what they do not know.
+
+Shapes: B batch, K candidates for each state, A action dimensions, S state features, M numbers that a critic predicts.
+"""
+
+from typing import cast
+
+import torch as th
+from stable_baselines3.common.type_aliases import PyTorchObs
+from torch import nn
+from torch.nn import functional as F
+
+from sb3_qvpo.common.actor_critic import CandidateCritic, DiffusionActor
+from sb3_qvpo.common.diffusion import NoiseNetwork
+from sb3_qvpo.common.networks import Condition, NoisePredictor
+from sb3_qvpo.common.speed import cpu
+from sb3_qvpo.common.speed.settings import candidate_dtype, settings
+
+
+def is_switched_on() -> bool:
+    """Whether fast paths are taken: not where the user has switched them off, nor while a policy is exported."""
+    return settings.enabled and not th.compiler.is_compiling()
+
+
+class FastActor(DiffusionActor):
+    """
+    The same actor, faster: candidates go through the network in blocks, those of one state in fewer calls, those for training
+    in bfloat16 where the hardware has it. See :mod:`sb3_qvpo.common.speed.cpu`.
+    """
+
+    def sample_candidates(self, features: th.Tensor, noise: th.Tensor, for_training: bool = False) -> th.Tensor:
+        """As in :class:`DiffusionActor`; with ``for_training`` hidden layers may be multiplied in bfloat16."""
+        predictor, device = self.noise_predictor, features.device
+        is_known = type(predictor) is NoisePredictor and predictor.first_layer.weight.dtype == th.float32
+        if not (is_switched_on() and is_known and not th.is_grad_enabled()):
+            return super().sample_candidates(features, noise, for_training)
+        n_states, later_layers = len(features), list(predictor.later_layers)
+        has_noise_for_each = noise.shape[1] == n_states
+        if has_noise_for_each and n_states == 1 and cpu.cpu_path_exists(later_layers, device):
+            return cpu.sample_for_one_state(self.diffusion, predictor, predictor.condition(features), noise)
+        if has_noise_for_each and cpu.worth_blocking(later_layers, n_states * noise.shape[2], device):
+            dtype = candidate_dtype(device) if for_training else th.float32
+            return cpu.sample_in_blocks(self.diffusion, predictor, predictor.condition(features), noise, dtype)
+        if for_training and gpu_bfloat16(device) and cpu.is_plain_mlp(later_layers):
+            return self.diffusion.sample(in_bfloat16(predictor), predictor.condition(features), noise)
+        return super().sample_candidates(features, noise, for_training)
+
+    def denoising_loss(
+        self,
+        observation: PyTorchObs,
+        actions: th.Tensor,
+        timesteps: th.Tensor | None = None,
+        noise: th.Tensor | None = None,
+    ) -> th.Tensor:
+        """As in :class:`DiffusionActor`."""
+        network = trainable(self.noise_predictor, actions.shape[0] * actions.shape[1]) if is_switched_on() else None
+        if network is None:
+            return super().denoising_loss(observation, actions, timesteps, noise)
+        condition = self.noise_predictor.condition(self.features(observation))
+        return self.diffusion.loss(network, actions, condition, timesteps, noise)
+
+
+class FastCritic(CandidateCritic):
+    """
+    The same critics, faster. The first layer is split: the state's part is computed once for all candidates of a state. Many
+    rows go through in blocks.
+    """
+
+    def forward(self, obs: PyTorchObs, actions: th.Tensor) -> tuple[th.Tensor, ...]:
+        """As in SB3: predictions for one action of each observation, for the critics' loss."""
+        layers = [list(net) if type(net) is nn.Sequential else [] for net in self.q_networks] if is_switched_on() else []
+        fast_layers = [cpu.trainable_layers(each, len(actions)) for each in layers]
+        if not any(fast_layers):
+            return super().forward(cast(th.Tensor, obs), actions)
+        with th.set_grad_enabled(not self.share_features_extractor):  # shared ones are trained by the actor's loss
+            features = self.features(obs)
+        results = []
+        for q_network, each in zip(self.q_networks, fast_layers, strict=True):
+            hidden = th.cat([features, actions], dim=1)
+            for layer in each or [q_network]:
+                hidden = layer(hidden)
+            results.append(hidden)
+        return tuple(results)
+
+    def value_candidates(self, features: th.Tensor, candidates: th.Tensor) -> th.Tensor:
+        """As in :class:`CandidateCritic`."""
+        if not (is_switched_on() and all(splits_into_linear_and_rest(q_network) for q_network in self.q_networks)):
+            return super().value_candidates(features, candidates)
+        n_rows = candidates.shape[0] * candidates.shape[1]
+        predictions = []
+        for q_network in cast(list[nn.Sequential], self.q_networks):
+            first_layer, later_layers = cast(nn.Linear, q_network[0]), list(q_network)[1:]
+            state_weight, action_weight = th.split(first_layer.weight, [features.shape[-1], candidates.shape[-1]], dim=1)
+            state_part = F.linear(features, state_weight, first_layer.bias).unsqueeze(1)
+            if first_layer.weight.dtype == th.float32 and cpu.worth_blocking(later_layers, n_rows, features.device):
+                predictions.append(cpu.value_in_blocks(q_network, state_part, candidates))
+                continue
+            hidden = F.linear(candidates, action_weight) + state_part
+            for layer in later_layers:
+                hidden = layer(hidden)
+            predictions.append(hidden)
+        return th.stack(predictions)
+
+
+def splits_into_linear_and_rest(q_network: nn.Module) -> bool:
+    """Whether a network is a linear layer, and behind it activations and linear layers, which treat each row alone."""
+    if type(q_network) is not nn.Sequential or type(q_network[0]) is not nn.Linear:
+        return False
+    return len(q_network) == 1 or cpu.is_plain_mlp(list(q_network)[1:])
+
+
+def trainable(predictor: NoisePredictor, n_rows: int) -> NoiseNetwork | None:
+    """The noise predictor for a loss, with Mish and its gradient in vectorised passes. None where it does not pay."""
+    layers = cpu.trainable_layers(list(predictor.later_layers), n_rows) if type(predictor) is NoisePredictor else None
+    if layers is None:
+        return None
+
+    def network(x_t: th.Tensor, t: int | th.Tensor, cond: Condition) -> th.Tensor:
+        hidden = predictor.first_output(x_t, t, cond)
+        for layer in layers:
+            hidden = layer(hidden)
+        return hidden
+
+    return network
+
+
+def gpu_bfloat16(device: th.device) -> bool:
+    """Whether candidates for training have their hidden layers in bfloat16 on a device that is not the CPU."""
+    return device.type != "cpu" and candidate_dtype(device) == th.bfloat16
+
+
+def in_bfloat16(predictor: NoisePredictor) -> NoiseNetwork:
+    """
+    The noise predictor with its hidden layers in bfloat16, for devices that have fast kernels of their own, GPUs.
+
+    A snapshot: weights that change later are not seen. The first and the last layer are multiplied in float32.
+    """
+    *hidden_modules, last_activation, last_layer = predictor.later_layers
+    hidden_layers = [
+        (activation, cast(nn.Linear, linear).weight.bfloat16(), cast(nn.Linear, linear).bias.bfloat16())
+        for activation, linear in zip(hidden_modules[::2], hidden_modules[1::2], strict=True)
+    ]
+
+    def network(x_t: th.Tensor, t: int, cond: Condition) -> th.Tensor:
+        hidden = predictor.first_output(x_t, t, cond)
+        for activation, weight, bias in hidden_layers:
+            # Kernels compute activations in float32 and round what they return
+            hidden = F.linear(activation(hidden).bfloat16(), weight, bias)
+        return cast(th.Tensor, last_layer(last_activation(hidden.float())))
+
+    return network

@@ -1,0 +1,389 @@
+"""
+Decisions for one state as one program: compiled to C++ on the CPU, a graph on a GPU.
+
+No mathematics is defined here: :meth:`DiffusionProcess.sample` runs the chain, as always, with a network that returns what
+:class:`NoisePredictor` returns, and ``torch.compile`` turns it into one C++ function. An eager decision is a few hundred calls
+of torch, which cost more than the numbers. Updates are not compiled: there it saves a tenth (see ``docs/speed.md``).
+
+Compiling takes 10 to 20 s for each number of candidates, once on a machine (torch keeps the result on disk). Capturing a graph
+takes as long as a few decisions, and it runs the kernels that the eager functions launch one by one. So a GPU captures the
+decisions of known networks without being asked, after :data:`EAGER_DECISIONS` of them. No file holds any of it, and where it
+fails there is one warning and all goes on eagerly.
+"""
+
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from types import FunctionType, MethodType
+from typing import Any, Protocol, cast
+
+import torch as th
+from stable_baselines3.common.type_aliases import PyTorchObs
+from torch import nn
+from torch.nn import functional as F
+
+from sb3_qvpo.common.actor_critic import CandidateCritic, DiffusionActor
+from sb3_qvpo.common.diffusion import GaussianDiffusion
+from sb3_qvpo.common.networks import NoisePredictor
+from sb3_qvpo.common.speed import cpu
+from sb3_qvpo.common.speed.graphs import EAGER_DECISIONS, ScoringGraph, squeezed
+from sb3_qvpo.common.speed.networks import FastActor, FastCritic, splits_into_linear_and_rest
+from sb3_qvpo.common.speed.settings import settings
+
+LinearParameters = Sequence[tuple[th.Tensor, th.Tensor]]
+"""Weights and biases of linear layers."""
+
+NARROW, FEW_ROWS = 32, 8
+"""Inputs or outputs, and rows, up to which a linear layer is part of the program and no call of a library."""
+
+SMALLEST_ONEDNN = 32
+"""Candidates from which oneDNN is faster than MKL, at a width of 256."""
+
+TOLERANCE = 1e-3
+"""Largest difference of actions, and of scores relative to the largest, between a program and the eager functions."""
+
+MOST_PROGRAMS = 4
+"""
+At most this many candidate counts of a policy are compiled (and, on a GPU, captured) automatically, so that a schedule of
+counts cannot spend hours compiling.
+"""
+
+COMPILE_AFTER, LONG_RUN = 10_000, 100_000
+"""Environment steps after which actions are compiled, in calls of ``learn()`` that are this long: see ``docs/speed.md``."""
+
+
+def mish(x: th.Tensor) -> th.Tensor:
+    """Mish with one exponential, to 2e-6; see :func:`sb3_qvpo.common.speed.cpu.mish_of_negated`."""
+    sigmoid = th.sigmoid(-x)
+    return 2 * x / (1 + sigmoid * sigmoid) - x
+
+
+def linear(x: th.Tensor, weight: th.Tensor, bias: th.Tensor) -> th.Tensor:
+    """A linear layer (K, inputs) -> (K, outputs), written out where libraries for products of large matrices are slow."""
+    if x.shape[1] <= NARROW:
+        return (x.unsqueeze(-1) * weight.t()).sum(-2) + bias
+    if len(weight) <= NARROW or len(x) <= FEW_ROWS:
+        return (x.unsqueeze(-2) * weight).sum(-1) + bias
+    return F.linear(x, weight, bias)
+
+
+def linear_layers(modules: nn.Module | Sequence[nn.Module]) -> LinearParameters:
+    """Weights and biases of the linear layers among modules, in their order."""
+    return [(layer.weight, layer.bias) for layer in cast(Sequence[nn.Module], modules) if isinstance(layer, nn.Linear)]
+
+
+class ScoringProgram:
+    """
+    The candidates of one state and their scores, compiled.
+
+    Weights are passed at each call, so that updates are seen.
+
+    :param actor: The actor.
+    :param critic: The critics.
+    """
+
+    def __init__(self, actor: DiffusionActor, critic: CandidateCritic):
+        self.actor, self.critic = actor, critic
+        activation = actor.noise_predictor.time_mlp[1]
+        self.activation: Callable[[th.Tensor], th.Tensor] = mish if type(activation) is nn.Mish else activation.forward
+        # Code of its own: torch counts programs by it, and compiles a few for each
+        function = FunctionType(ScoringProgram._score.__code__.replace(), globals())
+        options: dict[str, Any] = {"cpp_wrapper": True}
+        self.program = th.compile(MethodType(function, self), fullgraph=True, dynamic=False, options=options)
+
+    def __call__(self, actor_features: th.Tensor, critic_features: th.Tensor, noise: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+        """
+        Draw candidates and score them.
+
+        :param actor_features: The state's features of the actor, shape (1, S).
+        :param critic_features: The state's features of the critics, shape (1, S).
+        :param noise: Noise of shape (N, 1, K, A).
+        :return: Actions of shape (1, K, A) and their scores, shape (1, K).
+        """
+        # Another layout, or the same tensor twice, would be another program
+        actor_features, noise = actor_features.contiguous(), noise.contiguous()
+        critic_features = actor_features.clone() if critic_features is actor_features else critic_features.contiguous()
+        predictor = self.actor.noise_predictor
+        time_layers = linear_layers(predictor.time_mlp)
+        actor_layers = linear_layers([predictor.first_layer, *cast(Any, predictor.later_layers)])
+        critic_layers = [linear_layers(q_network) for q_network in self.critic.q_networks]
+        arguments = (actor_features, critic_features, noise, predictor.time_features, time_layers, actor_layers, critic_layers)
+        with cpu.OneDnnProducts() if noise.shape[2] >= SMALLEST_ONEDNN else nullcontext():
+            scored: tuple[th.Tensor, th.Tensor] = self.program(*arguments)
+        return scored
+
+    def _score(
+        self,
+        actor_features: th.Tensor,
+        critic_features: th.Tensor,
+        noise: th.Tensor,
+        time_features: th.Tensor,
+        time_layers: LinearParameters,
+        actor_layers: LinearParameters,
+        critic_layers: Sequence[LinearParameters],
+    ) -> tuple[th.Tensor, th.Tensor]:
+        (first_weight, first_bias), *later_layers = actor_layers
+        sizes = self.actor.noise_predictor.split_sizes
+        action_weight, time_weight, state_weight = th.split(first_weight, sizes, dim=1)
+        embedding = self._through(linear(time_features, *time_layers[0]), time_layers[1:])
+        biases = linear(embedding, time_weight, linear(actor_features, state_weight, first_bias).squeeze(0))
+
+        def network(x_t: th.Tensor, t: int, cond: None) -> th.Tensor:
+            return self._through(linear(x_t, action_weight, biases[t]), later_layers)
+
+        candidates = self.actor.diffusion.sample(network, None, noise.squeeze(1))
+        q_values = []
+        for (weight, bias), *layers in critic_layers:
+            state_weight, action_weight = th.split(weight, [critic_features.shape[1], candidates.shape[1]], dim=1)
+            hidden = linear(candidates, action_weight, linear(critic_features, state_weight, bias).squeeze(0))
+            q_values.append(self._through(hidden, layers))
+        return candidates.unsqueeze(0), self.critic.aggregate(th.stack(q_values)).unsqueeze(0)
+
+    def _through(self, hidden: th.Tensor, layers: LinearParameters) -> th.Tensor:
+        for weight, bias in layers:
+            hidden = linear(self.activation(hidden), weight, bias)
+        return hidden
+
+
+Program = ScoringProgram | ScoringGraph
+
+
+class DecidingPolicy(Protocol):
+    """What programs need of a policy."""
+
+    @property
+    def actor(self) -> DiffusionActor:
+        """The actor."""
+
+    @property
+    def critic(self) -> CandidateCritic:
+        """The critics."""
+
+    def encode(self, observation: PyTorchObs) -> tuple[th.Tensor, th.Tensor]:
+        """Features of the actor and of the critics."""
+
+
+class Programs:
+    """
+    The programs of a policy's decisions: which exist, when one is made, and which decision uses one.
+
+    What the user asked for (:meth:`compile`) serves all decisions. What ``learn()`` compiles on its own only chooses the
+    actions that it collects, so predictions are those of a loaded model, bit for bit. What a GPU captures on its own serves
+    all decisions, whose bits it keeps.
+
+    No file holds programs, and a copy of a policy starts without.
+    """
+
+    def __init__(self) -> None:
+        self.by_count: dict[int, Program | None] = {}
+        """Programs by number of candidates, None where it failed."""
+        self.for_predictions: set[int] = set()
+        """Numbers of candidates whose programs the user asked for."""
+        self.automatic: dict[int, Program | None] = {}
+        """Graphs made automatically. Kept apart, because a checkpoint lists the others."""
+        self.eager_decisions: Counter[int] = Counter()
+        """Decisions on a GPU that were not captured, by number of candidates."""
+        self._collects = False
+
+    def __reduce__(self) -> tuple[type["Programs"], tuple[()]]:
+        return type(self), ()
+
+    def compile(self, policy: DecidingPolicy, n_candidates: int, for_predictions: bool = True) -> bool:
+        """
+        Make a program for a number of candidates. It is made again only after the policy was moved to another kind of device.
+
+        :param policy: The policy.
+        :param n_candidates: K.
+        :param for_predictions: Whether the user asked for it. If not, at most :data:`MOST_PROGRAMS` are made, and none that
+            has failed before.
+        :return: Whether there is one. If it fails there is a warning.
+        """
+        if not settings.enabled:
+            return False
+        if for_predictions:
+            self.for_predictions.add(n_candidates)
+        if isinstance(self.by_count.get(n_candidates), ScoringProgram if is_on_gpu(policy.actor) else ScoringGraph):
+            del self.by_count[n_candidates]  # the policy was moved here from another device
+        is_new = n_candidates not in self.by_count and len(self.by_count) < MOST_PROGRAMS
+        if is_new or (for_predictions and self.by_count.get(n_candidates) is None):
+            self.by_count[n_candidates] = self._make(policy, n_candidates)
+        return self.by_count.get(n_candidates) is not None
+
+    @contextmanager
+    def collecting(self, policy: DecidingPolicy, n_candidates: int, n_steps: int, total: int, n_envs: int) -> Iterator[None]:
+        """
+        While it lasts, decisions are those of ``learn()``. Long runs compile them, after some steps.
+
+        Decided by counts of steps, so that the same seed gives the same run, also one that is interrupted and resumed.
+
+        :param policy: The policy.
+        :param n_candidates: K of the actions that are collected.
+        :param n_steps: Environment steps of this ``learn()`` so far.
+        :param total: All its environment steps.
+        :param n_envs: Number of environments. Programs serve one state.
+        """
+        if n_envs == 1 and n_steps >= COMPILE_AFTER and total >= LONG_RUN and settings.compile_actions:
+            self.compile(policy, n_candidates, for_predictions=False)
+        self._collects = True
+        try:
+            yield
+        finally:
+            self._collects = False
+
+    def score(
+        self, policy: DecidingPolicy, observation: PyTorchObs, noise: th.Tensor | int
+    ) -> tuple[th.Tensor, th.Tensor] | None:
+        """
+        The candidates of one state and their scores, by a program.
+
+        :param policy: The policy, in evaluation mode.
+        :param observation: Observations.
+        :param noise: Noise of shape (N, 1, K, A), or K.
+        :return: Actions of shape (1, K, A) and scores of shape (1, K). None if no program serves this decision.
+        """
+        n_candidates = noise if isinstance(noise, int) else noise.shape[2]
+        program = self.find(policy, n_candidates) if n_observations(observation) == 1 else None
+        if program is None:
+            return None
+        noise = policy.actor.draw_noise(1, n_candidates) if isinstance(noise, int) else noise
+        try:
+            return program(*policy.encode(observation), noise)
+        except Exception as error:  # another number of threads is compiled anew, and may fail then
+            for store in (self.by_count, self.automatic):
+                if store.get(n_candidates) is program:
+                    store[n_candidates] = None
+            warn_of_eager_decisions(error, isinstance(program, ScoringGraph))
+            return None
+
+    def find(self, policy: DecidingPolicy, n_candidates: int) -> Program | None:
+        """
+        The program for a decision that is about to be taken. On a GPU decisions are counted, and after some captured.
+
+        :param policy: The policy.
+        :param n_candidates: K.
+        :return: None if there is none, with gradients, without fast paths, and while a policy is exported.
+        """
+        if not settings.enabled or th.is_grad_enabled() or th.compiler.is_compiling():
+            return None
+        on_gpu = is_on_gpu(policy.actor)
+        if on_gpu and _is_being_captured():
+            return None
+        serves = self._collects or n_candidates in self.for_predictions
+        program = self.by_count.get(n_candidates) if serves else None
+        # A policy that was moved from one kind of device to another has no program there
+        if on_gpu:
+            return program if isinstance(program, ScoringGraph) else self._automatic_graph(policy, n_candidates)
+        return program if isinstance(program, ScoringProgram) else None
+
+    def tried_counts(self) -> tuple[list[int], list[int]]:
+        """All counts that were compiled, in their order, also where it failed; and those that the user asked for."""
+        return list(self.by_count), sorted(self.for_predictions)
+
+    def _automatic_graph(self, policy: DecidingPolicy, n_candidates: int) -> Program | None:
+        """Capture automatically after N eager decisions. After one failure never again for that count."""
+        if not settings.compile_actions or th.is_autocast_enabled("cuda"):
+            return None
+        if n_candidates not in self.automatic:
+            self.eager_decisions[n_candidates] += 1
+            if self.eager_decisions[n_candidates] <= EAGER_DECISIONS or len(self.automatic) >= MOST_PROGRAMS:
+                return None
+            self.automatic[n_candidates] = self._make(policy, n_candidates, automatic=True)
+        return self.automatic[n_candidates]
+
+    def _make(self, policy: DecidingPolicy, n_candidates: int, automatic: bool = False) -> Program | None:
+        """A program where the networks allow it. None, with a warning, if that fails."""
+        actor, critic = policy.actor, policy.critic
+        try:
+            if not (are_known_networks(actor, critic) or (is_on_gpu(actor) and not automatic)):
+                return None
+            if not (is_on_gpu(actor) or actor.device.type == "cpu"):
+                return None
+            with th.inference_mode(False), th.no_grad():
+                return checked_program(actor, critic, n_candidates, trusted=automatic)
+        except Exception as error:  # whatever a compiler or a graph can fail with, training and decisions go on
+            warn_of_eager_decisions(error, is_on_gpu(actor))
+            return None
+
+
+def n_observations(observation: PyTorchObs) -> int:
+    """The number of observations in a batch."""
+    return len(next(iter(observation.values())) if isinstance(observation, dict) else observation)
+
+
+def is_on_gpu(actor: DiffusionActor) -> bool:
+    """Whether programs are graphs."""
+    # Asked before each action: the first takes a microsecond, the second eight
+    return _has_gpu() and actor.device.type == "cuda"
+
+
+def _has_gpu() -> bool:
+    """Whether this process uses a GPU."""
+    return bool(th.cuda.is_initialized())  # type: ignore[no-untyped-call]  # torch leaves it untyped
+
+
+def _is_being_captured() -> bool:
+    """Whether what is done now goes into a graph, of updates or of the user's: no other can be run or captured there."""
+    return _has_gpu() and th.cuda.is_current_stream_capturing()
+
+
+def are_known_networks(actor: DiffusionActor, critic: CandidateCritic) -> bool:
+    """
+    Whether all is known that these networks do. Not where a class of their own, hooks, parameters of activations, another
+    number of outputs or another type than float32 could change it.
+    """
+    later_layers = list(actor.noise_predictor.later_layers)
+    if not all(splits_into_linear_and_rest(q_network) for q_network in critic.q_networks):
+        return False
+    in_critics = [list(cast(nn.Sequential, q_network)) for q_network in critic.q_networks]
+    layers = [later_layers, *(each[1:] for each in in_critics)]
+    known = {
+        type(actor).sample_candidates: (DiffusionActor.sample_candidates, FastActor.sample_candidates),
+        type(critic).value_candidates: (CandidateCritic.value_candidates, FastCritic.value_candidates),
+        type(critic).aggregate: (CandidateCritic.aggregate,),
+        type(critic).score: (CandidateCritic.score,),
+    }
+    return (
+        all(method in methods for method, methods in known.items())
+        and type(actor.diffusion) is GaussianDiffusion
+        and type(actor.noise_predictor) is NoisePredictor
+        and actor.noise_predictor.first_layer.weight.dtype == th.float32
+        and all(cpu.is_plain_mlp(each) for each in layers)
+        and all(cast(nn.Linear, each[-1]).out_features == 1 for each in in_critics)
+        and not any(list(layer.parameters()) for each in layers for layer in each[::2])
+        and not any(
+            module._forward_hooks or module._forward_pre_hooks for root in (actor, critic) for module in root.modules()
+        )
+    )
+
+
+def checked_program(actor: DiffusionActor, critic: CandidateCritic, n_candidates: int, trusted: bool = False) -> Program:
+    """
+    A program after a first run.
+
+    :raises RuntimeError: If it does not give what the eager functions give.
+    """
+    program = ScoringGraph(actor, critic, trusted) if is_on_gpu(actor) else ScoringProgram(actor, critic)
+    sizes = (actor.features_dim, critic.features_dim)
+    features = [th.linspace(-1, 1, size, device=actor.device).unsqueeze(0) for size in sizes]
+    # Numbers of its own: those of the run are not touched
+    shape = (actor.diffusion.n_noises, 1, n_candidates, actor.action_dim)
+    noise = th.linspace(-1, 1, th.Size(shape).numel(), device=actor.device).view(shape)
+    for _ in range(2):
+        candidates, scores = program(features[0], features[1], noise)
+        eager = actor.sample_candidates(features[0], noise)
+        eager_scores = critic.score(features[1], candidates)
+        difference = (candidates - eager).abs().max()
+        score_difference = (scores - eager_scores).abs().max() / eager_scores.abs().max().clamp(min=1)
+        if not (difference <= TOLERANCE and score_difference <= TOLERANCE):
+            raise RuntimeError(
+                f"they differ by {difference:.2g}, their values by {score_difference:.2g} from those that are not"
+            )
+        noise = -noise  # a graph that does not read its inputs would pass once
+    return program
+
+
+def warn_of_eager_decisions(error: Exception, on_gpu: bool) -> None:
+    """Say that there is no program, and why."""
+    what = "captured in a graph and take several times" if on_gpu else "compiled and take two to four times"
+    warnings.warn(f"Actions are not {what} as long: {squeezed(error)}", stacklevel=6)

@@ -1,0 +1,75 @@
+"""The noise predictor against the float64 reference, its initialisation, and the mode of networks."""
+
+import numpy as np
+import pytest
+import reference
+import torch as th
+from gymnasium import spaces
+from helpers import TOLERANCE, actor_to_numpy, random_policy
+
+from sb3_qvpo import DiffusionPolicy
+from sb3_qvpo.common.networks import NoisePredictor, evaluation_mode, init_linear_layers, sinusoidal_embedding
+
+
+def test_time_embedding():
+    embedding = sinusoidal_embedding(th.arange(30), 32)
+    for t in range(30):
+        np.testing.assert_allclose(embedding[t], reference.sinusoidal_embedding(t, 32), **TOLERANCE)
+
+
+@pytest.mark.parametrize("dim", [3, 2, 0, 33])
+def test_time_embedding_dim_must_be_even(dim):
+    with pytest.raises(ValueError, match=f"time_embedding_dim must be an even number of at least 4, got {dim}"):
+        sinusoidal_embedding(th.arange(3), dim)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_noise_network_with_split_first_layer(seed):
+    policy, observation, noise = random_policy(seed)
+    x_t = noise[0]
+    b, k, _ = x_t.shape
+    t = th.randint(policy.n_diffusion_steps, (b, k))
+    network = policy.actor.noise_predictor
+    with th.no_grad():
+        predicted = network(x_t, t, network.condition(observation))
+        at_last_step = network(x_t, policy.n_diffusion_steps - 1, network.condition(observation))
+    actor = actor_to_numpy(policy.actor)
+    for i in range(b):
+        for j in range(k):
+            args = (actor, x_t[i, j].numpy(), observation[i].numpy())
+            np.testing.assert_allclose(predicted[i, j], reference.predict_noise(*args, int(t[i, j])), **TOLERANCE)
+            expected = reference.predict_noise(*args, policy.n_diffusion_steps - 1)
+            np.testing.assert_allclose(at_last_step[i, j], expected, **TOLERANCE)
+
+
+def test_initialisation_of_the_authors_code():
+    """Weights from N(0, 1/(4 fan_in)), biases 0, for actor and critics, the first layer's fan-in being all its inputs."""
+    network = NoisePredictor(action_dim=6, features_dim=17, n_steps=20, net_arch=[256, 256])
+    assert network.first_layer.in_features == 6 + 32 + 17
+    assert [layer.out_features for layer in network.time_mlp if isinstance(layer, th.nn.Linear)] == [256, 32]
+    policy = DiffusionPolicy(spaces.Box(-1, 1, (17,)), spaces.Box(-1, 1, (6,)), lambda _: 1e-3)
+    layers = [m for m in [*network.modules(), *policy.critic.modules()] if isinstance(m, th.nn.Linear)]
+    assert len(layers) == 5 + 6
+    for layer in layers:
+        assert not layer.bias.any()
+        expected_std = 0.5 * layer.in_features**-0.5
+        n = layer.weight.numel()
+        assert float(layer.weight.detach().std()) == pytest.approx(expected_std, rel=4 / (2 * n) ** 0.5)
+    untouched = th.nn.Sequential(th.nn.Conv2d(1, 1, 3))
+    before = untouched[0].weight.clone()
+    init_linear_layers(untouched)
+    assert th.equal(before, untouched[0].weight)
+
+
+def test_evaluation_mode_restores_each_mode():
+    first, second = th.nn.Dropout(), th.nn.Dropout().eval()
+
+    def fail():
+        with evaluation_mode(first, second):
+            assert not first.training
+            raise RuntimeError("inside")
+
+    with pytest.raises(RuntimeError, match="inside"):
+        fail()
+    assert first.training
+    assert not second.training

@@ -1,0 +1,247 @@
+"""The report of the learning curves: its statistics, its tables, and that the documentation shows what the CSV files say."""
+
+import csv
+import re
+import shutil
+import sys
+
+import numpy as np
+import pytest
+from helpers import ROOT
+from PIL import Image
+from scipy import stats
+
+# The report needs it; it comes with RL Zoo, which make test-oldest leaves out
+pytest.importorskip("rliable")
+
+import figures
+import report
+import selection
+import tables
+
+LEARNING = ROOT / "benchmarks" / "learning"
+
+
+def stored_scores(file, last_step, task, settings):
+    """Last returns of some settings, shape (seeds, settings)."""
+    rows = list(csv.DictReader((LEARNING / file).open()))
+    if file == "precision.csv":
+        rows = [{**row, "single_return": "", "train_minutes": ""} for row in rows]
+    algos = selection.finished_runs(rows, last_step)[task]
+    return np.transpose([selection.column(algos[name], "mean_return")[:, -1] for name in settings])
+
+
+@pytest.mark.parametrize(
+    "stored",
+    [
+        ("results.csv", 40_000, "HalfCheetah-v5", ("qvpo_ddim5", "qvpo_ddim5_delay2")),
+        ("results.csv", 40_000, "Hopper-v5", ("qvpo_ddpm5_delay2", "sac")),
+        ("precision.csv", 6_000, "Pendulum-v1", ("float32", "bfloat16")),
+    ],
+    ids=lambda stored: f"{stored[2]} {len(stored[3])} settings",
+)
+def test_interquartile_mean_and_interval_are_scipys(stored):
+    """Of another implementation, on stored data: two, three and five seeds."""
+    scores = stored_scores(*stored)
+    assert selection.interquartile_mean(scores) == pytest.approx(stats.trim_mean(scores, 0.25, axis=None))
+
+    def statistic(*columns, axis=-1):
+        return stats.trim_mean(np.concatenate(columns, axis=axis), 0.25, axis=axis)
+
+    theirs = stats.bootstrap(
+        list(scores.T),
+        statistic,
+        n_resamples=10_000,
+        method="percentile",
+        vectorized=True,
+        random_state=np.random.RandomState(1),
+    ).confidence_interval
+    ours = selection.interval(scores, 10_000)
+    np.testing.assert_allclose(ours, theirs, rtol=0.02)
+    assert ours[0] < selection.interquartile_mean(scores) < ours[1]
+
+
+def test_an_interval_is_the_same_every_time():
+    """The chance that three of three draws are the smallest, 1 / 27, is near 2.5 %: some resamples say so and some do not."""
+    scores = np.array([[6362.0], [4877.0], [5473.0]])
+    first = selection.interval(scores)
+    np.random.seed(1)
+    state = np.random.get_state()[1].copy()
+    for _ in range(3):
+        assert selection.interval(scores) == first
+    np.testing.assert_array_equal(np.random.get_state()[1], state)
+
+
+def row(seed, step, mean_return, algo="sac", last_step=20, minutes="1", cpu="A", single_return=""):
+    numbers = dict(task="T", algo=algo, seed=seed, step=step, mean_return=mean_return, last_step=last_step, cpu=cpu)
+    # By the clock it takes twice as long
+    numbers |= {"train_minutes": minutes, "minutes": minutes and 2 * int(minutes), "single_return": single_return}
+    return {name: str(value) for name, value in numbers.items()}
+
+
+def test_only_finished_runs_of_one_length_count():
+    rows = [row(0, 20, 5), row(0, 10, 3), row(1, 10, 4), row(2, 10, 4, last_step=10), row(3, 20, 6)]
+    runs = selection.finished_runs(rows, 20)
+    assert list(runs["T"]["sac"]) == [0, 3]
+    assert [int(row["step"]) for row in runs["T"]["sac"][0]] == [10, 20]
+    np.testing.assert_array_equal(selection.column({0: runs["T"]["sac"][0]}, "mean_return"), [[3, 5]])
+
+
+def test_time_to_a_return_counts_seeds_that_never_reach_it(monkeypatch):
+    monkeypatch.setitem(selection.THRESHOLDS, "T", [5])
+    rows = [
+        *(row(0, 10, 6, minutes="1"), row(0, 20, 2, minutes="2")),  # at 10
+        *(row(1, 10, 1, minutes="1"), row(1, 20, 5, minutes="4")),  # at 20
+        *(row(2, 10, 1), row(2, 20, 4)),  # never
+    ]
+    assert tables.thresholds_table(selection.finished_runs(rows, 20)).splitlines()[2:] == [
+        "| T | 5 | SAC | 2 of 3 | 20 | 2 | 5 |"
+    ]
+    rows += [row(5, 10, 6, minutes=""), row(5, 20, 6, minutes="")]  # at 10, which took the timed seeds 1 on average
+    assert tables.thresholds_table(selection.finished_runs(rows, 20)).splitlines()[2:] == [
+        "| T | 5 | SAC | 3 of 4 | 15 | 2 | 3 |"
+    ]
+    rows = rows[:-2]
+    rows += [row(3, 10, 1), row(3, 20, 1), row(4, 10, 1), row(4, 20, 1)]
+    assert tables.thresholds_table(selection.finished_runs(rows, 20)).splitlines()[2:] == [
+        "| T | 5 | SAC | 2 of 5 | - | - | - |"
+    ]
+
+
+def test_times_of_another_processor_are_left_out(monkeypatch):
+    """Of all rows of a run, which add up; returns stay."""
+    monkeypatch.setitem(selection.THRESHOLDS, "T", [3])
+    rows = [row(0, 10, 1), row(0, 20, 5), row(0, 10, 1, "ours"), row(0, 20, 3, "ours", cpu="B"), row(1, 10, 4), row(1, 20, 6)]
+    runs = selection.finished_runs(selection.comparable(rows), 20)
+    assert tables.returns_table(runs).splitlines()[2:] == [
+        "| T | SAC | 2 | 6 (5 to 6) | 6 (5 to 6) | - | 1 |",
+        "| T | ours | 1 | 3 | 3 | - | - |",
+    ]
+    assert tables.thresholds_table(runs).splitlines()[2:] == [
+        "| T | 3 | SAC | 2 of 2 | 15 | 1 | 2 |",
+        "| T | 3 | ours | 1 of 1 | 20 | - | - |",
+    ]
+    rows += [row(2, 10, 9, minutes="7", cpu="B"), row(2, 20, 9, minutes="8", cpu="B")]
+    runs = selection.finished_runs(selection.comparable(rows), 20)
+    assert tables.returns_table(runs).splitlines()[2].endswith("| - | 1 |"), "the mean of the other two"
+    assert tables.thresholds_table(runs).splitlines()[2] == "| T | 3 | SAC | 3 of 3 | 10 | 1 | 2 |"
+
+
+def test_tables_of_single_seeds_and_many(monkeypatch):
+    monkeypatch.setitem(selection.NAMES, "ours", "Our name")
+    rows = [
+        row(0, 10, 7),
+        row(0, 20, 5),
+        row(0, 10, 1, "ours"),
+        row(0, 20, 2, "ours"),
+        row(1, 10, 3, "ours"),
+        row(1, 20, 4, "ours", single_return="3"),
+    ]
+    assert tables.returns_table(selection.finished_runs(rows, 20)).splitlines()[2:] == [
+        "| T | SAC | 1 | 5 | 7 | - | 1 |",
+        "| T | Our name | 2 | 3 (2 to 4) | 3 (2 to 4) | - | 1 |",
+    ]
+    screen = tables.screen_table([*rows, row(2, 10, 9, "new")], "T", 20).splitlines()[2:]
+    assert screen == [
+        "| SAC | 0 | 7 | 5 | - | 1 (A) |",
+        "| Our name | 0, 1 | 1; 3 | 2; 4 | -; 3 | 1 (A) |",
+        "| new | 2 | 9 | - | - | - |",
+    ]
+    longer = [row(seed, step, 100 * step, last_step=40) for seed in (0, 5) for step in (10, 40)]
+    screen = tables.screen_table([*longer, row(0, 10, 7), row(0, 20, 5), *longer], "T", 20).splitlines()[2:]
+    assert screen == ["| SAC | 0, 0, 5 | 7; 1000; 1000 | 5; -; - | - | 1 (A) |"], (
+        "runs of this length, then the start of longer ones"
+    )
+    same = [row(0, 10, 1000), *longer, row(5, 10, 1000, last_step=60)]
+    screen = tables.screen_table(same, "T", 20).splitlines()[2:]
+    assert screen == ["| SAC | 0, 5 | 1000; 1000 | - | 1 (A) |"], "a run that came out the same is shown once"
+    timed = [
+        row(seed, 20, 1, minutes=minutes, cpu=cpu) for seed, minutes, cpu in ((0, "2", "A"), (1, "4", "A"), (2, "9", "B"))
+    ]
+    untimed = [row(3, 20, 1, minutes=""), row(0, 20, 1, "ours", cpu="B")]
+    screen = tables.screen_table([*timed, *untimed], "T", 20).splitlines()[2:]
+    assert screen == ["| SAC | 0, 1, 2, 3 | 1; 1; 1; 1 | - | 3 (A), 9 (B) |", "| Our name | 0 | 1 | - | 1 (B) |"], (
+        "times of each processor"
+    )
+    gap = selection.finished_runs([row(0, 20, 5), row(1, 10, 1), row(1, 20, 2)], 20)["T"]["sac"]
+    np.testing.assert_array_equal(selection.column(gap, "mean_return"), [[np.nan, 5], [1, 2]])
+
+
+def test_tables_of_the_toy_tasks():
+    bandit = [
+        dict(setting="a", seed=seed, step=step, reward=reward, std="0.5", peak_0=peak, peak_1="0.05", peak_2="0.049")
+        for seed, step, reward, peak in (("0", "1", "9", "1"), ("0", "2", "4", "0.9"), ("1", "2", "2", "0"))
+    ]
+    assert tables.bandit_table(bandit).splitlines()[2:] == ["| a | 2 | 3.0 ± 1.4 | 0.50 ± 0.00 | 2, 1 |"]
+    counts = [dict(reached=(190, 10, 0, 0), first=(700, 100, 100, 100)), dict(reached=(0, 200, 0, 0), first=(0, 900, 100, 0))]
+    goals = [
+        {
+            **{"setting": "QVPO", "seed": str(seed), "step": "2", "candidates": "4", "return": str(10 * seed)},
+            **{f"{kind}_{goal}": str(n) for kind, ns in count.items() for goal, n in zip(selection.GOALS, ns, strict=True)},
+        }
+        for seed, count in enumerate(counts)
+    ]
+    assert tables.multi_goal_table(goals).splitlines()[2:] == ["| QVPO, best of 4 | 2 | 2, 1 | 98% | 80% | 5 ± 7 |"]
+    follow = [
+        {"setting": "a", "seed": seed, "moment": moment, "distance": distance, "std": "0.2", "critics_distance": critics}
+        for seed, distances in (("0", ("0.1", "0.5", "0.4", "0.2")), ("1", ("0.3", "0.6", "0.5", "0.2")))
+        for moment, distance, critics in zip(
+            ("before", "at once", "after 5", "after 9"), distances, ("0.1", "0.9", "0.6", "0.3"), strict=True
+        )
+    ]
+    lines = tables.follow_table(follow).splitlines()
+    assert lines[0].endswith("| distance before | at once | after 5 | after 9 | critics' best after 5 | after 9 |")
+    assert lines[1:] == ["|---|---|---|---|---|---|---|---|---|", "| a | 2 | 0.20 | 0.20 | 0.55 | 0.45 | 0.20 | 0.60 | 0.30 |"]
+
+
+def test_every_length_of_runs_is_shown(monkeypatch):
+    """Those of small tasks and long ones; ablations only beside what they vary, and drawn when one has come to its end."""
+    monkeypatch.setitem(selection.THRESHOLDS, "T", [3])
+    monkeypatch.setitem(selection.THRESHOLDS, "small", [3])
+    rows = [row(0, 20, 3), row(0, selection.SCREEN, 5, last_step=selection.SCREEN), row(0, 100, 4, last_step=100)]
+    rows += [{**row(0, 100, 4, last_step=100), "task": "small"}, row(0, 10, 4, last_step=1000)]
+    tables, figures = report.learning_curves(rows)
+    assert list(tables) == ["screen_T", "returns_20", "thresholds_20", "returns_100", "thresholds_100"]
+    assert {name: list(runs) for name, runs in figures.items()} == {
+        "learning_curves_20": ["T"],
+        "learning_curves_100": ["T", "small"],
+    }
+    rows.append(row(0, 10, 4, algo="fast_qcut", last_step=selection.SCREEN))
+    tables, figures = report.learning_curves(rows)
+    assert "ablations_T" in tables and "ablations" not in figures, "there is no curve yet"
+    rows.append(row(0, selection.SCREEN, 4, algo="fast_qcut", last_step=selection.SCREEN))
+    tables, figures = report.learning_curves(rows)
+    assert list(figures["ablations"]["T"]) == ["fast_qcut"]
+    assert "qcut" in tables["ablations_T"] and "qcut" not in tables["screen_T"] + tables["returns_20"]
+    monkeypatch.delitem(selection.THRESHOLDS, "small")
+    with pytest.raises(KeyError, match="small"):
+        report.learning_curves(rows)
+
+
+def test_tables_need_their_places():
+    page = "a\n<!-- table: one -->\nold\n<!-- end -->\nb"
+    assert tables.fill(page, {"one": "| new |"}) == "a\n<!-- table: one -->\n\n| new |\n\n<!-- end -->\nb"
+    for wrong in ({}, {"one": "", "two": ""}):
+        with pytest.raises(ValueError, match="places for"):
+            tables.fill(page, wrong)
+
+
+def test_the_page_of_results_shows_what_the_csv_files_say(tmp_path, monkeypatch):
+    """The report leaves the committed page as it is, draws every figure that it shows, and has drawn them from these rows."""
+    # Few resamples for the intervals of the curves: the drawings themselves are not compared
+    monkeypatch.setattr(figures, "interval", lambda scores: selection.interval(scores, 5))
+    shutil.copy(ROOT / "docs" / "results.md", tmp_path)
+    (tmp_path / "figures").mkdir()
+    monkeypatch.setattr(sys, "argv", ["report.py", "--docs", str(tmp_path)])
+    report.main()
+    assert (tmp_path / "results.md").read_text() == (ROOT / "docs" / "results.md").read_text()
+    drawn = {file.name for file in (tmp_path / "figures").iterdir() if file.stat().st_size > 10_000}
+    shown = set(re.findall(r"\]\(figures/(.*?)\)", (tmp_path / "results.md").read_text()))
+    assert drawn == shown
+    committed = ROOT / "docs" / "figures"
+    for name in shown:
+        old, new = Image.open(committed / name), Image.open(tmp_path / "figures" / name)
+        if name.endswith(".png"):  # carries a digest of the rows
+            assert old.text["Description"] == new.text["Description"], f"{name} is older than its rows: make report"
+        else:
+            assert old.n_frames == new.n_frames, name

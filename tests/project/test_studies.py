@@ -1,0 +1,195 @@
+"""The studies of learning: their runs, resumed after a kill, their evaluations and their toy tasks."""
+
+import csv
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import gymnasium as gym
+import numpy as np
+import precision
+import pytest
+import run as learning_curves
+import torch as th
+import toy_tasks
+import values
+import yaml
+from evaluation import FixedEvaluation
+from helpers import ROOT, output_of, tiny_qvpo
+from run import append, training_command
+from stable_baselines3.common.callbacks import EvalCallback
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.evaluation import evaluate_policy
+
+
+@pytest.mark.usefixtures("settings")
+def test_learning_with_both_types_of_candidates(tmp_path, monkeypatch):
+    """The same seed's runs differ in the type alone; runs that are in the file are skipped."""
+    monkeypatch.setattr(gym.registry["Pendulum-v1"], "max_episode_steps", 20)
+    file = tmp_path / "precision.csv"
+    options = ("--seeds", "7", "--steps", "700", "--eval-freq", "350", "--csv", file)
+    for _ in range(2):
+        output_of(precision.main, "precision.py", *options)
+    rows = list(csv.DictReader(file.open()))
+    assert [(row["algo"], row["step"]) for row in rows] == [
+        (dtype, step) for dtype in ("float32", "bfloat16") for step in ("350", "700")
+    ]
+    random, trained_on = [[row["mean_return"] for row in rows if row["step"] == step] for step in ("350", "700")]
+    assert random[0] == random[1], "no update yet, and evaluations take float32"
+    assert trained_on[0] != trained_on[1]
+
+
+def test_evaluations_are_repeatable_and_leave_training_alone(tmp_path):
+    def run(name):
+        model = tiny_qvpo()
+        env = make_vec_env("Pendulum-v1", seed=3)
+        zoos = EvalCallback(env, eval_freq=20, n_eval_episodes=2, log_path=str(tmp_path / name), verbose=0)
+        ours = [FixedEvaluation(str(tmp_path / "ours.jsonl"))] if name == "both" else []
+        model.learn(40, [*ours, zoos])
+        return model, np.load(tmp_path / name / "evaluations.npz")["results"]
+
+    (alone, _), (both, results) = run("alone"), run("both")
+    for one, other in zip(alone.policy.parameters(), both.policy.parameters(), strict=True):
+        assert th.equal(one, other)
+    first, second = map(json.loads, (tmp_path / "ours.jsonl").read_text().splitlines())
+    assert (first["step"], second["step"]) == (20, 40)
+    assert 0 < first["train_minutes"] < second["train_minutes"] < second["minutes"]
+    assert (second["mean_return"], second["std_return"], second["episodes"]) == (results[-1].mean(), results[-1].std(), 2)
+    # The last evaluation again, one update later: the same episodes, the best of all candidates and single samples
+    env = make_vec_env("Pendulum-v1")
+    env.seed(1_000_000)
+    again, _ = evaluate_policy(both, env, 2, return_episode_rewards=True)
+    assert again == pytest.approx(results[-1].tolist(), rel=1e-3)
+    assert second["single_return"] != pytest.approx(np.mean(again), rel=1e-2)
+    both.n_behavior_candidates = 1
+    env.seed(1_000_000)
+    th.manual_seed(1_000_000)
+    single, _ = evaluate_policy(both, env, 2, deterministic=False, return_episode_rewards=True)
+    assert np.mean(single) == pytest.approx(second["single_return"], rel=1e-3)
+
+
+def test_values_are_compared_with_what_follows(tmp_path, monkeypatch, capsys):
+    np.testing.assert_allclose(values.discounted([1.0, 2.0, 4.0], None, 0.5), [3, 4, 4])
+    np.testing.assert_allclose(values.discounted([1.0, 2.0, 4.0], 8.0, 0.5), [4, 6, 8])
+    model = tiny_qvpo("Pendulum-v1", gamma=0.0).learn(30)
+    with th.no_grad():
+        for parameter in model.critic.parameters():
+            parameter.zero_()
+        for network, value in zip(model.critic.q_networks, (7.0, 5.0), strict=True):
+            [*network.parameters()][-1].fill_(value)
+    model.save(tmp_path / "model.zip")
+    command = ["values.py", str(tmp_path / "model.zip"), "Pendulum-v1", "--episodes", "1", "--candidates", "2"]
+    monkeypatch.setattr(sys, "argv", command)
+    values.main()
+    total, value, following = re.fullmatch(
+        r"Best of  2: return (-\d+) \+- 0, value (.+), what follows (.+)\n", capsys.readouterr().out
+    ).groups()
+    assert value == "5.0", "of both critics the minimum"
+    # Without a discounted future the rewards follow, and after the time limit the value of the last step
+    assert 200 * float(following) == pytest.approx(float(total) + 5, abs=10 + 16.3)
+
+
+def test_other_algorithms_get_their_tuned_settings(tmp_path):
+    for algo, learning_starts in (("sac", 10_000), ("td3", 10_000), ("tqc", 10_000), ("crossq", 5_000)):
+        command = training_command("HalfCheetah-v5", algo, 0, tmp_path, 10, ["--eval-freq", "5"])
+        settings = yaml.safe_load(Path(command[command.index("-conf") + 1]).read_text())
+        assert settings["HalfCheetah-v5"]["learning_starts"] == learning_starts, algo
+    assert "-conf" not in training_command("Pendulum-v1", "sac", 0, tmp_path, 10, ["--eval-freq", "5"])
+    assert "-conf" not in training_command("HalfCheetah-v5", "qvpo_ddpm5", 0, tmp_path, 10, ["--eval-freq", "5"])
+
+
+def test_files_get_the_columns_that_they_lack(tmp_path):
+    """What an earlier version wrote stays, and a run of hours is not lost for a column."""
+    file = tmp_path / "new" / "a.csv"
+    append(file, [{"a": 1}], ["a", "b"])
+    append(file, [{"c": 3, "b": "x"}, {"a": 2, "c": 4, "b": "y,z"}])
+    assert file.read_text() == 'a,b,c\n1,,\n,x,3\n2,"y,z",4\n'
+    append(file, [{"c": 5}])
+    assert file.read_text().splitlines()[-1] == ",,5"
+    assert [path.name for path in file.parent.iterdir()] == ["a.csv"]
+
+
+def test_learning_curves_are_resumed(tmp_path):
+    """Through RL Zoo; after a kill QVPO goes on from its checkpoint, finished runs are skipped, others start again."""
+    file, checkpoint = tmp_path / "results.csv", tmp_path / "runs" / "Pendulum-v1_qvpo_ddim5_3_1000" / "run.zip"
+    options = ["--tasks", "Pendulum-v1", "--algos", "qvpo_ddim5", "--seeds", "3", "--steps", "1000", "--eval-freq", "500"]
+    options += ["--episodes", "2", "--csv", str(file), "--folder", str(tmp_path / "runs")]
+    command = [sys.executable, str(ROOT / "benchmarks" / "learning" / "run.py"), *options]
+
+    def rows():
+        return list(csv.DictReader(file.open())) if file.exists() else []
+
+    process = subprocess.Popen(command, start_new_session=True)
+    while not (checkpoint.exists() and rows()):
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert [row["step"] for row in rows()] == ["500"]
+    first = rows()[0]
+    # As if it had been killed before the evaluation was copied, and after one that the checkpoint does not know
+    file.write_text(file.read_text().splitlines(keepends=True)[0] + ",".join({**first, "step": "999"}.values()) + "\n")
+
+    def run(*more):
+        output = output_of(learning_curves.main, "run.py", *options, *more)
+        return [line for line in output.splitlines() if "started" in line]
+
+    assert run() == ["Pendulum-v1 qvpo_ddim5 seed 3: started from step 500"]
+    assert [row["step"] for row in rows()] == ["500", "1000"]
+    assert rows()[0] == first
+    assert float(rows()[1]["minutes"]) > float(first["minutes"])
+    assert float(rows()[1]["train_minutes"]) > float(first["train_minutes"])
+    assert all(-2000 < float(row["single_return"]) < 0 for row in rows())
+    assert all(-2000 < float(row["mean_return"]) < 0 and row["episodes"] == "2" and row["torch"] for row in rows())
+    assert not checkpoint.parent.exists()
+
+    finished = rows()
+    half = {**first, "algo": "sac"}
+    with file.open("a") as opened:  # broken off without a checkpoint
+        opened.write(",".join(half.values()) + "\n")
+    stale = tmp_path / "runs" / "Pendulum-v1_sac_3_1000" / "evaluations.jsonl"
+    stale.parent.mkdir()
+    stale.write_text(json.dumps({"step": 500, "mean_return": 123.0, "minutes": 9.0}) + "\n")
+    assert run("--algos", "sac", "qvpo_ddim5") == ["Pendulum-v1 sac seed 3: started"]
+    assert rows()[:2] == finished
+    assert [(row["algo"], row["step"], row["single_return"]) for row in rows()[2:]] == [
+        ("sac", "500", ""),
+        ("sac", "1000", ""),
+    ]
+    assert all(float(row["mean_return"]) < 0 and float(row["minutes"]) < 9 for row in rows())
+
+
+def test_a_policy_that_must_follow():
+    """The task's closed form, the search for the critics' best action, and that rewards change with the best actions."""
+    env = toy_tasks.FollowEnv()
+    states = np.random.default_rng(0).normal(size=(50, 4)).astype(np.float32)
+    best = env.best_actions(states)
+    np.testing.assert_array_equal(env.rewards(states, best), 0)
+    np.testing.assert_allclose(env.rewards(states, best + 0.1), -6 * 0.1**2)
+    assert toy_tasks.root_mean_square(best - toy_tasks.FollowEnv(1).best_actions(states)) > 0.3
+    state, _ = env.reset(seed=0)
+    _, reward, terminated, _, _ = env.step(np.zeros(6, np.float32))
+    assert terminated and reward == env.rewards(state[None], np.zeros((1, 6)))[0]
+
+    goals = th.as_tensor(best, dtype=th.float32)
+    critics = [lambda actions, i=i: i - (actions - goals).square().sum(dim=1, keepdim=True) for i in range(2)]
+    model = SimpleNamespace(critic=lambda states, actions: [critic(actions) for critic in critics])
+    start = np.zeros_like(best, dtype=np.float32)
+    np.testing.assert_allclose(toy_tasks.best_of_critics(model, th.as_tensor(states), start), best, atol=0.01)
+    assert not start.any()
+
+
+@pytest.mark.parametrize("setting", ["SAC", "... without the delay"])
+def test_the_study_of_policies_that_must_follow(setting):
+    rows = toy_tasks.follow(setting, 0, timesteps=72)
+    assert [(row["step"], row["moment"]) for row in rows] == [
+        *[(48, "before"), (48, "at once"), (51, "after 3"), (54, "after 6"), (60, "after 12"), (72, "after 24")]
+    ]
+    # Untrained networks: neither policy nor critics have moved, the best actions have
+    assert rows[0]["std"] == pytest.approx(rows[1]["std"], rel=0.1) and rows[0]["distance"] != rows[1]["distance"]

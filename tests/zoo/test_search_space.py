@@ -1,0 +1,77 @@
+"""The search space for Optuna: what is sampled is valid, trains, and stays within a budget."""
+
+import optuna
+import pytest
+
+from sb3_qvpo import QVPO, zoo
+
+LOW = dict(
+    one_minus_gamma=0.02, learning_rate=1e-3, qf_learning_rate=1e-3, tau=0.01, train_freq=2, ent_coef=0.01, q_weighting="qadv",
+    noise_schedule="cosine", net_arch="small", n_uniform_actions=4, n_behavior_candidates_pow=0, target_candidates_shift=0,
+    batch_size_pow=7, diffusion_steps_pow=0, draws_pow=12,
+)  # fmt: skip
+NO_HER = dict(using_her_replay_buffer=False, her_kwargs={})
+
+
+def random_trials(n, additional_args):
+    sampler = optuna.samplers.RandomSampler(seed=0)
+    study = optuna.create_study(sampler=sampler)
+    return [(trial, zoo.sample_qvpo_params(trial, 1, 1, dict(additional_args))) for trial in (study.ask() for _ in range(n))]
+
+
+def estimated_cost(params):
+    """Network passes of an update; a step with gradients counts as three; the wider network as 2.5 (measured)."""
+    draws = params["n_diffusion_steps"] * (params["n_train_candidates"] + params["n_target_candidates"])
+    steps = 3 * (1 + params["n_uniform_actions"]) + 3 * 2
+    width = params["policy_kwargs"]["net_arch"][0]
+    return params["batch_size"] * (draws + steps) * (1 if width == 128 else 2.5)
+
+
+def test_sampled_settings_are_valid_and_share_a_budget():
+    costs = []
+    for trial, params in random_trials(200, NO_HER):
+        assert params["n_target_candidates"] <= params["n_behavior_candidates"]
+        assert params["n_train_candidates"] in (2, 4, 8, 16, 32, 64)
+        assert params["gradient_steps"] == params["train_freq"]
+        for name, value in trial.user_attrs.items():
+            assert params[name] == value
+        assert zoo.convert_qvpo_params(trial.params) == params  # what --trial-id does
+        costs.append(estimated_cost(params))
+    assert 3 < max(costs) / min(costs) <= 4
+    sampled = {name: {str(params[name]) for _, params in random_trials(200, NO_HER)} for name in ("q_weighting", "train_freq")}
+    assert sampled["q_weighting"] == {"qadv", "qcut"}
+    assert len(sampled["train_freq"]) == 10
+
+
+@pytest.mark.parametrize("changes", [{}, dict(q_weighting="qcut", noise_schedule="vp", net_arch="medium", batch_size_pow=8)])
+def test_converted_settings_train(changes):
+    params = zoo.convert_qvpo_params({**LOW, **changes})
+    model = QVPO("MlpPolicy", "Pendulum-v1", learning_starts=4, buffer_size=100, device="cpu", **params).learn(8)
+    assert model._n_updates == 4
+
+
+def test_the_search_can_be_widened(monkeypatch):
+    def reaches_the_paper():
+        sizes = {
+            (p["batch_size"], p["n_diffusion_steps"], p["n_train_candidates"], *p["policy_kwargs"]["net_arch"])
+            for _, p in random_trials(1000, NO_HER)
+        }
+        return (256, 20, 64, 256, 256) in sizes
+
+    assert not reaches_the_paper()
+    monkeypatch.setenv("SB3_QVPO_SEARCH_COST", "16")
+    assert reaches_the_paper()
+    for bad in ("0.5", "much", "nan"):
+        monkeypatch.setenv("SB3_QVPO_SEARCH_COST", bad)
+        with pytest.raises(ValueError, match=f"SB3_QVPO_SEARCH_COST must be a factor of at least 1, got '{bad}'"):
+            random_trials(1, NO_HER)
+
+
+def test_her_is_sampled_too():
+    her = dict(using_her_replay_buffer=True, her_kwargs=dict(n_sampled_goal=4, copy_info_dict=True))
+    for trial, params in random_trials(20, her):
+        assert params["replay_buffer_kwargs"]["goal_selection_strategy"] in ("final", "episode", "future")
+        assert params["replay_buffer_kwargs"]["copy_info_dict"] is True
+        from_study = zoo.convert_qvpo_params(trial.params)["replay_buffer_kwargs"]
+        assert from_study.items() <= params["replay_buffer_kwargs"].items()
+        assert not {"n_sampled_goal", "goal_selection_strategy"} & params.keys()

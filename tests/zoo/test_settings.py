@@ -1,0 +1,164 @@
+"""The settings files: their values are the sources', and RL Zoo builds a model from every entry."""
+
+import re
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch as th
+import yaml
+from helpers import ROOT, tiny_qvpo
+from rl_zoo3.exp_manager import ExperimentManager
+from run import ALGOS
+from stable_baselines3.common.utils import LinearSchedule
+
+from sb3_qvpo import QVPO, zoo
+
+CONFIGS = {
+    name: yaml.safe_load((ROOT / "hyperparams" / f"{name}.yml").read_text()) for name in ("qvpo", "qvpo_official", "qvpo_fast")
+}
+PAPER, OFFICIAL, FAST = CONFIGS.values()
+
+
+def test_table_3_and_explicit_values():
+    targets = {"Ant": 2, "HalfCheetah": 4, "Hopper": 1, "Humanoid": 2, "Walker2d": 2}
+    for task, n_target_candidates in targets.items():
+        for version in ("v4", "v5"):
+            entry = PAPER[f"{task}-{version}"]
+            assert entry["n_target_candidates"] == n_target_candidates
+            assert (entry["n_behavior_candidates"], entry["ent_coef"], entry["n_diffusion_steps"]) == (4, 0.01, 20)
+            assert OFFICIAL[f"{task}-{version}"]["n_target_candidates"] == 4
+    others = ["Swimmer", "Reacher", "Pusher", "InvertedPendulum", "InvertedDoublePendulum"]
+    expected = {f"{task}-{version}" for task in [*targets, *others] for version in ("v4", "v5")}
+    expected |= {"default", "Pendulum-v1", "MountainCarContinuous-v0", "LunarLanderContinuous-v3", "BipedalWalker-v3"}
+    assert PAPER.keys() == expected | {"FetchReach-v4", "FetchPush-v4"}
+    for name, entry in PAPER.items():
+        assert {"n_behavior_candidates", "n_target_candidates", "ent_coef", "n_diffusion_steps"} <= entry.keys(), name
+
+
+def test_the_four_settings_are_written_out_in_every_entry():
+    text = (ROOT / "hyperparams" / "qvpo.yml").read_text()
+    blocks = dict(re.findall(r"^([\w-]+):(?! \*)[^\n]*\n((?:  [^\n]*\n)+)", text, flags=re.M))
+    aliases = re.findall(r"^([\w-]+): \*", text, flags=re.M)
+    assert blocks.keys() | set(aliases) == PAPER.keys()
+    for name, block in blocks.items():
+        for key in ("n_behavior_candidates", "n_target_candidates", "ent_coef", "n_diffusion_steps"):
+            assert re.search(rf"^  {key}: ", block, flags=re.M), (name, key)
+
+
+def test_every_value_has_its_source():
+    for line in (ROOT / "hyperparams" / "qvpo.yml").read_text().splitlines():
+        if re.match(r"  \w+: ", line) and not line.startswith("  policy: "):
+            assert re.search(r"# \[(paper|code|zoo|study|guess)\]", line), line
+
+
+class FakeFetch(gym.Env):
+    """A goal environment with the spaces of Fetch, which runs without gymnasium-robotics."""
+
+    def __init__(self, render_mode=None):
+        sizes = dict(observation=10, achieved_goal=3, desired_goal=3)
+        self.observation_space = gym.spaces.Dict({key: gym.spaces.Box(-10, 10, (n,)) for key, n in sizes.items()})
+        self.action_space = gym.spaces.Box(-1, 1, (4,), np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return self.observation_space.sample(), {}
+
+    def step(self, action):
+        observation = self.observation_space.sample()
+        return observation, -1.0, False, False, {}
+
+    def compute_reward(self, achieved_goal, desired_goal, info):
+        return -np.ones(len(achieved_goal))
+
+
+@pytest.fixture
+def stand_ins(monkeypatch):
+    """Environments that do not run here: Fetch needs an older MuJoCo, Pusher-v4 too."""
+    registry = dict(gym.envs.registry)
+    for name in ("FetchReach-v4", "FetchPush-v4"):
+        gym.register(name, entry_point=FakeFetch)
+    gym.register("Pusher-v4", entry_point="gymnasium.envs.mujoco.pusher_v5:PusherEnv")
+    yield
+    gym.envs.registry.clear()
+    gym.envs.registry.update(registry)
+
+
+ENTRIES = [(config, name) for config, entries in CONFIGS.items() for name in entries]
+
+
+def set_up(env_id, folder, config=None, **hyperparams):
+    """The model that RL Zoo would train; ``buffer_size`` apart, which would take gigabytes."""
+    hyperparams = {"buffer_size": 200, **hyperparams}
+    arguments = type("Arguments", (), {})()
+    manager = ExperimentManager(
+        arguments, "qvpo", env_id, str(folder), config=config, eval_freq=-1, verbose=0, hyperparams=hyperparams
+    )
+    return manager.setup_experiment()[0]
+
+
+@pytest.mark.parametrize(("config", "name"), ENTRIES)
+@pytest.mark.usefixtures("stand_ins")
+def test_every_entry_builds_a_model(config, name, tmp_path, monkeypatch):
+    """Through RL Zoo itself, up to the model that it would train."""
+    monkeypatch.chdir(tmp_path)  # MuJoCo writes its log into the working folder
+    env_id = "Acrobot-v1" if name == "default" else name
+    if name == "default":
+        gym.register("Other-v0", entry_point="gymnasium.envs.classic_control.pendulum:PendulumEnv")
+        env_id = "Other-v0"
+    config_file = None if config == "qvpo" else str(zoo.hyperparams_folder() / f"{config}.yml")
+    model = set_up(env_id, tmp_path, config=config_file)
+    assert type(model) is zoo.ZooQVPO
+    entry = CONFIGS[config][name]
+    numbers = ("n_behavior_candidates", "n_target_candidates", "n_train_candidates", "n_diffusion_steps", "policy_delay")
+    for key in (*numbers, "ent_coef", "max_grad_norm"):
+        if key in entry:
+            assert getattr(model, key) == entry[key], key
+    assert model.policy.n_diffusion_steps == entry["n_diffusion_steps"]
+
+
+def test_the_fast_settings_change_the_cost_only():
+    """And are those of the learning curves."""
+    changed = dict(n_train_candidates=8, policy_delay=2, policy_kwargs="dict(n_sampling_steps=5)")
+    changed |= dict(n_uniform_actions=2, ent_coef=0.05)  # a fifth as many, of five times the weight
+    for name, entry in FAST.items():
+        assert entry == {**PAPER[name], **changed}, name
+    assert ALGOS["qvpo_ddpm5_nd8_delay2"] == ("qvpo", {**changed, "policy_kwargs": dict(n_sampling_steps=5, sampling_eta=1.0)})
+    official = ALGOS["fast_official"][1]
+    for name in ("learning_rate", "qf_learning_rate", "max_grad_norm", "n_target_candidates", "ent_coef"):
+        assert official[name] == OFFICIAL["HalfCheetah-v5"][name], name
+
+
+@pytest.mark.parametrize("name", [name for name, (algo, _) in ALGOS.items() if algo == "qvpo"])
+def test_the_settings_of_the_learning_curves_build_a_model(name, tmp_path):
+    """Some are RL Zoo's own, such as the kind of action noise."""
+    settings = ALGOS[name][1]
+    model = set_up("Pendulum-v1", tmp_path, **{"n_diffusion_steps": 20, **settings})  # as on MuJoCo
+    assert (model.action_noise is not None) == ("noise_type" in settings)
+    for key in {"n_behavior_candidates", "n_train_candidates", "policy_delay", "q_weighting"} & settings.keys():
+        assert getattr(model, key) == settings[key], key
+
+
+def test_the_official_settings_are_the_authors():
+    entry = OFFICIAL["Hopper-v5"]
+    theirs = LinearSchedule(0.02, 0.002, 0.9)
+    ours = tiny_qvpo(ent_coef=entry["ent_coef"])._ent_coef_schedule
+    assert [ours(p / 10) for p in range(11)] == pytest.approx([theirs(p / 10) for p in range(11)])
+    assert (entry["learning_rate"], entry["qf_learning_rate"], entry["max_grad_norm"]) == (1e-4, 3e-4, 2.0)
+    assert (entry["n_target_candidates"], entry["learning_starts"]) == (4, 10_000)
+    assert "net_arch=[256, 256, 256]" in entry["policy_kwargs"]
+    assert all(other == entry for other in OFFICIAL.values())
+
+
+def test_the_papers_settings_are_the_default():
+    """Tables 2 and 3 of the paper; 10 000 random steps are the authors' code's."""
+    k_t = {"Hopper": 1, "Walker2d": 2, "Ant": 2, "HalfCheetah": 4, "Humanoid": 2}
+    for task, n_target_candidates in k_t.items():
+        entry = PAPER[f"{task}-v5"]
+        assert (entry["n_target_candidates"], entry["learning_starts"]) == (n_target_candidates, 10_000), task
+        assert entry["n_behavior_candidates"] == 4
+        assert not {"learning_rate", "qf_learning_rate", "max_grad_norm", "policy_kwargs"} & entry.keys()
+    model = QVPO("MlpPolicy", "Pendulum-v1", buffer_size=10, device="cpu")
+    assert (model.learning_rate, model.qf_learning_rate, model.max_grad_norm, model.ent_coef) == (3e-4, None, None, 0.01)
+    assert model.learning_starts == 100
+    assert [layer.out_features for layer in model.critic.qf0 if isinstance(layer, th.nn.Linear)] == [256, 256, 1]
