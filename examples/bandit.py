@@ -1,7 +1,7 @@
 """
 The bandit of the paper's Figure 2: samples of the policy during training, without and with the entropy term.
 
-Needs ``pip install matplotlib``. Draws ``bandit.png``.
+It needs ``pip install matplotlib`` and draws ``bandit.png``.
 """
 
 import argparse
@@ -16,7 +16,7 @@ PEAKS = np.array([(-1.35, 0.65), (-0.65, 1.35), (-1.61, 1.61)])
 
 
 class ThreePeaksEnv(gym.Env):
-    """One step an episode; the reward is the sum of three Gaussian densities with deviation 0.1, times 1.5 (Sec. 4.3)."""
+    """An episode has one step. The reward is 1.5 times the sum of three Gaussian densities of deviation 0.1 (Sec. 4.3)."""
 
     observation_space = gym.spaces.Box(-1, 1, (1,), np.float32)
     action_space = gym.spaces.Box(-2, 2, (2,), np.float32)

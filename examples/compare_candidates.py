@@ -1,7 +1,7 @@
 """
-What does it bring to choose the best of several samples? The return of one trained policy for several numbers of candidates.
+Is the best of several samples better than one? The return of one trained policy for several numbers of candidates.
 
-Needs ``pip install matplotlib``. Draws ``candidates.png``.
+It needs ``pip install matplotlib`` and draws ``candidates.png``.
 """
 
 import argparse
@@ -36,7 +36,7 @@ def main() -> None:
 
     means, errors = [], []
     for n_candidates in arguments.candidates:
-        # Fresh noise: the one fixed noise of n_eval_candidates = 1 need not be typical of the policy
+        # Fresh noise. The one fixed noise of n_eval_candidates = 1 may not be typical of the policy
         model.n_behavior_candidates = n_candidates
         env = make_vec_env("Pendulum-v1", seed=1_000)  # the same episodes each time
         mean, std = evaluate_policy(model, env, n_eval_episodes=arguments.episodes, deterministic=False)

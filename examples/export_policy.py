@@ -1,7 +1,7 @@
 """
 Train on Pendulum-v1 with normalised observations, export the policy to ONNX, and drive the pendulum with onnxruntime alone.
 
-Needs ``pip install ".[export]"`` in a clone. The exported file takes raw observations: the normalisation is inside.
+It needs ``pip install ".[export]"`` in a clone. The exported file takes raw observations: the normalisation is inside.
 """
 
 import argparse
@@ -39,7 +39,7 @@ def main() -> float:
 
     # From here on neither torch nor this package is needed
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # or it explains what an optional input (the noise) is
+    options.log_severity_level = 3  # silences a warning of the optional input, the noise
     session = onnxruntime.InferenceSession("pendulum.onnx", options)
     env = gym.make("Pendulum-v1")
     returns = np.zeros(arguments.episodes)

@@ -1,4 +1,4 @@
-"""Four goals that are equally good: which does the policy reach? Draws ``multi_goal.png``; needs matplotlib."""
+"""Four goals are equally good. Which does the policy reach? Draws ``multi_goal.png``; needs matplotlib."""
 
 import argparse
 
@@ -12,7 +12,7 @@ GOALS = np.array([(5, 0), (-5, 0), (0, 5), (0, -5)], np.float32)
 
 
 class MultiGoalEnv(gym.Env):
-    """A point starts at the centre and moves by its action; moving and distance cost, the end at a goal gives 10."""
+    """A point starts at the centre and moves by its action. Moves and distance cost; reaching a goal gives 10."""
 
     observation_space = gym.spaces.Box(-7, 7, (2,), np.float32)
     action_space = gym.spaces.Box(-1, 1, (2,), np.float32)

@@ -1,8 +1,8 @@
 """
-Train on Pendulum-v1 so that a kill costs little: run this script, kill it at any moment, run it again.
+Train on Pendulum-v1 so that a kill costs little. Run this script, kill it at any moment, and run it again.
 
-The first run writes ``pendulum_run.zip`` every 1 000 steps; later ones go on from there, with the replay buffer, the random
-states and the counters, until all steps are done.
+The first run writes ``pendulum_run.zip`` every 1 000 steps. Later runs go on from this file until all steps are done. It holds
+the replay buffer, the random states and the counters.
 """
 
 import argparse
@@ -21,7 +21,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     path = Path("pendulum_run.zip")
-    # At the end of an episode the continued run is bit for bit the uninterrupted one
+    # Saved at the end of an episode, the continued run is bit for bit the uninterrupted one
     callback = ResumableCheckpointCallback(arguments.save_freq, path, at_episode_end=True)
     if path.exists():
         model = QVPO.resume(path, "Pendulum-v1")

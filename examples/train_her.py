@@ -1,8 +1,8 @@
 """
 Hindsight experience replay on FetchReach-v4: move a gripper to a point, with a reward of 0 there and -1 elsewhere.
 
-Needs ``pip install gymnasium-robotics "mujoco<3.12"`` (with newer ones FetchReach does not start). Observations are
-normalised, without which learning takes longer.
+It needs ``pip install gymnasium-robotics "mujoco<3.12"``: FetchReach does not start with newer versions of MuJoCo.
+Observations are normalised, because learning takes longer without.
 """
 
 import argparse

@@ -1,8 +1,8 @@
 """
-Learn from images: point at a bright spot. One image of 36 x 36 pixels, one action, the reward falls with the distance.
+Learn from images: point at a bright spot in an image of 36 x 36 pixels. The reward falls with the distance.
 
-``CnnPolicy`` encodes each image once for all its candidates. Always pointing at the centre is 0.79 away, the mean over all
-places of the spot.
+``CnnPolicy`` encodes each image once for all its candidates. A policy that always points at the centre is 0.79 away, on
+average over all places of the spot.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from sb3_qvpo import QVPO
 
 
 class PointAtSpotEnv(gym.Env):
-    """One step an episode: the image shows a spot, the action is where it is, in [-1, 1] from left to right and top down."""
+    """An episode has one step. The image shows a spot; the action is its place, in [-1, 1] from left to right and top down."""
 
     observation_space = spaces.Box(0, 255, (36, 36, 1), np.uint8)
     action_space = spaces.Box(-1, 1, (2,), np.float32)

@@ -1,8 +1,8 @@
 """
 Train on Hopper-v5 with the paper's settings, save, reload and evaluate.
 
-Needs ``pip install ".[mujoco,progress]"`` in a clone. The default, 1 000 updates, takes three to six minutes on two cores
-(``benchmarks/results/*update.csv``) and shows that everything works; to learn to hop takes many times as much.
+It needs ``pip install ".[mujoco,progress]"`` in a clone. The default, 1 000 updates, takes three to six minutes on two cores
+(``benchmarks/results/*update.csv``). It shows that everything works. Learning to hop takes many times as long.
 """
 
 import argparse
@@ -37,7 +37,7 @@ def main() -> None:
     model.learn(arguments.timesteps, progress_bar=True)
     model.save("qvpo_mujoco")
 
-    # The zip holds everything for prediction and for further training (with a replay buffer, see save_replay_buffer)
+    # The zip holds everything for prediction. Further training also needs the replay buffer, see save_replay_buffer
     model = QVPO.load("qvpo_mujoco")
     env = make_vec_env(arguments.env, seed=1_000)
     for n_behavior_candidates in (1, 32):

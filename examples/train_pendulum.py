@@ -1,7 +1,7 @@
 """
-Train a diffusion policy on Pendulum-v1 in a few minutes on two cores, and print what it has learnt.
+Train a diffusion policy on Pendulum-v1 in a few minutes on two cores, and print its return.
 
-Needs ``pip install ".[progress]"`` in a clone. Returns of ten such runs: -146 to -203, ``benchmarks/learning/precision.csv``.
+It needs ``pip install ".[progress]"`` in a clone. Ten such runs returned -146 to -203, ``benchmarks/learning/precision.csv``.
 """
 
 import argparse
@@ -18,7 +18,7 @@ def main() -> float:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
 
-    # Smaller than the paper's settings, which are meant for MuJoCo: one action dimension needs fewer candidates and steps
+    # The paper's settings are meant for MuJoCo. One action dimension needs fewer candidates and steps
     model = QVPO(
         "MlpPolicy",
         "Pendulum-v1",

@@ -1,7 +1,7 @@
 """
 Train on eight copies of Pendulum-v1 at once, each in a process of its own, with normalised observations.
 
-After each step of all copies as many updates are done as transitions were collected (``gradient_steps=-1``).
+Each step of all copies is followed by as many updates as it collected transitions (``gradient_steps=-1``).
 """
 
 import argparse
@@ -37,7 +37,7 @@ def main() -> None:
     )
     model.learn(arguments.timesteps)
 
-    # Evaluation sees the statistics of training, and neither changes them nor normalises rewards
+    # Evaluation uses the statistics of training, without changing them. It does not normalise rewards
     env.training = False
     mean, std = evaluate_policy(model, env, n_eval_episodes=20)
     print(f"Return over 20 episodes after {model.num_timesteps} steps: {mean:.0f} +- {std:.0f}")
