@@ -2,7 +2,7 @@
 Where ``learn()`` spends its time with the paper's settings: update, environment, action, and all the rest.
 
 ``python benchmarks/bench_learn.py [--threads 2] [--repeats 3] [--device cuda]``; needs ``pip install ".[mujoco]"``. On a GPU
-an action waits for the update before it, so that there is only the whole step.
+an action waits for the update before it, so only the whole step is timed.
 """
 
 import sys
@@ -38,7 +38,7 @@ def shares(algorithm: type, env_name: str, n_steps: int, device: str, **kwargs: 
     """Milliseconds of a step in each part, after a warm-up."""
     env = make_vec_env(env_name, seed=0)
     model = algorithm("MlpPolicy", env, learning_starts=300, buffer_size=10_000, seed=0, device=device, **kwargs)
-    on_gpu = device == "cuda"  # updates and actions are captured after some
+    on_gpu = device == "cuda"  # it captures updates and actions after some eager ones
     model.learn(400 if on_gpu else 302)
     times = dict.fromkeys(("update", "environment", "action"), 0.0)
     model.train = timed(model.train, times, "update")

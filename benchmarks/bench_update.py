@@ -1,5 +1,6 @@
 """
-How long an update takes: by setting against the eager reference, SB3's SAC and TD3, and part by part.
+How long an update takes. Every setting is compared with the eager reference, SB3's SAC and TD3. An update is also timed part
+by part.
 
 ``python benchmarks/bench_update.py [--threads 2] [--repeats 7] [--settings NAME …] [--device cuda]``. Parts are
 timed on the CPU only.
@@ -146,8 +147,8 @@ def by_part(changes: dict[str, Any], repeats: int, seconds: float) -> Rows:
 
 def candidates_peak_mb(changes: dict[str, Any], device: str = "cpu") -> float | None:
     """
-    Memory that drawing and valuing the candidates adds at its peak, in MB; None where the kernel does not say. To be called in
-    a new process: memory that was freed and kept before would not be counted.
+    Memory that drawing and scoring the candidates adds at its peak, in MB; None if the kernel does not say. To be called in
+    a new process, because memory that was freed and kept before would not be counted.
     """
     status, clear = Path("/proc/self/status"), Path("/proc/self/clear_refs")
     if device == "cpu" and not clear.exists():
@@ -184,7 +185,7 @@ def main() -> None:
         rows += by_setting(name, SETTINGS[name] | quick, arguments.repeats, arguments.seconds, arguments.device)
     if arguments.device == "cpu":
         rows += by_part(quick, arguments.repeats, arguments.seconds)
-    else:  # parts alone would tell how long it takes to launch them, which one graph does not
+    else:  # timed alone, parts would show the cost of launching them, which one graph avoids
         model, setting = built({"device": arguments.device} | quick)
         times = interleaved({PRODUCTS: products(model, setting["batch_size"])}, arguments.repeats, arguments.seconds)
         rows += [{"setting": "part", "what": PRODUCTS, **summary(times[PRODUCTS])}]

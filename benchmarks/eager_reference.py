@@ -1,10 +1,9 @@
 """
-QVPO in the structure of its authors' code, written from the paper in plain eager float32 torch: what the package is timed
-against.
+QVPO in the structure of its authors' code, from the paper, in plain eager float32 torch. The package is timed against it.
 
-Every candidate is a row of its own that carries its state and its time embedding through the whole network: states are
-repeated for each candidate, the time embedding's MLP runs on every row at every step, nothing is shared. The equations are
-those of the package; ``tests/project/test_benchmarks.py`` compares the losses of both on the same numbers.
+Every candidate is a row of its own that carries its state and its time embedding through the whole network. States are
+repeated for each candidate, the time embedding's MLP runs on every row at every step, and nothing is shared. The equations are
+those of the package. ``tests/project/test_benchmarks.py`` compares the losses of both on the same numbers.
 """
 
 import copy

@@ -31,7 +31,7 @@ ROOT = HERE.parent
 Rows = list[dict[str, Any]]
 CPUINFO = Path("/proc/cpuinfo")
 WARM_UP = 3 * max(EAGER_UPDATES, EAGER_DECISIONS)
-"""Calls before any are timed on a GPU, where updates and decisions are captured after some."""
+"""Untimed calls on a GPU, which captures updates and decisions after some eager ones."""
 
 
 class NoiseEnv(gym.Env):
@@ -105,8 +105,8 @@ def _reference_updates(connection: Any, threads: int, batch_size: int, arguments
 @contextmanager
 def reference_process(model: QVPO, hidden: list[int], batch_size: int) -> Iterator[Callable[[], None]]:
     """
-    An update of the eager reference, batch sampling included, in a process of its own: in that of the model it would profit
-    from what the package does for the whole process (``keep_freed_memory()``). It sleeps while it is not called.
+    An update of the eager reference, batch sampling included, in a process of its own, which sleeps between calls. In the
+    model's process it would profit from what the package does for the whole process (``keep_freed_memory()``).
     """
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
@@ -129,16 +129,16 @@ def reference_process(model: QVPO, hidden: list[int], batch_size: int) -> Iterat
 
 def products(model: QVPO, batch_size: int) -> Callable[[], None]:
     """
-    Nothing but the products of an update's square hidden layers, in the types and about the blocks in which the package
-    multiplies, again and again with the same numbers: what the processor needs at least. Two hidden layers or more.
+    Nothing but the products of an update's square hidden layers: what the processor needs at least. Types and, roughly, blocks
+    are those of the package. The numbers are the same in each product. There must be two hidden layers or more.
     """
     width, *others = model.policy.actor_kwargs["net_arch"]
     n_drawn = batch_size * (model.n_train_candidates + model.n_target_candidates)
-    # Critics and actor are trained as well: a product forwards is two backwards
+    # Critics and actor are trained as well, and each forward product has two backward ones
     n_valued = model.policy.critic.n_critics * (n_drawn + 3 * batch_size) + 3 * batch_size * (1 + model.n_uniform_actions)
     rows = {candidate_dtype(model.device): len(model.actor.diffusion.sampling_steps) * n_drawn}
     rows[th.float32] = rows.get(th.float32, 0) + n_valued
-    # A GPU has more to do at once with all rows in one product
+    # One product of all rows keeps a GPU busiest
     block = 2048 * th.get_num_threads() if model.device.type == "cpu" else n_drawn
     layers = []
     for dtype, n_rows in rows.items():
@@ -156,9 +156,9 @@ def products(model: QVPO, batch_size: int) -> Callable[[], None]:
 
 def interleaved(functions: dict[str, Callable[[], Any]], repeats: int, seconds: float = 1.0) -> dict[str, list[float]]:
     """
-    Milliseconds of a call of each function, one after the other in each repeat, so that all see the same state of the machine.
-    Each is called again and again for about as many seconds: in training one update follows the other, too. A GPU is waited
-    for at the end, not after each call.
+    Milliseconds of a call of each function. Functions take turns in each repeat, so that all see the same state of the
+    machine. Each is called again and again for about as many seconds, because in training one update follows the other, too. A
+    GPU is waited for at the end, not after each call.
     """
     times: dict[str, list[float]] = {name: [] for name in functions}
     calls = dict.fromkeys(functions, 1)
@@ -231,7 +231,7 @@ def commit() -> str:
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
 
-    # Results that are being collected change nothing
+    # Result files do not count as code
     changed = git("status", "--porcelain", "--", "sb3_qvpo", "hyperparams", "benchmarks", "examples", ":!*.csv")
     return git("rev-parse", "--short", "HEAD") + "+" * bool(changed)
 

@@ -1,5 +1,5 @@
 """
-The algorithms in RL Zoo (rl_zoo3): registration, default settings, the search space for Optuna. The only module that
+The algorithms in RL Zoo (rl_zoo3): registration, default settings, the search space for Optuna. Only this module
 knows rl_zoo3. Another algorithm is another row of :data:`ALGORITHMS`.
 
 After installation nothing needs to be called: ``sb3_qvpo_autoload`` calls :func:`register_loaded` when rl_zoo3 is imported.
@@ -53,9 +53,8 @@ class InZoo(DiffusionOffPolicyAlgorithm):
 
         :param path: Path of the file: a model or a checkpoint.
         :param args: Further positional arguments of the algorithm's ``load``.
-        :param kwargs: Keyword arguments of it. RL Zoo's scripts that play pass ``custom_objects``, training does not: that is
-            how they are told apart. Training passes all settings of the task. T, like the other sizes of the policy, stays the
-            model's.
+        :param kwargs: Its keyword arguments. RL Zoo passes ``custom_objects`` to play and not to train, which tells both
+            apart. To train it passes all settings of the task. The sizes of the policy, T among them, stay the model's.
         :return: The model.
         """
         if "custom_objects" in kwargs:
@@ -73,8 +72,8 @@ class InZoo(DiffusionOffPolicyAlgorithm):
 
     def load_replay_buffer(self, path: Any, truncate_last_traj: bool = True) -> None:
         """
-        Load a replay buffer, unless a run has just been resumed: RL Zoo loads any ``replay_buffer.pkl`` that lies beside the
-        file, and a checkpoint has its own.
+        Load a replay buffer, unless a run has just been resumed. RL Zoo loads any ``replay_buffer.pkl`` beside the file, but a
+        checkpoint has a buffer of its own.
 
         :param path: Path of the buffer's file, or an open file.
         :param truncate_last_traj: As in SB3.
@@ -186,7 +185,7 @@ def _patch_experiment_manager(experiment_manager: Any) -> None:
 
 
 # The search space of QVPO. Costly settings share one budget, and tuning decides how to spend it. An update makes
-# batch_size * n_diffusion_steps * n_train_candidates = 5 * 2**draws_pow network passes, half of it with the wider network.
+# batch_size * n_diffusion_steps * n_train_candidates = 5 * 2**draws_pow network passes, half as many with the wider network.
 
 DRAWS_POW = (12, 13)
 """Range of the exponent of the drawing budget 5 * 2**draws_pow: from 20 480 to 40 960 passes; the paper's is 327 680."""
@@ -228,7 +227,7 @@ def sample_qvpo_params(trial: "optuna.Trial", n_actions: int, n_envs: int, addit
         "noise_schedule": trial.suggest_categorical("noise_schedule", ["cosine", "vp", "linear"]),
         "net_arch": trial.suggest_categorical("net_arch", ["small", "medium"]),
         "n_uniform_actions": trial.suggest_int("n_uniform_actions", 4, 10),
-        # 1, 2, 4 or 8; K_t is at most K_b: the paper found a larger one to overestimate (Sec. 4.4)
+        # 1, 2, 4 or 8; K_t is at most K_b: the paper found that a larger K_t overestimates (Sec. 4.4)
         "n_behavior_candidates_pow": trial.suggest_int("n_behavior_candidates_pow", 0, 3),
         "target_candidates_shift": trial.suggest_int("target_candidates_shift", 0, 3),
         # How the drawing budget is spent: 128 or 256 states, 5, 10 or 20 steps, the rest on candidates

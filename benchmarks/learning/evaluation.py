@@ -18,7 +18,7 @@ SEED = 1_000_000
 
 
 def lines_of(file: Path) -> list[dict[str, Any]]:
-    """The evaluations in a file of :class:`FixedEvaluation`, without a line that is being written."""
+    """The evaluations in a file of :class:`FixedEvaluation`. A line that is not yet complete is left out."""
     if not file.exists():
         return []
     return [json.loads(line) for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
@@ -43,13 +43,13 @@ def best_of(policy: Any, n_candidates: int) -> Iterator[None]:
 
 class FixedEvaluation(BaseCallback):
     """
-    Beside RL Zoo's own evaluation: seed its environment, so that every evaluation of every run has the same start states;
-    evaluate single samples of QVPO's policy, with fresh noise, instead of the best of ``n_eval_candidates``; note how much
-    processor time training has taken so far without evaluations, which changes less with other processes than the time on the
+    Three additions to RL Zoo's own evaluation. Its environment is seeded, so that every evaluation of every run has the same
+    start states. Single samples of QVPO's policy, with fresh noise, are evaluated beside the best of ``n_eval_candidates``.
+    The processor time of training is noted, without evaluations, because other processes change it less than the time on the
     clock.
 
-    To be given before a callback that saves checkpoints: an evaluation is noted before the checkpoint after it is taken, and a
-    run that is resumed goes on in the same file.
+    This callback must come before one that saves checkpoints. Then an evaluation is noted before the checkpoint after it is
+    taken, and a resumed run goes on in the same file.
 
     :param file: One JSON object for each evaluation: ``step``, ``mean_return``, ``std_return``, ``episodes``, ``minutes`` on
         the clock, ``train_minutes``, and for QVPO ``single_return``.
@@ -64,7 +64,7 @@ class FixedEvaluation(BaseCallback):
     def _on_training_start(self) -> None:
         callbacks = self.locals["callback"].callbacks  # of the CallbackList given to learn()
         (self.evaluation,) = (callback for callback in callbacks if isinstance(callback, EvalCallback))
-        # Evaluations at multiples of their frequency, also where a resumed run starts between them
+        # So that evaluations come at multiples of their frequency, even if a resumed run starts between two
         self.n_calls = self.evaluation.n_calls = self.model.num_timesteps // self.training_env.num_envs
         before = keep_lines(self.file, self.model.num_timesteps)
         self.minutes_before = {name: before[-1][name] if before else 0.0 for name in ("minutes", "train_minutes")}

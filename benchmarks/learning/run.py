@@ -3,12 +3,17 @@ Learning curves through RL Zoo: every task with every algorithm and seed, two ru
 
 ``python benchmarks/learning/run.py --tasks HalfCheetah-v5 --algos qvpo_ddim5 sac --seeds 0 1 --steps 40000``
 
-The same command goes on after an interruption: runs that are in the CSV file to their end are skipped, a run of QVPO that was
-broken off is resumed from its checkpoint, taken at each evaluation and kept in ``--folder``, others start again. Each run has
-one thread. Columns of the CSV file: ``mean_return``, ``std_return`` over ``episodes`` episodes, the same ones each time, with
-deterministic actions (QVPO: the best of 32), ``single_return`` with one sample of QVPO's policy; ``minutes`` since the start,
-evaluations and all else on the machine included; ``train_minutes`` of processor time without evaluations. Needs
-``pip install ".[mujoco,zoo]"``.
+The same command goes on after an interruption. Runs that are in the CSV file to their end are skipped. A run of QVPO that was
+broken off is resumed from its checkpoint, taken at each evaluation and kept in ``--folder``. Others start again. Each run has
+one thread. Needs ``pip install ".[mujoco,zoo]"``.
+
+Columns of the CSV file:
+
+- ``mean_return``, ``std_return``: over ``episodes`` episodes, the same ones each time, with deterministic actions (QVPO: the
+  best of 32).
+- ``single_return``: with one sample of QVPO's policy.
+- ``minutes``: since the start, evaluations and all else on the machine included.
+- ``train_minutes``: processor time without evaluations.
 """
 
 import argparse
@@ -55,10 +60,10 @@ def noise(std: float, kind: str = "normal") -> dict[str, Any]:
 
 
 DELAYED: dict[str, Any] = {**FEWER, **steps(5), "policy_delay": 2}
-"""16 candidates in 5 steps, a policy update for every other update of the critics."""
+"""16 candidates in 5 steps, and a policy update after every other update of the critics."""
 
 EIGHT: dict[str, Any] = {"n_train_candidates": 8, "n_uniform_actions": 2, "ent_coef": 0.05, **steps(5)}
-"""Half the candidates again; a fifth of the uniform actions, each with five times the weight: the same mean."""
+"""Half as many candidates again. A fifth of the uniform actions, each with five times the weight: the same in total."""
 
 FAST: dict[str, Any] = {**EIGHT, "policy_delay": 2}
 """``hyperparams/qvpo_fast.yml``."""
@@ -76,7 +81,7 @@ ALGOS: dict[str, tuple[str, dict[str, Any]]] = {
     # RL Zoo's learning rate for TD3 on MuJoCo; SAC and QVPO have 3e-4
     "qvpo_ddpm5_nd8_delay2_lr1e-3": ("qvpo", {**FAST, "learning_rate": 1e-3}),
     "qvpo_ddpm5_nd8_delay2_qf_lr1e-3": ("qvpo", {**FAST, "qf_learning_rate": 1e-3}),
-    # A narrow policy's replay buffer has little that tells the critics about other actions
+    # A narrow policy's replay buffer tells the critics little about other actions
     **{f"qvpo_ddpm5_nd8_delay2_noise{std}": ("qvpo", {**FAST, **noise(std)}) for std in (0.2, 0.5)},
     "qvpo_ddpm5_nd8_noise0.2": ("qvpo", {**EIGHT, **noise(0.2)}),
     **{
@@ -194,11 +199,11 @@ class Run:
         """Train from the checkpoint, or from the start."""
         self.folder.mkdir(parents=True, exist_ok=True)
         done = steps_in(self.folder / CHECKPOINT)
-        # An evaluation is noted before the checkpoint after it: what the CSV file lacks of it is there
+        # Evaluations are noted before the checkpoint is taken. Add those up to it that the CSV file lacks
         self.collect(done)
         if self.is_finished():
             return
-        # What came after the checkpoint will come again
+        # Evaluations after the checkpoint will come again
         remove(self.csv, [row for row in self.rows() if int(row["step"]) > done])
         keep_lines(self.folder / EVALUATIONS, done)
         command = training_command(self.task, self.algo, self.seed, self.folder, self.steps - done, evaluation)
@@ -255,7 +260,7 @@ def setup() -> dict[str, Any]:
 
 
 def installed(package: str) -> str:
-    """The version of a package; nothing where it is not installed: not all studies need all."""
+    """The version of a package; empty if it is not installed, because not all studies need all."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -263,7 +268,7 @@ def installed(package: str) -> str:
 
 
 def read(file: Path) -> list[dict[str, str]]:
-    """Rows that are there already."""
+    """The rows of a CSV file, none if there is no file."""
     return list(csv.DictReader(file.open())) if file.exists() else []
 
 
@@ -285,7 +290,7 @@ def remove(file: Path, rows: list[dict[str, str]]) -> None:
 
 
 def write(file: Path, rows: list[dict[str, Any]], columns: list[str]) -> None:
-    """A file anew, in one step; nothing where a row lacks a column."""
+    """Write a file anew, in one step. A column that a row lacks is left empty."""
     beside = file.with_suffix(".new")
     with beside.open("w", newline="") as opened:
         writer = csv.DictWriter(opened, columns, lineterminator="\n")
@@ -352,7 +357,7 @@ def main() -> None:
                 if run.has_ended():
                     running.remove(run)
     finally:
-        # Nobody would collect what they do
+        # Nobody would collect their evaluations
         for run in running:
             if run.process is not None:
                 run.process.terminate()

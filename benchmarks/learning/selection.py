@@ -64,12 +64,12 @@ PROCESSORS = {
 }
 """What tables call the column ``cpu``."""
 SCREEN = 40_000
-"""Steps of the tables that show every seed."""
+"""Environment steps of the runs in tables that show every seed."""
 SCREENS = {"LunarLanderContinuous-v3": 60_000}
-"""The same of tasks for which it is another number."""
+"""The same for tasks with another number."""
 
 ABLATED, PREFIX = "qvpo_ddpm5_nd8_delay2", "fast_"
-"""The settings of which one thing each is varied as in the paper's Figures 4 and 5, and what the names of those begin with."""
+"""The settings that are varied in one thing each, as in the paper's Figures 4 and 5, and how the names of variants begin."""
 GOALS = ("right", "left", "top", "bottom")
 """Names of the goals of ``examples/multi_goal.py``, in its order."""
 
@@ -139,8 +139,8 @@ def label_of(algo: str) -> str:
 
 def usual_processor(rows: Sequence[Row]) -> str:
     """
-    The processor that most rows come from, of several with as many the first by name; times on another one cannot be compared
-    with theirs.
+    The processor that most rows come from, or the first by name of several with as many. Times on other processors cannot be
+    compared with its times.
     """
     counts = Counter(row["cpu"] for row in rows)
     return min(counts, key=lambda cpu: (-counts[cpu], cpu))

@@ -48,7 +48,7 @@ def returns_table(runs: Runs) -> str:
 
 
 def first_reached(curve: np.ndarray, axis: np.ndarray, threshold: float) -> float:
-    """Where a run's evaluations first reach a return; infinity if never: later than all others."""
+    """Where a run's evaluations first reach a return. Infinity if never, which is later than all others."""
     reached = np.flatnonzero(curve >= threshold)
     return float(axis[reached[0]]) if len(reached) else float("inf")
 
@@ -84,7 +84,7 @@ def each_seed(rows: Sequence[Row | None], name: str) -> str:
 
 def distinct(curves: dict[tuple[int, int], dict[int, str]]) -> list[tuple[int, int]]:
     """
-    Which runs of a setting to show: not those that came out the same as another one of their seed, as far as they go.
+    Which runs of a setting to show. A run is left out if all its returns are those of another run of its seed.
 
     :param curves: Returns by step, by length and seed of the run.
     :return: Lengths and seeds, short runs first.
@@ -98,8 +98,8 @@ def distinct(curves: dict[tuple[int, int], dict[int, str]]) -> list[tuple[int, i
 
 def screen_table(rows: Sequence[Row], task: str, last_step: int) -> str:
     """
-    The return of every run at every evaluation, of runs that were broken off and of the first part of longer runs, too: a seed
-    comes twice where it was run twice. The time for all steps is the mean over the runs on each processor.
+    The return of every run at every evaluation. Runs that were broken off count, and so does the first part of longer runs. A
+    seed that was run twice comes twice. The time for all steps is the mean over the runs on each processor.
     """
     wanted = [row for row in rows if row["task"] == task and int(row["step"]) <= last_step <= int(row["last_step"])]
     runs: dict[str, dict[tuple[int, int], dict[int, Row]]] = defaultdict(lambda: defaultdict(dict))

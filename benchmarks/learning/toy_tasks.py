@@ -3,8 +3,8 @@ The bandit of the paper's Figure 2 and four equally good goals: how many good ac
 policy that has become narrow follow when other actions become the best ones?
 
 ``python benchmarks/learning/toy_tasks.py bandit --seeds 0 1 2``, ``... multi_goal --seeds 0 1 2 3 4`` and ``... follow``. The
-first two tasks are those of ``examples/``. What is in the CSV file already is not run again. Each run has one thread; the
-column ``minutes`` is all of it by the clock. Needs matplotlib.
+first two tasks are those of ``examples/``. Runs that are in the CSV file are skipped. Each run has one thread. The column
+``minutes`` is the whole run by the clock. Needs matplotlib.
 ``... samples`` writes what the figure of the bandit and the animation of a chain show, ``bandit_samples.csv`` and
 ``bandit_chain.csv``.
 """
@@ -40,13 +40,13 @@ from sb3_qvpo.qvpo.weights import qadv
 HERE = Path(__file__).parent
 Row = dict[str, Any]
 SMALL = dict(learning_rate=1e-3, batch_size=64, policy_kwargs=dict(net_arch=[64, 64]))
-"""Of the bandit and the goals, for all algorithms."""
+"""Settings of the bandit and the goals, for all algorithms."""
 
 
 def drawn_by_weight(q_values: th.Tensor) -> th.Tensor:
     """
-    Instead of the best candidate one that is drawn in proportion to its advantage weight. It gets the mean of all weights, so
-    that the loss is on average that of Eq. 6 over all candidates: without line 7 of Algorithm 1.
+    One candidate, drawn in proportion to its advantage weight, instead of the best (line 7 of Algorithm 1). It gets the mean
+    of all weights, so that the loss is on average that of Eq. 6 over all candidates.
 
     :param q_values: Values of the candidates, shape (B, K).
     :return: Weights of shape (B, K), all but one of each row 0.
@@ -107,7 +107,7 @@ def multi_goal(setting: str, seed: int, timesteps: int = 6_000) -> list[Row]:
     """Which goals 200 episodes reach, and where first actions go, for the policy itself and the best of 4."""
     th.set_num_threads(1)
     algorithm, arguments = MULTI_GOAL[setting]
-    # An environment of its own: the model goes on in its own where it was
+    # Not the model's environment, in which training goes on where it stopped
     env = gym.wrappers.TimeLimit(MultiGoalEnv(), 30)
     model = algorithm(
         "MlpPolicy", gym.wrappers.TimeLimit(MultiGoalEnv(), 30), learning_starts=500, seed=seed, **{**SMALL, **arguments}
@@ -200,7 +200,7 @@ FOLLOW: dict[str, tuple[type[BaseAlgorithm], dict[str, Any]]] = {
 
 
 def root_mean_square(values: np.ndarray) -> float:
-    """Of all entries."""
+    """The root of the mean square of all entries."""
     return float(np.sqrt((values**2).mean()))
 
 
@@ -216,7 +216,7 @@ def best_of_critics(model: BaseAlgorithm, states: th.Tensor, actions: np.ndarray
     optimizer = th.optim.Adam([best], lr=0.02)
     for _ in range(150):
         optimizer.zero_grad()
-        (-model.critic.aggregate(th.stack(model.critic(states, best))).sum()).backward()
+        (-th.stack(model.critic(states, best)).min(dim=0).values.sum()).backward()
         optimizer.step()
         best.data.clamp_(-1, 1)
     return best.detach().numpy()
@@ -224,8 +224,8 @@ def best_of_critics(model: BaseAlgorithm, states: th.Tensor, actions: np.ndarray
 
 def follow(setting: str, seed: int, timesteps: int = 6_000) -> list[Row]:
     """
-    How far the policy is from the best actions, after two thirds of the steps, and after f and all rewards in the replay
-    buffer have been replaced: at once, after 1/24, 1/12, 1/6 and 1/3 of the steps.
+    How far the policy is from the best actions. First after two thirds of the steps. Then f and all rewards in the replay
+    buffer are replaced, and it is measured at once and after 1/24, 1/12, 1/6 and 1/3 of the steps.
     """
     th.set_num_threads(1)
     algorithm, arguments = FOLLOW[setting]
@@ -286,7 +286,7 @@ def write_samples(folder: Path, timesteps: int = 4_000) -> None:
                 for step, state in enumerate(chain(model, 100)):
                     points = state.round(3).tolist()
                     denoised += [{"step": step, "candidate": k, "x": x, "y": y} for k, (x, y) in enumerate(points)]
-    # In one step at the end: files that are there stay until then
+    # All at the end, so that earlier files stay until then
     folder.mkdir(parents=True, exist_ok=True)
     for name, rows in (("bandit_samples", drawn), ("bandit_chain", denoised)):
         write(folder / f"{name}.csv", rows, list(rows[0]))

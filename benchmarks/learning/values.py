@@ -1,9 +1,9 @@
 """
 Do the critics of a trained model value what it does too high or too low?
 
-``python benchmarks/learning/values.py run.zip Walker2d-v5`` plays episodes with the best of 1, 4 and 32 samples in each step
-and compares the critics' values of what is done (the minimum, mean over all states) with the discounted rewards that follow,
-to the end of the episode; where a time limit ends it, the last state counts with its value.
+``python benchmarks/learning/values.py run.zip Walker2d-v5`` plays episodes with the best of 1, 4 and 32 samples in each step.
+It compares the critics' values of the actions (the minimum, mean over all states) with the discounted rewards to the end of
+the episode. If a time limit ends it, the last state counts with its value.
 """
 
 import argparse
@@ -53,7 +53,7 @@ def played(model: QVPO, env: gym.Env[Any, Any], seed: int) -> tuple[float, np.nd
     with th.no_grad():
         batch, _ = model.policy.obs_to_tensor(np.array(observations))
         both = model.critic(batch, th.as_tensor(np.array(actions), device=model.device))
-        values = model.critic.aggregate(th.stack(both)).cpu().numpy()
+        values = th.stack(both).min(dim=0).values.flatten().cpu().numpy()
     return sum(rewards), values, discounted(rewards, None if terminated else float(values[-1]), model.gamma)
 
 

@@ -1,9 +1,9 @@
 """
 Makes ``python -m rl_zoo3.train --algo qvpo`` work after installation, with nothing else to do.
 
-RL Zoo has no plugin hook and reads its table of algorithms before it imports anything of the user's. So this module is
-imported at interpreter start (by the line in ``sb3_qvpo_autoload.pth``) and waits: once a module of rl_zoo3 that holds a table
-has been executed, it asks ``sb3_qvpo.zoo`` to add QVPO there. Until then it uses nothing but what the interpreter has loaded
+RL Zoo has no plugin hook and reads its table of algorithms before it imports anything of the user's. So the line in
+``sb3_qvpo_autoload.pth`` imports this module at interpreter start, and it waits. Once a module of rl_zoo3 that holds a table
+has been executed, it asks ``sb3_qvpo.zoo`` to add QVPO there. Until then it only uses modules that the interpreter has loaded
 anyway, and costs nothing that can be measured. Set the environment variable ``SB3_QVPO_ZOO=0`` to switch it off.
 """
 
@@ -19,7 +19,7 @@ TABLES = ("rl_zoo3", "rl_zoo3.hyperparams_opt", "rl_zoo3.exp_manager")
 
 
 class ZooFinder:
-    """Finds nothing itself: lets the other finders find RL Zoo's modules and adds a step after their execution."""
+    """Finds nothing itself. The other finders find RL Zoo's modules, and this one adds a step after their execution."""
 
     def __init__(self) -> None:
         self.searching = False

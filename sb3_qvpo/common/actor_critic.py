@@ -1,8 +1,8 @@
 """
 The networks of a diffusion policy for Stable-Baselines3: the actor, which draws candidates, and the critics, which score them.
 
-Shapes: B batch, K candidates for each state, A action dimensions, S state features, T diffusion steps, C critics, M numbers
-that a critic predicts for an action (1 for :class:`CandidateCritic`). Actions are scaled to [-1, 1].
+Shapes: B batch, K candidates for each state, A action dimensions, S state features, T diffusion steps, C critics. A critic
+predicts M numbers for an action: 1 in :class:`CandidateCritic`. Actions are scaled to [-1, 1].
 """
 
 from typing import Any
@@ -182,7 +182,7 @@ class CandidateCritic(ContinuousCritic):
     """
     SB3's critics, which can also score many candidates of a state: clipped double Q-learning, as in SAC and TD3.
 
-    Another critic is a subclass. It overrides what it does otherwise: :meth:`make_q_network`, :meth:`aggregate`,
+    Another critic is a subclass, which overrides what differs: :meth:`make_q_network`, :meth:`aggregate`,
     :meth:`bootstrap`, :meth:`loss`.
 
     :param observation_space: Observation space.
@@ -272,7 +272,7 @@ class CandidateCritic(ContinuousCritic):
 
     def score(self, features: th.Tensor, candidates: th.Tensor) -> th.Tensor:
         """
-        The value of each candidate. Choosing among candidates, weights and guides use it.
+        The value of each candidate, by which candidates are chosen, weighted and guided.
 
         :param features: State features of shape (B, S).
         :param candidates: Actions of shape (B, K, A) in [-1, 1].
@@ -283,11 +283,11 @@ class CandidateCritic(ContinuousCritic):
     def bootstrap(self, features: th.Tensor, candidates: th.Tensor, scores: th.Tensor) -> th.Tensor:
         """
         What the TD target takes from the next state (Algorithm 1, line 10): the value of its best candidate,
-        ``max_i min_c Q_c(s', a'_i)``. Candidates are chosen and valued by the same critics.
+        ``max_i min_c Q_c(s', a'_i)``. The same critics choose and value the candidates.
 
-        :param features: Features of the next states, shape (B, S). A subclass may need them, as the candidates.
-        :param candidates: Their candidates, shape (B, K, A).
-        :param scores: The scores of these, shape (B, K).
+        :param features: Features of the next states, shape (B, S), for subclasses only.
+        :param candidates: Candidates of the next states, shape (B, K, A), for subclasses only.
+        :param scores: Scores of these candidates, shape (B, K).
         :return: Values of shape (B, M).
         """
         return scores.max(dim=1, keepdim=True).values

@@ -13,19 +13,33 @@ SDE_POLICY_KWARGS = {"use_sde", "log_std_init", "use_expln", "clip_mean", "full_
 """What SB3's Gaussian policies take for gSDE."""
 
 
+class UnsupportedSpaceError(ValueError, AssertionError):
+    """An action space that cannot be served. It is an ``AssertionError`` too, because SB3's algorithms raise one there."""
+
+
 def check_action_space(action_space: spaces.Space[Any]) -> None:
     """
     Refuse action spaces that a diffusion over [-1, 1] cannot cover.
 
-    :param action_space: The environment's action space.
-    :raises ValueError: If it is not a ``Box`` with finite bounds, each low below its high.
+    :raises ValueError: If the space is not a ``Box`` with finite bounds, each low below its high.
     """
     if not isinstance(action_space, spaces.Box):
-        raise ValueError(f"action_space must be a Box (continuous actions), got {action_space}")
+        raise UnsupportedSpaceError(f"action_space must be a Box (continuous actions), got {action_space}")
+    if not np.issubdtype(action_space.dtype, np.floating):
+        raise UnsupportedSpaceError(
+            f"action_space must be a Box of floating-point numbers, such as Box(..., dtype=np.float32), got {action_space}"
+        )
     if not np.isfinite([action_space.low, action_space.high]).all():
         raise ValueError(
             f"action_space must be a Box with finite bounds, got {action_space}: give the "
             "environment bounds with gymnasium.wrappers.TransformAction(env, lambda action: action, Box(low, high))"
+        )
+    with np.errstate(over="ignore"):
+        width = action_space.high - action_space.low
+    if not np.isfinite(width).all():
+        raise UnsupportedSpaceError(
+            f"action_space must be a Box whose high - low is finite in {action_space.dtype}, got {action_space}: actions are "
+            "scaled by it"
         )
     if not (action_space.low < action_space.high).all():
         raise ValueError(f"action_space must be a Box with each low below its high, got {action_space}")
@@ -33,10 +47,9 @@ def check_action_space(action_space: spaces.Space[Any]) -> None:
 
 def check_no_sde(use_sde: bool, policy_kwargs: dict[str, Any]) -> None:
     """
-    Refuse gSDE (generalized state-dependent exploration), with the reason.
+    Refuse gSDE (generalized state-dependent exploration), with the reason. SAC takes arguments of gSDE in ``policy_kwargs``,
+    so these are checked too.
 
-    :param use_sde: SB3's switch for gSDE.
-    :param policy_kwargs: Arguments of the policy, in which SAC takes gSDE's own.
     :raises ValueError: If gSDE is asked for.
     """
     if not isinstance(policy_kwargs, dict):
@@ -55,13 +68,9 @@ def check_no_sde(use_sde: bool, policy_kwargs: dict[str, Any]) -> None:
 
 def check_count(name: str, value: Any, minimum: int = 1) -> int:
     """
-    A whole number of at least ``minimum``.
+    The value of the argument ``name`` as an ``int``.
 
-    :param name: Name of the argument, for the message.
-    :param value: Its value.
-    :param minimum: Smallest value allowed.
-    :return: The value as an ``int``.
-    :raises ValueError: If it is anything else.
+    :raises ValueError: If it is not a whole number of at least ``minimum``.
     """
     if not isinstance(value, Integral) or isinstance(value, bool) or value < minimum:
         raise ValueError(f"{name} must be a whole number of at least {minimum}, got {value!r}")
@@ -99,12 +108,9 @@ class PolicyCount:
 
 def check_class(name: str, value: Any, base: type) -> None:
     """
-    A class, or a function that takes its place. Neither its name nor an instance.
+    Check that the argument ``name`` is a class, or a function that takes its place. Its name or an instance will not do.
 
-    :param name: Name of the argument, for the message.
-    :param value: Its value.
-    :param base: What the class must be a subclass of.
-    :raises ValueError: If it is anything else.
+    :raises ValueError: If it is neither a function nor a subclass of ``base``.
     """
     fits = issubclass(value, base) if isinstance(value, type) else callable(value) and not isinstance(value, base)
     if not fits:
@@ -113,9 +119,8 @@ def check_class(name: str, value: Any, base: type) -> None:
 
 def check_net_arch(net_arch: Any) -> None:
     """
-    Sizes of hidden layers.
+    Check sizes of hidden layers: a list of sizes, or a dictionary with such lists for ``pi`` and ``qf``.
 
-    :param net_arch: A list of sizes, or a dictionary with such lists for ``pi`` and ``qf``.
     :raises ValueError: If it is anything else, or a size is not a whole number of at least 1.
     """
     lists: list[Any] = [net_arch.get("pi"), net_arch.get("qf")] if isinstance(net_arch, dict) else [net_arch]
@@ -127,15 +132,9 @@ def check_net_arch(net_arch: Any) -> None:
 
 def check_interval(name: str, value: Any, low: float, high: float, low_allowed: bool = True) -> float:
     """
-    A finite number in an interval.
+    The value of the argument ``name`` as a ``float``. ``high`` itself is allowed unless it is infinite.
 
-    :param name: Name of the argument, for the message.
-    :param value: Its value.
-    :param low: Lower bound.
-    :param high: Upper bound, allowed itself unless infinite.
-    :param low_allowed: Whether the lower bound itself is allowed.
-    :return: The value as a ``float``.
-    :raises ValueError: If it is anything else.
+    :raises ValueError: If it is not a finite number in the interval.
     """
     number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
     if not (math.isfinite(number) and low <= number <= high and (low_allowed or number > low)):
@@ -146,14 +145,13 @@ def check_interval(name: str, value: Any, low: float, high: float, low_allowed: 
 
 def parse_schedule(name: str, value: float | str | Schedule) -> FloatSchedule:
     """
-    Turn a number, a string or a function into a schedule.
+    The argument ``name`` as a schedule, from a number, a string or a function. A function gets the remaining progress, 1 at
+    the start of training and 0 at its end.
 
-    Strings follow rl_zoo3: ``lin_0.02`` falls linearly from 0.02 to 0 over the whole training; ``lin_0.02_0.002`` ends at
-    0.002; ``lin_0.02_0.002_0.9`` is there after a fraction 0.9 of training and stays. Numbers may be given as strings too.
+    Strings follow rl_zoo3. ``lin_0.02`` falls linearly from 0.02 to 0 over the whole training. ``lin_0.02_0.002`` ends at
+    0.002. ``lin_0.02_0.002_0.9`` reaches 0.002 after a fraction 0.9 of training and stays there. Numbers may be given as
+    strings too.
 
-    :param name: Name of the argument, for the messages.
-    :param value: The number, string or function of the remaining progress (1 at the start of training, 0 at its end).
-    :return: A schedule.
     :raises ValueError: If a string is malformed or a value negative or not finite.
     """
     if isinstance(value, str):

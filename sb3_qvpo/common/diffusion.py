@@ -47,7 +47,7 @@ class DiffusionProcess(nn.Module, ABC):
     """
     What an actor needs of a diffusion: four methods and two numbers. :class:`GaussianDiffusion` is the paper's.
 
-    A subclass with another prediction, sampler or noise levels is used by an actor whose ``make_diffusion()`` returns it.
+    A subclass may have another prediction, sampler or noise levels. An actor uses it if its ``make_diffusion()`` returns it.
     """
 
     n_steps: int
@@ -132,9 +132,11 @@ def sampling_steps(n_steps: int, n_sampling_steps: int | None) -> list[int]:
 
 def respaced_coefficients(alpha_bars: th.Tensor, steps: list[int], eta: float) -> dict[str, th.Tensor]:
     """
-    Coefficients of a reverse step from each sampling step t to the one before it, s (Song et al. 2021, Eqs. 12 and 16):
+    Coefficients of a reverse step from each sampling step t to the sampling step s before it.
+
+    Song et al. (2021), Eqs. 12 and 16, sorted by x_0 and x_t:
     ``x_s = sqrt(bar_s) x_0 + sqrt(1 - bar_s - sigma^2) (x_t - sqrt(bar_t) x_0) / sqrt(1 - bar_t) + sigma noise`` with
-    ``sigma^2 = eta^2 (1 - bar_s) / (1 - bar_t) (1 - bar_t / bar_s)``, sorted by x_0 and x_t.
+    ``sigma^2 = eta^2 (1 - bar_s) / (1 - bar_t) (1 - bar_t / bar_s)``.
 
     :param alpha_bars: bar alpha_t for all steps, shape (T,).
     :param steps: The sampling steps, ascending.
@@ -205,22 +207,33 @@ class GaussianDiffusion(DiffusionProcess):
         # A reverse step has one t for all samples: numbers cost less there than looking up tensors
         self._numbers: dict[str, list[float]] = {name: value.float().tolist() for name, value in coefficients.items()}
         for name in ("betas", "sqrt_alpha_bars", "sqrt_one_minus_alpha_bars"):  # looked up for many t at once
-            # The schedule fixes them, so they stay out of the saved weights. Only the betas are saved: they tell on loading
-            # whether the weights were trained on this schedule
-            self.register_buffer(name, coefficients[name].float(), persistent=name == "betas")
+            # The schedule fixes them, so they are no parameters and stay out of the state dict
+            self.register_buffer(name, coefficients[name].float(), persistent=False)
+
+    def check_schedule(self, betas: th.Tensor) -> None:
+        """
+        Refuse weights that were trained on another noise schedule. The network has learnt its steps and no others.
+
+        :param betas: The schedule of the weights, shape (T,).
+        :raises RuntimeError: If it is not this one.
+        """
+        if betas.shape != self.betas.shape:
+            raise RuntimeError(
+                f"n_diffusion_steps is {self.n_steps} in this model, other than in the saved policy; it is fixed when a "
+                f"policy is trained, because the noise predictor has learnt these {len(betas)} steps and no others."
+            )
+        if not self.betas.is_meta and not th.allclose(betas.to(self.betas), self.betas, rtol=1e-4):
+            raise RuntimeError("betas are those of another noise schedule: weights trained with it do not fit.")
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        saved, own, error_messages = state_dict.get(f"{prefix}betas"), self.betas, args[-1]
-        # The other coefficients would stay those of this model's schedule
-        if saved is not None and saved.shape != own.shape:
-            error_messages.append(
-                f"n_diffusion_steps is {self.n_steps} in this model, other than in the saved policy; it is fixed when a "
-                f"policy is trained, because the noise predictor has learnt these {len(saved)} steps and no others."
-            )
-        elif saved is not None and not own.is_meta and not th.allclose(saved.to(own), own, rtol=1e-4):
-            error_messages.append(f"{prefix}betas are those of another noise schedule: weights trained with it do not fit.")
-        else:
-            super()._load_from_state_dict(state_dict, prefix, *args)
+        # Version 0.1 kept the betas in the state dict
+        betas = state_dict.pop(f"{prefix}betas", None)
+        if betas is not None:
+            try:
+                self.check_schedule(betas)
+            except RuntimeError as error:
+                args[-1].append(str(error))
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def add_noise(self, x0: th.Tensor, t: th.Tensor, noise: th.Tensor) -> th.Tensor:
         """
@@ -248,7 +261,7 @@ class GaussianDiffusion(DiffusionProcess):
 
     def posterior(self, x0: th.Tensor, x_t: th.Tensor, t: int) -> tuple[th.Tensor, float]:
         """
-        Mean ``c1_t x_0 + c2_t x_t`` and deviation ``sqrt(tilde beta_t)`` of q(x_{t-1} | x_t, x_0). With fewer sampling steps
+        Mean ``c1_t x_0 + c2_t x_t`` and deviation ``sqrt(tilde beta_t)`` of q(x_{t-1} | x_t, x_0). With fewer sampling steps,
         those of q(x_s | x_t, x_0) for the sampling step s before t.
 
         :param x0: Estimated clean samples of shape (..., A).

@@ -2,8 +2,8 @@
 A policy as a file that runs without this package: the whole decision from raw observation to action.
 
 Normalisation, encoding, all steps of the chain, choice by the critics, scaling to the action space. Inputs are observations as
-in the policy's observation space (images with their channels first), with a batch axis of any size; the output is actions.
-The noise is an optional input; without it the decision is that of ``predict(deterministic=True)``.
+in the policy's observation space (images with their channels first), with a batch axis of any size. The output is actions.
+The noise is an optional input. Without it the decision is that of ``predict(deterministic=True)``.
 
 Shapes: B batch, K candidates for each state, A action dimensions, T diffusion steps.
 """
@@ -37,7 +37,7 @@ class ExportablePolicy(Protocol):
 
     observation_space: spaces.Space[Any]
     action_space: spaces.Space[Any]
-    normalized_observations: th.Tensor
+    normalized_observations: bool
 
     @property
     def n_eval_candidates(self) -> int:
@@ -52,10 +52,8 @@ class ExportablePolicy(Protocol):
 
 class Normalization(nn.Module):
     """
-    What ``VecNormalize.normalize_obs`` does to one observation or one part of it, in float64 as there.
-
-    :param vec_normalize: The wrapper.
-    :param key: Key of the part, None if observations are no dictionaries.
+    What ``VecNormalize.normalize_obs`` does to observations, or to the part under ``key`` of dictionaries. In float64, as
+    there.
     """
 
     mean: th.Tensor
@@ -69,22 +67,12 @@ class Normalization(nn.Module):
         self.register_buffer("std", th.as_tensor(np.sqrt(statistics.var + vec_normalize.epsilon), dtype=th.float64))
 
     def forward(self, observation: th.Tensor) -> th.Tensor:
-        """
-        Normalise.
-
-        :param observation: Observations of shape (B, ...).
-        :return: Normalised observations in float32.
-        """
+        """Normalise observations of shape (B, ...). The result is in float32."""
         return ((observation.double() - self.mean) / self.std).clamp(-self.clip, self.clip).float()
 
 
 class Decision(nn.Module):
-    """
-    The deterministic decision of a policy as one module, on the CPU.
-
-    :param policy: The policy; it is copied.
-    :param vec_normalize: Normalisation of the observations that the policy was trained on, None for none.
-    """
+    """The deterministic decision of a policy as one module, on the CPU. The policy is copied."""
 
     noise_bank: th.Tensor
     low: th.Tensor
@@ -106,18 +94,16 @@ class Decision(nn.Module):
 
     def forward(self, observation: PyTorchObs, noise: th.Tensor | None = None) -> th.Tensor:
         """
-        Decide.
+        Actions of shape (B, ...) in the action space, for B observations that are not normalised.
 
-        :param observation: B observations, not normalised.
-        :param noise: Standard normal noise of shape (T, B, K, A), or (T, 1, K, A) for the same in each row; any K. The noise
-            bank of deterministic predictions if None.
-        :return: Actions of shape (B, ...) in the action space.
+        Standard normal noise has shape (T, B, K, A), or (T, 1, K, A) for the same noise in each row, with any K. It is the
+        noise bank of deterministic predictions if None.
         """
         observation = self._normalize(observation)
-        # Not len(), which would make it a constant
+        # len() would freeze the batch size of an exported policy
         batch_size = (next(iter(observation.values())) if isinstance(observation, dict) else observation).shape[0]
         noise = self.noise_bank if noise is None else noise
-        # Row i, or row 0 if it is the only one; any other number of rows fails. Written so that it can be exported for any B
+        # Row i, or row 0 if it is the only one. Any other number of rows fails. In this form it can be exported for any B
         rows = th.arange(batch_size).clamp(max=(noise.shape[1] - 1) * 2**32)
         _, candidates, scores = self.policy.score_candidates(observation, noise.index_select(1, rows))
         scaled_actions = best_candidate(candidates, scores)
@@ -136,13 +122,7 @@ class Decision(nn.Module):
 
 
 def _example_observation(space: spaces.Space[Any], batch_size: int = 2) -> PyTorchObs:
-    """
-    Observations to trace a policy with, in the space's own types.
-
-    :param space: The observation space.
-    :param batch_size: Number of observations B.
-    :return: Observations of shape (B, ...).
-    """
+    """Observations to trace a policy with, in the space's own types, shape (B, ...)."""
     if isinstance(space, spaces.Dict):
         return {key: cast(th.Tensor, _example_observation(part, batch_size)) for key, part in space.spaces.items()}
     return th.as_tensor(np.stack([np.asarray(space.sample()) for _ in range(batch_size)]))
@@ -156,15 +136,14 @@ def export_policy(
 
     ``"onnx"`` is run by any ONNX runtime and holds no pickles: the way to share a policy with people who need not trust you.
     Inputs are ``observation`` (or the keys of a ``Dict`` space) and optionally ``noise``, the output is ``action``.
-    ``"torch"`` is a ``.pt2`` archive for ``torch.export.load()``; its program takes the observation. The archive holds a
-    second one, ``with_noise``, that takes observation and noise.
+    ``"torch"`` is a ``.pt2`` archive for ``torch.export.load()``. Its program takes the observation. A second one,
+    ``with_noise``, takes observation and noise.
 
-    :param policy: The policy.
-    :param path: Path of the file; ``.onnx`` or ``.pt2`` is added if it has no suffix.
-    :param format: ``"onnx"`` or ``"torch"``; by the suffix if None.
-    :param vec_normalize: Normalisation of the observations, None if there was none in training, False to leave it out.
-    :raises ValueError: If ``format`` is another or does not go with the suffix, or ``vec_normalize`` belongs to other
-        observations, or it is None and the policy was trained with one.
+    The suffix of the path decides if ``format`` is None. A missing suffix is added. ``vec_normalize`` is None if there was
+    none in training, False to leave it out.
+
+    :raises ValueError: If ``format`` is unknown or does not go with the suffix. Also if ``vec_normalize`` belongs to other
+        observations, or is None although the policy was trained with one.
     :raises ImportError: If the packages of the ``export`` extra are missing.
     :raises OSError: If writing fails. A previous file is intact then.
     """
@@ -204,13 +183,7 @@ def _shapes(space: spaces.Space[Any]) -> Any:
 
 
 def _export_program(decision: Decision, with_noise: bool) -> th.export.ExportedProgram:
-    """
-    The decision as a program for any batch size.
-
-    :param decision: The decision.
-    :param with_noise: Whether the program takes the noise too, with any number of candidates.
-    :return: The program.
-    """
+    """The decision as a program for any batch size. With ``with_noise`` it takes noise too, of any number of candidates."""
     observation = _example_observation(decision.policy.observation_space)
     any_size = th.export.Dim.DYNAMIC
     if isinstance(observation, dict):
@@ -227,24 +200,19 @@ def _export_program(decision: Decision, with_noise: bool) -> th.export.ExportedP
     try:
         with th.no_grad():
             program = th.export.export(decision, arguments, dynamic_shapes=dynamic_shapes, strict=False)
-    except Exception as error:  # whatever torch raises goes on, with a hint
+    except Exception as error:  # raised again below, with a hint
         if hasattr(error, "add_note"):  # Python 3.11
             error.add_note("A features extractor of your own must take the batch size from x.shape[0], not from len(x).")
         raise
     for node in program.graph.nodes:
-        # Paths on the machine of whoever exports
+        # It holds paths of the machine that exports
         node.meta.pop("stack_trace", None)
     return program
 
 
 def _to_torch(decision: Decision) -> bytes:
-    """
-    The decision as a ``.pt2`` archive.
-
-    :param decision: The decision.
-    :return: Content of the file.
-    """
-    # torch.export.save() writes one program and gives it the name "model"; two can only be packed here
+    """The decision as the content of a ``.pt2`` archive."""
+    # torch.export.save() writes one program only, under the name "model". This function of torch packs two
     from torch.export.pt2_archive._package import package_pt2
 
     programs = {"model": _export_program(decision, with_noise=False), "with_noise": _export_program(decision, with_noise=True)}
@@ -255,10 +223,8 @@ def _to_torch(decision: Decision) -> bytes:
 
 def _to_onnx(decision: Decision) -> bytes:
     """
-    The decision as an ONNX model, whose input ``noise`` has the noise bank as its default.
+    The decision as the content of an ONNX file, whose input ``noise`` has the noise bank as its default.
 
-    :param decision: The decision.
-    :return: Content of the file.
     :raises ImportError: If the packages of the ``export`` extra are missing.
     :raises ValueError: If observations have the key of another input or output.
     """
@@ -283,7 +249,7 @@ def _to_onnx(decision: Decision) -> bytes:
     # An input with an initializer of its name is optional
     model.graph.initializer.append(onnx.numpy_helper.from_array(decision.noise_bank.numpy(), "noise"))
     for node in (*model.graph.node, *(node for function in model.functions for node in function.node)):
-        # Paths on the machine of whoever exports
+        # Both hold paths of the machine that exports
         del node.metadata_props[:]
         node.doc_string = ""
     _name_axes(model.graph)
@@ -299,7 +265,7 @@ def _to_onnx(decision: Decision) -> bytes:
 
 
 def _name_axes(graph: Any) -> None:
-    """Say what the free axes are, instead of ``s77``."""
+    """Name the free axes by what they are, instead of ``s77``."""
     *observations, noise = graph.input
     names = {value.type.tensor_type.shape.dim[0].dim_param: "batch" for value in observations}
     noise_axes = noise.type.tensor_type.shape.dim
@@ -313,7 +279,7 @@ def _name_axes(graph: Any) -> None:
 
 @contextmanager
 def _quiet(*names: str) -> Iterator[None]:
-    """Switch off warnings and the messages of some libraries, which explain what they do to developers of theirs."""
+    """Switch off warnings, and the messages of some libraries, which are meant for the developers of these."""
     loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

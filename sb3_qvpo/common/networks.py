@@ -1,8 +1,8 @@
 """
 The noise-prediction network, the initialisation of the authors' code, and the mode in which networks are evaluated.
 
-Shapes: B batch, K candidates for each state, A action dimensions, S state features, E time-embedding size, T steps,
-H width of the first hidden layer.
+Shapes: B batch, K candidates for each state, A action dimensions, S state features, T steps. E is the size of the time
+embedding, H the width of the first hidden layer.
 """
 
 import math
@@ -32,6 +32,15 @@ def evaluation_mode(*modules: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.train(True)
+
+
+def is_traced() -> bool:
+    """
+    Whether operations are being recorded by ``torch.jit.trace`` or an exporter that uses it.
+
+    :return: True while they are. Numbers that Python computes are constants of the trace then.
+    """
+    return bool(th.jit.is_tracing())  # type: ignore[attr-defined,no-untyped-call]  # torch neither exports nor types it
 
 
 def init_linear_layers(module: nn.Module) -> None:
@@ -85,7 +94,7 @@ class NoisePredictor(nn.Module):
 
     The time embedding is sinusoidal features -> Linear -> activation -> Linear. The first layer is linear in its three
     inputs, so it splits into an action part, a time part and a state part. The state part is the same for all candidates of
-    a state and for all steps, the time part the same for all rows: :meth:`condition` computes both once, and a step only
+    a state and for all steps. The time part is the same for all rows. So :meth:`condition` computes both once, and a step only
     computes the action part. This is exact, not an approximation.
 
     :param action_dim: Number of action dimensions A.
@@ -158,6 +167,6 @@ class NoisePredictor(nn.Module):
         :return: Pre-activations of shape (B, K, H).
         """
         action_weight = self.first_layer.weight[:, : self.split_sizes[0]]
-        # For a tensor the same as time_parts[t], whose gradient takes five times as long
+        # For a tensor t the same as time_parts[t], but the gradient of that takes five times as long
         time_part = F.embedding(t, cond.time_parts) if isinstance(t, th.Tensor) else cond.time_parts[t]
         return F.linear(x_t, action_weight) + (time_part + cond.state_part)

@@ -1,7 +1,7 @@
 """
 Noise schedules: how much noise each diffusion step adds.
 
-A schedule is a pure function of the number of steps T that returns the variances ``betas`` of Eq. 1 of the QVPO paper,
+A schedule is a pure function of the number of steps T. It returns the variances ``betas`` of Eq. 1 of the QVPO paper,
 ``q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I)``, as a float64 tensor of shape (T,) with values in (0, 1).
 
 ==============  ===========================  ======
@@ -45,8 +45,10 @@ def vp_betas(n_steps: int, beta_min: float = 0.1, beta_max: float = 10.0) -> th.
     Variance-preserving schedule: ``1 - beta_t = exp(-beta_min / T - (beta_max - beta_min) (2t - 1) / (2 T^2))``, t = 1 ... T.
 
     It is the exact discretisation of the variance-preserving diffusion whose rate grows linearly from ``beta_min`` to
-    ``beta_max``: Song et al. (2021), *Score-Based Generative Modeling through Stochastic Differential Equations*, Appendix C,
-    with the constants of Xiao et al. (2022), *Tackling the Generative Learning Trilemma with Denoising Diffusion GANs*.
+    ``beta_max``.
+
+    Source: Song et al. (2021), *Score-Based Generative Modeling through Stochastic Differential Equations*, Appendix C. The
+    constants are those of Xiao et al. (2022), *Tackling the Generative Learning Trilemma with Denoising Diffusion GANs*.
 
     :param n_steps: Number of diffusion steps T, at least 1.
     :param beta_min: Rate at the first step.
@@ -62,10 +64,11 @@ def linear_betas(n_steps: int, beta_start: float = 1e-4, beta_end: float = 2e-2)
     Linear schedule of 1000 steps from ``beta_start`` to ``beta_end``, re-spaced to T: ``beta_i = 1 - alpha_bar(S_i) /
     alpha_bar(S_{i-1})`` at T evenly spaced steps S_i of the 1000.
 
-    Source: Ho et al. (2020), *Denoising Diffusion Probabilistic Models*, Sec. 4, whose constants are meant for 1000 steps;
-    re-spacing as in Nichol and Dhariwal (2021), Sec. 4. With only 20 steps the constants themselves would leave 90 % of the
-    action's amplitude in x_T, while the reverse chain starts from pure noise. (``lambda n: th.linspace(1e-4, 2e-2, n)`` as
-    noise schedule gives them all the same.) Above 1000 steps the variances are scaled by 1000 / T instead.
+    Source: Ho et al. (2020), *Denoising Diffusion Probabilistic Models*, Sec. 4, whose constants are meant for 1000 steps.
+    Re-spacing is that of Nichol and Dhariwal (2021), Sec. 4. Above 1000 steps the variances are scaled by 1000 / T instead.
+
+    With only 20 steps the constants themselves would leave 90 % of the action's amplitude in x_T, while the reverse chain
+    starts from pure noise. ``lambda n: th.linspace(1e-4, 2e-2, n)`` as noise schedule gives them all the same.
 
     :param n_steps: Number of diffusion steps T, at least 1.
     :param beta_start: First variance at 1000 steps.
@@ -94,9 +97,9 @@ class FixedSchedule:
         """
         The values.
 
-        :param n_steps: Number of diffusion steps T, which must be theirs.
+        :param n_steps: Number of diffusion steps T, which must be the number of values.
         :return: Variances of shape (T,).
-        :raises ValueError: If T is another.
+        :raises ValueError: If T is another number.
         """
         if n_steps != len(self.betas):
             raise ValueError(f"n_diffusion_steps must be {len(self.betas)}, the length of the saved schedule, got {n_steps}")

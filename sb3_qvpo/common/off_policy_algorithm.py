@@ -1,6 +1,8 @@
 """
-What every algorithm that trains a :class:`DiffusionPolicy` off-policy shares: checked arguments, candidate counts that can be
-changed, learning rates, updates as graphs on a GPU, metrics that do not stall an accelerator.
+The base of every algorithm that trains a :class:`DiffusionPolicy` off-policy.
+
+It checks arguments, lets candidate counts change, sets learning rates, and runs updates as graphs on a GPU. Its metrics do not
+stall an accelerator.
 
 A subclass sets its own arguments, calls ``_setup_model()``, and writes ``train()``: losses, steps through ``_optimize()``, and
 metrics. ``docs/development.md`` has an example.
@@ -18,40 +20,49 @@ import numpy as np
 import torch as th
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.logger import KVWriter
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
-from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, ReplayBufferSamples, Schedule, TensorDict
+from stable_baselines3.common.save_util import load_from_zip_file
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, ReplayBufferSamples, Schedule, TensorDict, TrainFreq
 from stable_baselines3.common.utils import FloatSchedule
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
 from sb3_qvpo.common import arguments
 from sb3_qvpo.common.actor_critic import CandidateCritic, DiffusionActor
 from sb3_qvpo.common.arguments import PolicyCount
+from sb3_qvpo.common.diffusion import GaussianDiffusion
 from sb3_qvpo.common.policies import DiffusionPolicy
 from sb3_qvpo.common.runs.guarded_algorithm import GuardedOffPolicyAlgorithm
 from sb3_qvpo.common.speed.cpu import warn_of_busy_cores
 from sb3_qvpo.common.speed.optimizers import forget_graphs, plain_state, set_learning_rate, use_fused
-from sb3_qvpo.common.speed.updates import UpdateRunner, sample_batch
+from sb3_qvpo.common.speed.updates import RUN_STATE, UpdateRunner, sample_batch
 
 Metrics = dict[str, th.Tensor]
 """Named scalars of a loss, still on the device."""
 
-# fmt: off
-RUN_STATE = frozenset({
-    # The position of a run
-    "num_timesteps", "_num_timesteps_at_start", "_total_timesteps", "_current_progress_remaining", "_n_updates", "_n_calls",
-    "_episode_num", "_first_timestep", "_warm_up_end", "start_time", "learning_starts", "train_freq",
-    # What it collects, and reports
-    "env", "_last_obs", "_last_original_obs", "_last_episode_starts", "_vec_normalize_env", "replay_buffer", "action_noise",
-    "ep_info_buffer", "ep_success_buffer", "_logger", "_custom_logger", "_metric_sums", "_statistics",
-    "_resumed_random_states", "_finite_guard", "_update_runner", "_warned_of_few_updates",
-    # Networks, whose tensors and settings are watched by themselves
-    "policy", "actor", "actor_target", "critic", "critic_target",
-    # What updates get as numbers
-    "lr_schedule", "_qf_lr_schedule",
-})
-# fmt: on
-"""Attributes that no update reads, see ``DiffusionOffPolicyAlgorithm._not_read_by_updates``."""
+FIXED = "policy.fixed"
+"""Where a file keeps what the constructor fixes and weights depend on."""
+
+
+class MeansAtDumps(KVWriter):
+    """
+    Adds the means of the training metrics whenever the log is written, and starts new ones. SB3 is not alone in writing it: a
+    callback that evaluates does so in the middle of an episode.
+    """
+
+    def __init__(self, algorithm: "DiffusionOffPolicyAlgorithm"):
+        self.algorithm = algorithm
+
+    def write(self, key_values: dict[str, Any], key_excluded: dict[str, tuple[str, ...]], step: int = 0) -> None:
+        """Comes before the formats that write, which get the same dictionaries."""
+        means = self.algorithm._metric_means()
+        key_values.update(means)
+        key_excluded.update(dict.fromkeys(means, ()))
+        self.algorithm._metric_sums.clear()
+
+    def close(self) -> None:
+        """Nothing is open."""
 
 
 class DiffusionOffPolicyAlgorithm(GuardedOffPolicyAlgorithm):
@@ -87,7 +98,7 @@ class DiffusionOffPolicyAlgorithm(GuardedOffPolicyAlgorithm):
     _count_arguments: ClassVar[tuple[str, ...]] = ("batch_size", "buffer_size", "n_steps", "policy_delay", *_policy_arguments)
     """Arguments that are whole numbers of at least 1."""
     _not_read_by_updates: ClassVar[frozenset[str]] = RUN_STATE
-    """Attributes that change while graphs of updates stay valid. One that is missing here only costs a new capture."""
+    """Attributes that change while graphs of updates stay valid. A name that is missing here only costs a new capture."""
 
     def __init__(
         self,
@@ -105,7 +116,7 @@ class DiffusionOffPolicyAlgorithm(GuardedOffPolicyAlgorithm):
     ):
         # Strings are parsed in _setup_lr_schedule()
         super().__init__(policy, env, cast(Any, learning_rate), sde_support=False, support_multi_env=True, **kwargs)
-        self.replay_buffer_kwargs = dict(self.replay_buffer_kwargs)  # SB3 adds to it: not to the user's own
+        self.replay_buffer_kwargs = dict(self.replay_buffer_kwargs)  # a copy, because SB3 adds to it
         self.qf_learning_rate = qf_learning_rate
         self.n_diffusion_steps = n_diffusion_steps
         self.n_behavior_candidates = n_behavior_candidates
@@ -128,9 +139,6 @@ class DiffusionOffPolicyAlgorithm(GuardedOffPolicyAlgorithm):
 
     def _setup_model(self) -> None:
         self._resolve_arguments()
-        # Checked here, not in _resolve_arguments(), which every learn() repeats: setting tau = 0 later is a supported way to
-        # freeze the targets
-        arguments.check_interval("tau", self.tau, 0, 1, low_allowed=False)
         self._warned_of_few_updates = False
         self._metric_sums: dict[str, tuple[th.Tensor, int]] = {}
         self._update_runner = UpdateRunner()
@@ -148,7 +156,7 @@ class DiffusionOffPolicyAlgorithm(GuardedOffPolicyAlgorithm):
         finally:
             self.policy_kwargs = policy_kwargs
         if n_step_kwargs is not None:
-            # SB3 has put its n-step buffer here: saved like that, a loaded model would ignore its own n_steps and gamma
+            # SB3 has put its n-step buffer here. If that were saved, a loaded model would ignore its own n_steps and gamma
             self.replay_buffer_class, self.replay_buffer_kwargs = None, n_step_kwargs
         self.actor = self.policy.actor
         self.actor_target = self.policy.actor_target
@@ -164,8 +172,9 @@ class DiffusionOffPolicyAlgorithm(GuardedOffPolicyAlgorithm):
             )
         arguments.check_no_sde(self.use_sde, self.policy_kwargs)
         for name in self._count_arguments:
-            arguments.check_count(name, getattr(self, name))
+            setattr(self, name, arguments.check_count(name, getattr(self, name)))
         arguments.check_interval("gamma", self.gamma, 0, 1)
+        arguments.check_interval("tau", self.tau, 0, 1)  # 0 freezes the targets
         if self.max_grad_norm is not None:
             arguments.check_interval("max_grad_norm", self.max_grad_norm, 0, math.inf, low_allowed=False)
         if self.action_noise is not None and not isinstance(self.action_noise, ActionNoise):
@@ -176,20 +185,25 @@ class DiffusionOffPolicyAlgorithm(GuardedOffPolicyAlgorithm):
             arguments.check_class("replay_buffer_class", self.replay_buffer_class, ReplayBuffer)
         # SB3 takes these as they are, and would fail on them in learn()
         arguments.check_interval("learning_starts", self.learning_starts, 0, math.inf)
-        frequency = self.train_freq[0] if isinstance(self.train_freq, tuple | list) and self.train_freq else self.train_freq
+        frequency, *unit = (
+            self.train_freq if isinstance(self.train_freq, tuple | list) and self.train_freq else [self.train_freq]
+        )
         if isinstance(frequency, Integral):  # SB3 checks its other forms
-            arguments.check_count("train_freq", frequency)
-        arguments.check_count("gradient_steps", self.gradient_steps, -1)
-        arguments.check_count("stats_window_size", self._stats_window_size)
+            frequency = arguments.check_count("train_freq", frequency)
+        if not isinstance(self.train_freq, TrainFreq):
+            self.train_freq = cast(Any, (frequency, *unit) if unit else frequency)
+        self.gradient_steps = arguments.check_count("gradient_steps", self.gradient_steps, -1)
+        self._stats_window_size = arguments.check_count("stats_window_size", self._stats_window_size)
 
     def _setup_lr_schedule(self) -> None:
         self.lr_schedule: FloatSchedule = arguments.parse_schedule("learning_rate", self.learning_rate)
         self._qf_lr_schedule: FloatSchedule | None = None
         if self.qf_learning_rate is not None:
             self._qf_lr_schedule = arguments.parse_schedule("qf_learning_rate", self.qf_learning_rate)
+        self._rates_of_schedules = (self.learning_rate, self.qf_learning_rate)
 
     def _prepare_saving(self) -> None:
-        # The policy's counts may have been changed there
+        # SB3 saves the instance's dictionary. Copy the counts back, which may have been changed on the policy
         for name in ("n_behavior_candidates", "n_eval_candidates"):
             self.__dict__[name] = getattr(self, name)
 
@@ -207,7 +221,7 @@ class DiffusionOffPolicyAlgorithm(GuardedOffPolicyAlgorithm):
         :param format: ``"onnx"``, or ``"torch"`` for ``torch.export.load()``; by the suffix of ``path`` if None.
         :param vec_normalize: The normalisation that the model was trained with, if it is not its environment's (a loaded model
             has no environment). False to leave it to whoever runs the file.
-        :raises ValueError: If ``format`` is another, ``vec_normalize`` belongs to other observations, or it is missing.
+        :raises ValueError: If ``format`` is unknown, or ``vec_normalize`` is missing or belongs to other observations.
         """
         self.policy.export(path, format, self.get_vec_normalize_env() if vec_normalize is None else vec_normalize)
 
@@ -223,33 +237,52 @@ class DiffusionOffPolicyAlgorithm(GuardedOffPolicyAlgorithm):
         :raises RuntimeError: If the weights do not fit this model, with another number of diffusion steps or another noise
             schedule for instance.
         """
+        if isinstance(load_path_or_dict, dict):
+            parameters: dict[str, Any] = dict(load_path_or_dict)
+        else:
+            _, parameters, _ = load_from_zip_file(load_path_or_dict, device=device, load_data=False)
+        fixed = parameters.pop(FIXED, {})
         before = copy.deepcopy(self.get_parameters())
         for optimizer in self._optimizers().values():
             forget_graphs(optimizer)
-        self._update_runner.forget()  # its graphs hold on to the state that the optimisers had
+        self._update_runner.forget()  # its graphs write to the optimisers' old state
         try:
-            super().set_parameters(load_path_or_dict, exact_match, device)
-        except Exception:  # whatever is wrong, the model must be as it was
-            super().set_parameters(cast(Any, before), exact_match=True, device=self.device)
+            if "betas" in fixed and isinstance(self.actor.diffusion, GaussianDiffusion):
+                self.actor.diffusion.check_schedule(fixed["betas"])
+            super().set_parameters(parameters, exact_match, device)
+        except Exception as error:  # whatever is wrong, the model must be as it was
+            try:
+                del before[FIXED]
+                super().set_parameters(cast(Any, before), exact_match=True, device=self.device)
+            except Exception as failure:  # nor may this take the place of the error
+                warnings.warn(f"the parameters before {error!r} could not be put back: {failure!r}", stacklevel=2)
             raise
+        else:
+            if "normalized_observations" in fixed:
+                self.policy.normalized_observations = bool(fixed["normalized_observations"])
         finally:
             for optimizer in self._optimizers().values():
                 use_fused(optimizer)
 
     def get_parameters(self) -> dict[str, dict[str, Any]]:
         """
-        Weights and optimiser states, as they are saved.
+        Weights and optimiser states, as they are saved. Beside them stands what is fixed, ``"policy.fixed"``: weights that
+        were trained on another noise schedule are refused by it.
 
         :return: State dictionaries by name.
         """
         parameters = cast(dict[str, dict[str, Any]], super().get_parameters())
         for name, optimizer in self._optimizers().items():
             parameters[name] = plain_state(optimizer, parameters[name])
+        diffusion, normalized = self.actor.diffusion, self.policy.normalized_observations
+        parameters[FIXED] = {"normalized_observations": th.tensor(float(normalized), device="cpu")}
+        if isinstance(diffusion, GaussianDiffusion):
+            parameters[FIXED]["betas"] = diffusion.betas.detach().clone()
         return parameters
 
     def _excluded_save_params(self) -> list[str]:
         networks = ["actor", "actor_target", "critic", "critic_target"]
-        not_saved = ["_qf_lr_schedule", "_metric_sums", "_warned_of_few_updates", "_update_runner"]
+        not_saved = ["_qf_lr_schedule", "_rates_of_schedules", "_metric_sums", "_warned_of_few_updates", "_update_runner"]
         return [*super()._excluded_save_params(), *networks, *not_saved]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
@@ -265,12 +298,21 @@ class DiffusionOffPolicyAlgorithm(GuardedOffPolicyAlgorithm):
         """What comes before the first update of ``train()``: the mode of the networks, the learning rates."""
         self.policy.set_training_mode(True)
         # Looked up here, because lr_schedule is a public attribute that scripts replace
-        learning_rate = self.lr_schedule(self._current_progress_remaining)
-        qf_learning_rate = (self._qf_lr_schedule or self.lr_schedule)(self._current_progress_remaining)
+        learning_rate = self._value_now("learning_rate", self.lr_schedule)
+        qf_learning_rate = self._value_now("qf_learning_rate", self._qf_lr_schedule or self.lr_schedule)
         set_learning_rate(self.actor.optimizer, learning_rate)
         set_learning_rate(self.critic.optimizer, qf_learning_rate)
         self.logger.record("train/learning_rate", learning_rate)
         self.logger.record("train/learning_rate_qf", qf_learning_rate)
+
+    def _value_now(self, name: str, schedule: Schedule) -> float:
+        """
+        The value of a schedule.
+
+        :raises ValueError: If it is negative or not finite.
+        """
+        # Where the last rollout goes beyond the total, SB3 lets the remaining progress fall below 0
+        return arguments.check_interval(name, schedule(max(0.0, self._current_progress_remaining)), 0, math.inf)
 
     def _sample_batch(self, batch_size: int) -> ReplayBufferSamples:
         """
@@ -327,17 +369,21 @@ class DiffusionOffPolicyAlgorithm(GuardedOffPolicyAlgorithm):
             self._metric_sums[name] = (total + value.detach(), count + 1)
 
     def _log_updates(self) -> None:
-        """Log at the end of ``train()``. Reading numbers back would stall an accelerator: there it waits for the dump."""
+        """Log at the end of ``train()``. Reading numbers back stalls an accelerator, so metrics wait for the dump there."""
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         if self.device.type == "cpu":
             self._record_metrics()
 
+    def _metric_means(self) -> dict[str, float]:
+        """The means since the last dump of the log, reading all numbers back at once."""
+        if not self._metric_sums:
+            return {}
+        means = th.stack([total / count for total, count in self._metric_sums.values()]).tolist()
+        return {f"train/{name}": mean for name, mean in zip(self._metric_sums, means, strict=True)}
+
     def _record_metrics(self) -> None:
-        """Hand the means since the last dump of the log to the logger, reading all numbers back at once."""
-        if self._metric_sums:
-            means = th.stack([total / count for total, count in self._metric_sums.values()]).tolist()
-            for name, mean in zip(self._metric_sums, means, strict=True):
-                self.logger.record(f"train/{name}", mean)
+        for name, mean in self._metric_means().items():
+            self.logger.record(name, mean)
 
     def dump_logs(self) -> None:
         """Write the log, with the means of the training metrics since it was last written."""
@@ -364,11 +410,17 @@ class DiffusionOffPolicyAlgorithm(GuardedOffPolicyAlgorithm):
         progress_bar: bool = False,
     ) -> tuple[int, BaseCallback]:
         self._resolve_arguments()  # attributes may have been changed since the last time
+        if (self.learning_rate, self.qf_learning_rate) != self._rates_of_schedules:
+            self._setup_lr_schedule()
         self._warn_of_few_updates()
         self._metric_sums.clear()
         vec_normalize = self.get_vec_normalize_env()
-        self.policy.normalized_observations.fill_(vec_normalize is not None and vec_normalize.norm_obs)
-        return super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
+        self.policy.normalized_observations = vec_normalize is not None and vec_normalize.norm_obs
+        result = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
+        formats = self.logger.output_formats
+        if not any(isinstance(each, MeansAtDumps) and each.algorithm is self for each in formats):
+            formats.insert(0, MeansAtDumps(self))
+        return result
 
     def _warn_of_few_updates(self) -> None:
         if self.n_envs > 1 and self.gradient_steps == 1 and not self._warned_of_few_updates:

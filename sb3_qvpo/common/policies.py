@@ -24,7 +24,7 @@ from sb3_qvpo.common.actor_critic import CandidateCritic, DiffusionActor
 from sb3_qvpo.common.arguments import PolicyCount, check_class, check_count, check_net_arch
 from sb3_qvpo.common.candidates import ScoredCandidates, best_candidate
 from sb3_qvpo.common.export import export_policy
-from sb3_qvpo.common.networks import evaluation_mode
+from sb3_qvpo.common.networks import evaluation_mode, is_traced
 from sb3_qvpo.common.noise_schedules import FixedSchedule, NoiseSchedule, make_betas
 from sb3_qvpo.common.runs.files import atomic_file
 from sb3_qvpo.common.speed.networks import FastActor, FastCritic
@@ -56,7 +56,7 @@ class DiffusionPolicy(BasePolicy):
 
     ``predict(deterministic=False)`` is the behaviour policy: fresh noise, best of ``n_behavior_candidates``.
     ``predict(deterministic=True)`` is a function of the weights and the observation: best of ``n_eval_candidates`` under a
-    fixed bank of noise, with the same result for an observation alone or anywhere in a batch.
+    fixed bank of noise. An observation gets the same action alone and anywhere in a batch.
 
     A subclass with another actor or other critics sets :attr:`actor_class` or :attr:`critic_class`.
 
@@ -82,6 +82,7 @@ class DiffusionPolicy(BasePolicy):
     :param n_behavior_candidates: K_b, candidates of the behaviour policy (Algorithm 1, line 2).
     :param n_eval_candidates: K, candidates of deterministic predictions (Sec. 5.1).
     :param noise_bank_seed: Seed of the noise of deterministic predictions.
+    :param normalized_observations: Whether a ``VecNormalize`` normalises the observations. ``learn()`` sets it.
     :raises ValueError: For an unknown noise schedule, an impossible size, or something else where a class is expected.
     """
 
@@ -122,6 +123,7 @@ class DiffusionPolicy(BasePolicy):
         n_behavior_candidates: int = 4,
         n_eval_candidates: int = 32,
         noise_bank_seed: int = 0,
+        normalized_observations: bool = False,
     ):
         # Everything needed to build this policy again comes from here, so that no argument can be forgotten on saving
         constructor_arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
@@ -152,10 +154,8 @@ class DiffusionPolicy(BasePolicy):
         self.share_features_extractor = share_features_extractor
         self._noise_bank: th.Tensor | None = None
         self.programs = Programs()
-        # A buffer, so that every way of saving keeps it: exported without its normalisation, a policy would act on wrong
-        # inputs. A float, as every other entry of the state dict
-        self.normalized_observations: th.Tensor
-        self.register_buffer("normalized_observations", th.tensor(0.0))
+        # Kept by every way of saving: exported without its normalisation, a policy would act on wrong inputs
+        self.normalized_observations = normalized_observations
 
         actor_arch, critic_arch = get_actor_critic_arch(net_arch)
         common_kwargs = dict(
@@ -261,10 +261,10 @@ class DiffusionPolicy(BasePolicy):
         """
         Draw candidates from the actor and let the critics score them. Each observation is encoded once.
 
-        Always in evaluation mode: choosing actions moves no statistics. Gradients are the caller's business.
+        Always in evaluation mode: choosing actions moves no statistics. The caller switches gradients off.
 
         :param observation: B observations.
-        :param noise: What :meth:`draw_noise` returned: noise of shape (N, B, K, A), or K. Then noise is drawn here.
+        :param noise: What :meth:`draw_noise` returned: noise of shape (N, B, K, A), or K if it is drawn here.
         :param of: Whose candidates: the online networks' or the targets'.
         :param for_training: Whether the candidates only serve an update, see :meth:`DiffusionActor.sample_candidates`.
         :return: The critics' features, shape (B, S), the candidates, (B, K, A), and their scores, (B, K).
@@ -294,8 +294,8 @@ class DiffusionPolicy(BasePolicy):
 
         :param n_states: B.
         :param n_candidates: Candidates K of each state.
-        :return: Standard normal noise of shape (N, B, K, A). K itself where that would take too much memory at once: then the
-            noise is drawn with the candidates, for some states at a time.
+        :return: Standard normal noise of shape (N, B, K, A). K itself if the noise would take too much memory: it is then
+            drawn with the candidates, for some states at a time.
         """
         if n_states > self.states_at_once(n_candidates):
             return n_candidates
@@ -309,21 +309,23 @@ class DiffusionPolicy(BasePolicy):
         :param n_candidates: Candidates K for each state.
         :return: Number of states, at least 1.
         """
-        widths = [width for kwargs in (self.actor_kwargs, self.critic_kwargs) for width in cast(list[int], kwargs["net_arch"])]
+        widths = [
+            int(width) for kwargs in (self.actor_kwargs, self.critic_kwargs) for width in cast(list[int], kwargs["net_arch"])
+        ]
         numbers = max([*widths, self.actor.diffusion.n_noises * self.actor.action_dim])
         return max(1, LARGEST_DRAW // (n_candidates * numbers))
 
     def compile_actions(self, n_candidates: int | None = None) -> bool:
         """
-        Compile decisions for single observations, which takes 10 to 20 s and makes them two to four times faster. Long runs
-        do it on their own for the actions they collect, and for these alone. Actions differ in their last bits from those that
-        are not compiled. A GPU captures those of usual networks on its own, after ten.
+        Compile decisions for single observations. It takes 10 to 20 s and makes them two to four times faster. Long runs
+        compile the actions that they collect on their own, and only these. Compiled actions differ in their last bits from
+        eager ones. A GPU captures decisions of known networks on its own, after ten eager ones.
 
         Each number of candidates has a program of its own: after a change of ``n_eval_candidates`` compile again.
 
         :param n_candidates: For how many candidates; if None for ``n_behavior_candidates`` and ``n_eval_candidates``.
-        :return: Whether they are compiled (on a GPU: captured): False for networks of subclasses on the CPU, on other devices
-            than these, with ``settings.enabled = False``, and, with a warning, without a C++ compiler.
+        :return: Whether they are compiled (on a GPU: captured). False for networks of subclasses on the CPU, on other devices,
+            and with ``settings.enabled = False``. Without a C++ compiler False, with a warning.
         :raises ValueError: If ``n_candidates`` is not a whole number of at least 1.
         """
         counts = [self.n_behavior_candidates, self.n_eval_candidates]
@@ -339,13 +341,15 @@ class DiffusionPolicy(BasePolicy):
         :return: Standard normal noise of shape (N, 1, K, A), on the policy's device; N is T unless samples take fewer steps.
         """
         bank = self._noise_bank
-        if bank is None or bank.shape[2] < n_candidates or bank.device != self.device:
+        # A trace must hold the same operations each time, and no tensor of it may stay here
+        if bank is None or bank.shape[2] < n_candidates or bank.device != self.device or is_traced():
             # NumPy's legacy generator: its stream is frozen for good, the same on every device, and longer draws extend
-            # shorter ones. torch's generators promise none of these.
+            # shorter ones. torch's generators promise none of these
             generator = np.random.RandomState(self.noise_bank_seed)
             draws = generator.standard_normal((n_candidates, self.n_diffusion_steps, self.actor.action_dim))
             bank = th.as_tensor(draws, dtype=th.float32, device=self.device).transpose(0, 1).unsqueeze(1)
-            self._noise_bank = bank
+            if not is_traced():
+                self._noise_bank = bank
         return bank[: self.actor.diffusion.n_noises, :, :n_candidates]
 
     def update_targets(self, tau: float) -> None:
@@ -377,18 +381,48 @@ class DiffusionPolicy(BasePolicy):
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
         if not deterministic:
             return self._best_action(observation, self.n_behavior_candidates)
+        bank, rows = self.noise_bank(self.n_eval_candidates), split_rows(observation)
+        if is_traced() or not rows:
+            # A loop over the observations would make their number a constant of the trace
+            batch_size = (next(iter(observation.values())) if isinstance(observation, dict) else observation).shape[0]
+            return best_candidate(*self.score_candidates(observation, bank.expand(-1, batch_size, -1, -1))[1:])
         # One by one: float32 sums depend on the shape of the batch, and a last bit can change which candidate is best
-        bank = self.noise_bank(self.n_eval_candidates)
-        return th.cat([self._best_action(row, bank) for row in split_rows(observation)])
+        return th.cat([self._best_action(row, bank) for row in rows])
 
     def _best_action(self, observation: PyTorchObs, noise: th.Tensor | int) -> th.Tensor:
         with evaluation_mode(self.actor, self.critic):
             by_program = self.programs.score(self, observation, noise)
         return best_candidate(*(by_program or self.score_candidates(observation, noise)[1:]))
 
+    def predict(
+        self,
+        observation: np.ndarray | dict[str, np.ndarray],
+        state: tuple[np.ndarray, ...] | None = None,
+        episode_start: np.ndarray | None = None,
+        deterministic: bool = False,
+    ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
+        """
+        Choose actions, see the class's docstring.
+
+        :param observation: One observation, or a batch of them.
+        :param state: Not used, as in SB3's policies without memory.
+        :param episode_start: Not used, as in SB3's policies without memory.
+        :param deterministic: Best of ``n_eval_candidates`` under fixed noise, instead of ``n_behavior_candidates`` under
+            fresh noise.
+        :return: Actions within the bounds of the action space, and ``state``.
+        :raises ValueError: If a number of the observation is not finite.
+        """
+        for name, part in observation.items() if isinstance(observation, dict) else [("observation", observation)]:
+            is_floating = isinstance(part, np.ndarray) and np.issubdtype(part.dtype, np.floating)
+            if is_floating and not np.isfinite(part).all():
+                bad = part[~np.isfinite(part)].flat[0]
+                what = f"observation[{name!r}]" if isinstance(observation, dict) else name
+                raise ValueError(f"{what} must be finite, got {bad}")
+        return super().predict(observation, state, episode_start, deterministic)
+
     def unscale_action(self, scaled_action: np.ndarray) -> np.ndarray:
         """
-        From [-1, 1] to the bounds of the action space, never beyond them by a rounding error as SB3's formula can be.
+        Scale from [-1, 1] to the bounds of the action space. Clipped, as SB3's formula can exceed them by a rounding error.
 
         :param scaled_action: Actions in [-1, 1].
         :return: Actions within the bounds.
@@ -432,11 +466,18 @@ class DiffusionPolicy(BasePolicy):
         :param format: ``"onnx"``, or ``"torch"`` for ``torch.export.load()``; by the suffix of ``path`` if None.
         :param vec_normalize: The ``VecNormalize`` that the policy was trained with, if any; ``model.export()`` finds that of
             its environment. False to leave the normalisation to whoever runs the file.
-        :raises ValueError: If ``format`` is another, ``vec_normalize`` belongs to other observations, or it is missing.
+        :raises ValueError: If ``format`` is unknown, or ``vec_normalize`` is missing or belongs to other observations.
         :raises ImportError: If the packages of the ``export`` extra are missing.
         :raises OSError: If writing fails. A previous file is intact then.
         """
         export_policy(self, path, format, vec_normalize)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # Version 0.1 kept it in the state dict
+        normalized_observations = state_dict.pop(f"{prefix}normalized_observations", None)
+        if normalized_observations is not None:
+            self.normalized_observations = bool(normalized_observations)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         current = dict(
@@ -444,6 +485,7 @@ class DiffusionPolicy(BasePolicy):
             lr_schedule=self._dummy_schedule,
             n_behavior_candidates=self.n_behavior_candidates,
             n_eval_candidates=self.n_eval_candidates,
+            normalized_observations=self.normalized_observations,
         )
         if callable(self._constructor_arguments["noise_schedule"]):
             # A function may not be picklable (a lambda is not); its values are

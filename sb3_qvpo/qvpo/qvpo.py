@@ -17,7 +17,6 @@ argument or variable        symbol              meaning
 ==========================  ==================  =====================================================
 """
 
-import math
 import warnings
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple, TypeVar
@@ -28,7 +27,7 @@ from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, PyTorchObs, ReplayBufferSamples, Schedule
 
-from sb3_qvpo.common.arguments import check_interval, parse_schedule
+from sb3_qvpo.common.arguments import parse_schedule
 from sb3_qvpo.common.candidates import candidate_std, critic_contrast
 from sb3_qvpo.common.off_policy_algorithm import DiffusionOffPolicyAlgorithm, Metrics
 from sb3_qvpo.common.policies import DiffusionPolicy
@@ -42,7 +41,7 @@ class ActorNoise(NamedTuple):
     """
     All random draws of one policy step.
 
-    :param chain: Noise of the candidates' reverse chains, shape (N, B, N_d, A); or N_d, and then it is drawn with them.
+    :param chain: Noise of the candidates' reverse chains, shape (N, B, N_d, A), or N_d if it is drawn with the candidates.
     :param uniform_actions: Uniform actions in [-1, 1], shape (B, N_e, A).
     :param timesteps: Diffusion steps of the loss, shape (B, 1 + N_e).
     :param denoising: Noise epsilon of the loss, shape (B, 1 + N_e, A).
@@ -64,12 +63,12 @@ class QVPO(DiffusionOffPolicyAlgorithm):
     :param policy: ``"MlpPolicy"``, ``"CnnPolicy"``, ``"MultiInputPolicy"`` or a subclass of ``DiffusionPolicy``.
     :param env: The environment to learn from (if registered in Gymnasium, can be a string). Its action space must be a
         finite ``Box``.
-    :param learning_rate: Learning rate of the actor, and of the critics unless ``qf_learning_rate`` is given: a number, a
+    :param learning_rate: Learning rate of the actor, and of the critics unless ``qf_learning_rate`` is given. A number, a
         function of the remaining progress (from 1 to 0) or a string such as ``"lin_3e-4"``.
     :param buffer_size: Size of the replay buffer, in transitions.
     :param learning_starts: Environment steps with uniformly random actions before the first update.
     :param batch_size: B, transitions in each update.
-    :param tau: Step size of the target networks, in (0, 1].
+    :param tau: Step size of the target networks, in [0, 1]. 0 freezes them.
     :param gamma: Discount factor, in [0, 1].
     :param train_freq: Update the model every ``train_freq`` steps, or a tuple such as ``(5, "step")`` or ``(2, "episode")``.
     :param gradient_steps: Updates after each rollout (see ``train_freq``); -1 for as many as environment steps were done.
@@ -79,8 +78,8 @@ class QVPO(DiffusionOffPolicyAlgorithm):
         time limits as the end of the task, as the authors' code does.
     :param optimize_memory_usage: Use SB3's memory-saving variant of the replay buffer.
     :param n_steps: Length of n-step returns.
-    :param ent_coef: omega_ent, weight of the entropy term (Eq. 10), at least 0: a number, a function of the remaining
-        progress, or a string: ``"lin_0.02_0.002_0.9"`` falls linearly from 0.02 to 0.002 over 90 % of training.
+    :param ent_coef: omega_ent, weight of the entropy term (Eq. 10), at least 0. A number, a function of the remaining
+        progress, or a string. ``"lin_0.02_0.002_0.9"`` falls linearly from 0.02 to 0.002 over 90 % of training.
         0 switches the term off.
     :param qf_learning_rate: Learning rate of the critics, in the same forms as ``learning_rate``, which it equals if None.
     :param n_behavior_candidates: K_b, best of this many candidates while collecting (Algorithm 1, line 2), at least 1.
@@ -90,7 +89,7 @@ class QVPO(DiffusionOffPolicyAlgorithm):
         at least 1, with ``"qadv"`` at least 2.
     :param n_uniform_actions: N_e, uniform actions of each state in the entropy term (Algorithm 1, line 8), at least 1.
     :param q_weighting: omega_eq: ``"qadv"`` (Eq. 9), ``"qcut"`` (Sec. 4.2) or a function from values (B, N_d) to weights
-        (B, N_d) of at least 0, which is tried on construction and at the start of each ``learn()``.
+        (B, N_d) of at least 0. A function is tried on construction and at the start of each ``learn()``.
     :param n_diffusion_steps: T, steps of the diffusion, at least 1.
     :param policy_delay: Update actor and targets every this many critic updates.
     :param max_grad_norm: Largest Euclidean norm of the gradients of actor and of critics; None for no clipping.
@@ -243,11 +242,11 @@ class QVPO(DiffusionOffPolicyAlgorithm):
         target actor, and ``sum over critics of mean (Q_c(s, a) - y)^2``.
 
         :param batch: Transitions.
-        :param target_noise: Noise of the target actor's chains, shape (N, B, K_t, A); or K_t, and then it is drawn here.
+        :param target_noise: Noise of the target actor's chains, shape (N, B, K_t, A), or K_t if it is drawn here.
         :return: The loss and its metrics.
         """
         with th.no_grad():
-            # The K_t-efficient target policy takes its best candidate; ranked and valued by the same critics
+            # The K_t-efficient target policy takes its best candidate, chosen and valued by the same critics
             next_candidates = self.policy.score_candidates(
                 batch.next_observations, target_noise, of="target", for_training=True
             )
@@ -297,7 +296,7 @@ class QVPO(DiffusionOffPolicyAlgorithm):
         return loss, metrics
 
     def _updates_are_pure(self) -> bool:
-        # A function of the user's may have a state of its own
+        # A user's function may have state of its own
         return isinstance(self.q_weighting, str)
 
     def _draw_actor_noise(self, batch_size: int) -> ActorNoise:
@@ -317,7 +316,7 @@ class QVPO(DiffusionOffPolicyAlgorithm):
         )
 
     def _current_ent_coef(self) -> float:
-        ent_coef = check_interval("ent_coef", self._ent_coef_schedule(self._current_progress_remaining), 0, math.inf)
+        ent_coef = self._value_now("ent_coef", self._ent_coef_schedule)
         self.logger.record("train/ent_coef", ent_coef)
         return ent_coef
 
@@ -332,7 +331,7 @@ class QVPO(DiffusionOffPolicyAlgorithm):
         self._ent_coef_schedule = parse_schedule("ent_coef", self.ent_coef)
 
     def _setup_model(self) -> None:
-        # Files written before version 0.2 have it
+        # Files of version 0.1 have it
         n_shared_steps = self.__dict__.pop("n_shared_steps", 0)
         if n_shared_steps:
             warnings.warn(

@@ -70,8 +70,8 @@ BAD = [
     (dict(qf_learning_rate="fast"), "qf_learning_rate must be a number or 'lin_START'.*, got 'fast'"),
     (dict(learning_rate="fast"), "learning_rate must be a number or 'lin_START'.*, got 'fast'"),
     (dict(learning_rate=-1.0), "learning_rate must be a number in"),
-    (dict(tau=0.0), r"tau must be a number in \(0, 1\], got 0.0"),
-    (dict(tau=1.5), r"tau must be a number in \(0, 1\], got 1.5"),
+    (dict(tau=-0.1), r"tau must be a number in \[0, 1\], got -0.1"),
+    (dict(tau=1.5), r"tau must be a number in \[0, 1\], got 1.5"),
     (dict(gamma=1.1), r"gamma must be a number in \[0, 1\], got 1.1"),
     (
         dict(policy_kwargs=dict(optimizer_class="SGD")),

@@ -187,7 +187,7 @@ def test_the_file_holds_no_networks_twice_and_nothing_of_the_process(tmp_path):
     model = tiny_qvpo(policy_kwargs=dict(TINY["policy_kwargs"])).learn(10)
     model.save(tmp_path / "model")
     data, parameters, _ = load_from_zip_file(tmp_path / "model")
-    assert set(parameters) == {"policy", "actor.optimizer", "critic.optimizer"}
+    assert set(parameters) == {"policy", "actor.optimizer", "critic.optimizer", "policy.fixed"}
     forbidden = {"actor", "critic", "actor_target", "critic_target", "device", "_finite_guard", "_metric_sums", "_q_weighting"}
     assert not forbidden & set(data)
     assert data["policy_kwargs"] == TINY["policy_kwargs"]  # as the user gave them

@@ -345,7 +345,7 @@ def test_policy_argument_is_alive(name):
 
 def test_every_policy_argument_is_covered():
     given_by_sb3_or_qvpo = {
-        *("observation_space", "action_space", "lr_schedule"),
+        *("observation_space", "action_space", "lr_schedule", "normalized_observations"),
         *("n_diffusion_steps", "n_behavior_candidates", "n_eval_candidates"),
     }
     assert set(inspect.signature(DiffusionPolicy).parameters) == POLICY_ALIVE.keys() | given_by_sb3_or_qvpo

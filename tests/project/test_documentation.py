@@ -20,6 +20,7 @@ from helpers import ROOT
 from packaging.requirements import Requirement
 
 from sb3_qvpo import QVPO, DiffusionPolicy
+from sb3_qvpo.common.off_policy_algorithm import DiffusionOffPolicyAlgorithm
 
 README = (ROOT / "README.md").read_text()
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -40,23 +41,23 @@ def test_code_block(name, tmp_path, monkeypatch):
     """With fewer steps, shorter episodes and smaller numbers where the code names none."""
     code = BLOCKS[name]
     monkeypatch.chdir(tmp_path)
-    construct, learn = QVPO.__init__, QVPO.learn
+    construct, learn = QVPO.__init__, DiffusionOffPolicyAlgorithm.learn
 
     @functools.wraps(construct)
     def construct_small(self, *args, **kwargs):
-        construct(self, *args, **{**dict(n_diffusion_steps=2, n_train_candidates=4, batch_size=16), **kwargs})
+        construct(self, *args, **{**dict(n_diffusion_steps=2, n_train_candidates=4), **kwargs})
 
     def short_learn(self, total_timesteps, *args, **kwargs):
-        self.learning_starts = 2
+        self.learning_starts, self.batch_size = 2, min(self.batch_size, 16)
         return learn(self, min(total_timesteps, 5), *args, **kwargs)
 
     monkeypatch.setattr(QVPO, "__init__", construct_small)
-    monkeypatch.setattr(QVPO, "learn", short_learn)
+    monkeypatch.setattr(DiffusionOffPolicyAlgorithm, "learn", short_learn)
     monkeypatch.setattr(DiffusionPolicy, "compile_actions", lambda policy: True)  # common/speed/test_programs.py
     monkeypatch.setattr(gym.registry["Pendulum-v1"], "max_episode_steps", 20)
     namespace = {}
     exec(code, namespace)
-    assert isinstance(namespace["model"], QVPO)
+    assert isinstance(namespace["model"], DiffusionOffPolicyAlgorithm)
     assert namespace["model"]._n_updates > 0 or ".learn(" not in code
 
 

@@ -31,16 +31,16 @@ from stable_baselines3.common.evaluation import evaluate_policy
 @pytest.mark.usefixtures("settings")
 def test_learning_with_both_types_of_candidates(tmp_path, monkeypatch):
     """The same seed's runs differ in the type alone; runs that are in the file are skipped."""
-    monkeypatch.setattr(gym.registry["Pendulum-v1"], "max_episode_steps", 20)
+    monkeypatch.setattr(gym.registry["Pendulum-v1"], "max_episode_steps", 50)
     file = tmp_path / "precision.csv"
-    options = ("--seeds", "7", "--steps", "700", "--eval-freq", "350", "--csv", file)
+    options = ("--seeds", "7", "--steps", "600", "--eval-freq", "300", "--csv", file)
     for _ in range(2):
         output_of(precision.main, "precision.py", *options)
     rows = list(csv.DictReader(file.open()))
     assert [(row["algo"], row["step"]) for row in rows] == [
-        (dtype, step) for dtype in ("float32", "bfloat16") for step in ("350", "700")
+        (dtype, step) for dtype in ("float32", "bfloat16") for step in ("300", "600")
     ]
-    random, trained_on = [[row["mean_return"] for row in rows if row["step"] == step] for step in ("350", "700")]
+    random, trained_on = [[row["mean_return"] for row in rows if row["step"] == step] for step in ("300", "600")]
     assert random[0] == random[1], "no update yet, and evaluations take float32"
     assert trained_on[0] != trained_on[1]
 
@@ -117,8 +117,8 @@ def test_files_get_the_columns_that_they_lack(tmp_path):
 
 def test_learning_curves_are_resumed(tmp_path):
     """Through RL Zoo; after a kill QVPO goes on from its checkpoint, finished runs are skipped, others start again."""
-    file, checkpoint = tmp_path / "results.csv", tmp_path / "runs" / "Pendulum-v1_qvpo_ddim5_3_1000" / "run.zip"
-    options = ["--tasks", "Pendulum-v1", "--algos", "qvpo_ddim5", "--seeds", "3", "--steps", "1000", "--eval-freq", "500"]
+    file, checkpoint = tmp_path / "results.csv", tmp_path / "runs" / "Pendulum-v1_qvpo_ddim5_3_700" / "run.zip"
+    options = ["--tasks", "Pendulum-v1", "--algos", "qvpo_ddim5", "--seeds", "3", "--steps", "700", "--eval-freq", "350"]
     options += ["--episodes", "2", "--csv", str(file), "--folder", str(tmp_path / "runs")]
     command = [sys.executable, str(ROOT / "benchmarks" / "learning" / "run.py"), *options]
 
@@ -131,38 +131,40 @@ def test_learning_curves_are_resumed(tmp_path):
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    assert [row["step"] for row in rows()] == ["500"]
+    assert [row["step"] for row in rows()] == ["350"]
     first = rows()[0]
     # As if it had been killed before the evaluation was copied, and after one that the checkpoint does not know
-    file.write_text(file.read_text().splitlines(keepends=True)[0] + ",".join({**first, "step": "999"}.values()) + "\n")
+    file.write_text(file.read_text().splitlines(keepends=True)[0] + ",".join({**first, "step": "699"}.values()) + "\n")
 
     def run(*more):
         output = output_of(learning_curves.main, "run.py", *options, *more)
         return [line for line in output.splitlines() if "started" in line]
 
-    assert run() == ["Pendulum-v1 qvpo_ddim5 seed 3: started from step 500"]
-    assert [row["step"] for row in rows()] == ["500", "1000"]
-    assert rows()[0] == first
-    assert float(rows()[1]["minutes"]) > float(first["minutes"])
-    assert float(rows()[1]["train_minutes"]) > float(first["train_minutes"])
-    assert all(-2000 < float(row["single_return"]) < 0 for row in rows())
-    assert all(-2000 < float(row["mean_return"]) < 0 and row["episodes"] == "2" and row["torch"] for row in rows())
-    assert not checkpoint.parent.exists()
-
-    finished = rows()
     half = {**first, "algo": "sac"}
     with file.open("a") as opened:  # broken off without a checkpoint
         opened.write(",".join(half.values()) + "\n")
-    stale = tmp_path / "runs" / "Pendulum-v1_sac_3_1000" / "evaluations.jsonl"
+    stale = tmp_path / "runs" / "Pendulum-v1_sac_3_700" / "evaluations.jsonl"
     stale.parent.mkdir()
-    stale.write_text(json.dumps({"step": 500, "mean_return": 123.0, "minutes": 9.0}) + "\n")
-    assert run("--algos", "sac", "qvpo_ddim5") == ["Pendulum-v1 sac seed 3: started"]
-    assert rows()[:2] == finished
-    assert [(row["algo"], row["step"], row["single_return"]) for row in rows()[2:]] == [
-        ("sac", "500", ""),
-        ("sac", "1000", ""),
+    stale.write_text(json.dumps({"step": 350, "mean_return": 123.0, "minutes": 9.0}) + "\n")
+    assert run("--algos", "qvpo_ddim5", "sac") == [
+        "Pendulum-v1 qvpo_ddim5 seed 3: started from step 350",
+        "Pendulum-v1 sac seed 3: started",
     ]
-    assert all(float(row["mean_return"]) < 0 and float(row["minutes"]) < 9 for row in rows())
+    of_qvpo, of_sac = ([row for row in rows() if row["algo"] == algo] for algo in ("qvpo_ddim5", "sac"))
+    assert [row["step"] for row in of_qvpo] == ["350", "700"]
+    assert of_qvpo[0] == first
+    assert float(of_qvpo[1]["minutes"]) > float(first["minutes"])
+    assert float(of_qvpo[1]["train_minutes"]) > float(first["train_minutes"])
+    assert all(-2000 < float(row["single_return"]) < 0 for row in of_qvpo)
+    assert all(-2000 < float(row["mean_return"]) < 0 and row["episodes"] == "2" and row["torch"] for row in of_qvpo)
+    assert [(row["step"], row["single_return"]) for row in of_sac] == [("350", ""), ("700", "")]
+    assert not checkpoint.parent.exists()
+    assert all(float(row["mean_return"]) < 0 for row in rows())
+    assert float(of_sac[0]["minutes"]) != 9
+
+    finished = rows()
+    assert run("--algos", "sac", "qvpo_ddim5") == []
+    assert rows() == finished
 
 
 def test_a_policy_that_must_follow():

@@ -2,6 +2,7 @@
 
 import warnings
 from pathlib import Path
+
 from stable_baselines3.common.callbacks import BaseCallback, EventCallback
 
 from sb3_qvpo.common.arguments import check_count
@@ -14,19 +15,19 @@ class ResumableCheckpointCallback(BaseCallback):
     """
     Save the whole training run every so often and at its end, always in the same file, to be continued with ``resume()``.
 
-    The file holds the model, the replay buffer, the statistics of ``VecNormalize``, random states and counters, and takes the
-    place of the previous one when it is complete: a kill at any moment, also while it is being written, costs only what
-    came after the last checkpoint. Unlike SB3's ``CheckpointCallback`` it saves between two rollouts, when the latest
-    transition has been stored and trained on.
+    The file holds the model, the replay buffer, the statistics of ``VecNormalize``, random states and counters. It takes the
+    place of the previous file when it is complete. So a kill at any moment, even during writing, costs only what came after
+    the last checkpoint. Unlike SB3's ``CheckpointCallback`` it saves between two rollouts, when the latest transition has been
+    stored and trained on.
 
     :param save_freq: Environment steps between two checkpoints, over all environments (SB3's counts calls).
     :param save_path: Path of the file; ``.zip`` is added if it has no suffix.
     :param at_episode_end: Wait until all environments end an episode at the same step, for at most ``save_freq`` steps more.
-        The next episode then starts from a reset that is seeded by the run's random state, as it does after ``resume()``: in
-        environments whose randomness comes from that seed alone, a continued run is bit for bit the uninterrupted one.
+        The next episode then starts from a reset that the run's random state seeds, as after ``resume()``. If the
+        environment's randomness comes from that seed alone, a continued run is bit for bit the uninterrupted one.
     :param verbose: 2 to report each checkpoint.
-    :raises ValueError: If ``save_freq`` is below 1; when training starts, inside another callback that fires at events, and
-        with ``at_episode_end`` if the environments refuse to be reset early.
+    :raises ValueError: If ``save_freq`` is below 1. When training starts, if this callback is inside another that fires at
+        events, or with ``at_episode_end`` if the environments refuse to be reset early.
     :raises OSError: When training starts, if nothing can be written there.
     """
 
@@ -35,7 +36,7 @@ class ResumableCheckpointCallback(BaseCallback):
     def __init__(self, save_freq: int, save_path: str | Path, at_episode_end: bool = False, verbose: int = 0):
         super().__init__(verbose)
         self.save_freq = check_count("save_freq", save_freq)
-        self.save_path = Path(save_path)
+        self.save_path = Path(save_path).absolute()  # an environment may change the working directory
         self.at_episode_end = at_episode_end
         self.last_saved = 0
         self._episodes_ended = False
@@ -53,9 +54,11 @@ class ResumableCheckpointCallback(BaseCallback):
     def _on_training_start(self) -> None:
         # Now rather than hours later
         check_writable(checkpoint_path(self.save_path))
-        name = "allow_early_resets"  # of Monitor; asking a process for an attribute that it has not kills it
+        name = "allow_early_resets"  # of Monitor. Asking a process for an attribute that it lacks kills it
         if self.at_episode_end and self.training_env.has_attr(name) and not all(self.training_env.get_attr(name)):
             raise ValueError("at_episode_end must be False for environments with Monitor(allow_early_resets=False), got True")
+        if self.at_episode_end and not self.model.can_seed_environments():
+            raise ValueError("at_episode_end must be False for environments that cannot be seeded, got True")
         self.last_saved = self.model.num_timesteps
         self._episodes_ended = False
 
@@ -74,8 +77,8 @@ class ResumableCheckpointCallback(BaseCallback):
                 self._warned = True
                 warnings.warn(
                     f"no common end of all episodes within {2 * self.save_freq} steps, seen between two rollouts (see "
-                    f"train_freq): the checkpoint after {self.last_saved} steps is in the middle of one, and not resumed bit "
-                    "for bit",
+                    f"train_freq): the checkpoint after {self.last_saved} steps is in the middle of an episode, and a resumed "
+                    "run will not be bit for bit the uninterrupted one",
                     stacklevel=2,
                 )
 

@@ -1,6 +1,6 @@
 """
-A whole training run in one file, and back: the model, its replay buffer, the normalisation, the random states. And what puts
-replay buffer and normalisation in order when an episode is interrupted.
+A whole training run in one file, and back: the model, its replay buffer, the normalisation, the random states. Two more
+functions put replay buffer and normalisation in order when an episode is interrupted.
 
 The file is a zip archive:
 
@@ -42,15 +42,13 @@ RandomStates = dict[str, Any]
 """States of the random generators, by library."""
 
 NormalizerState = list[tuple[RunningMeanStd, dict[str, np.ndarray | float]]]
-"""Running means and what they held at some time."""
+"""Running statistics and what they held at some time."""
 
 
 def get_random_states(action_space: spaces.Space[Any]) -> RandomStates:
     """
-    The states of all random generators that training draws from.
-
-    :param action_space: The model's action space, which draws the actions of the warm-up.
-    :return: States of Python's, NumPy's, torch's and the space's generators, those of CUDA devices included.
+    The states of all random generators that training draws from: Python's, NumPy's, torch's, and those of CUDA devices. The
+    action space has one too, which draws the actions of the warm-up.
     """
     states = {
         "python": random.getstate(),
@@ -64,12 +62,7 @@ def get_random_states(action_space: spaces.Space[Any]) -> RandomStates:
 
 
 def set_random_states(states: RandomStates, action_space: spaces.Space[Any]) -> None:
-    """
-    Put random generators back. States of CUDA devices are left out where the number of devices is another.
-
-    :param states: What :func:`get_random_states` returned.
-    :param action_space: The model's action space.
-    """
+    """Put random generators back. States of CUDA devices are left out if the number of devices has changed."""
     action_space.np_random.bit_generator.state = states["action_space"]
     random.setstate(states["python"])
     np.random.set_state(states["numpy"])
@@ -80,10 +73,8 @@ def set_random_states(states: RandomStates, action_space: spaces.Space[Any]) -> 
 
 def checkpoint_path(path: str | Path) -> Path:
     """
-    Where a checkpoint is, or is to be.
+    Where a checkpoint is, or is to be: the path, with ``.zip`` if it has no suffix.
 
-    :param path: The path that the user gave.
-    :return: The path with ``.zip`` if it has no suffix.
     :raises IsADirectoryError: If there is a folder.
     """
     path = Path(path)
@@ -96,11 +87,9 @@ def checkpoint_path(path: str | Path) -> Path:
 
 def write_checkpoint(model: OffPolicyAlgorithm, path: str | Path, run: dict[str, Any]) -> None:
     """
-    Save a whole training run. A kill or a full disk in the middle leaves the previous checkpoint as it was.
+    Save a whole training run: the model, and in ``run`` what belongs to the run rather than to the model. A kill or a full
+    disk in the middle leaves the previous checkpoint as it was.
 
-    :param model: The model.
-    :param path: Path of the file; ``.zip`` is added if it has no suffix.
-    :param run: What belongs to the run rather than to the model.
     :raises OSError: If writing fails.
     """
     model_file = io.BytesIO()
@@ -117,9 +106,8 @@ def write_checkpoint(model: OffPolicyAlgorithm, path: str | Path, run: dict[str,
 @contextmanager
 def open_checkpoint(path: str | Path) -> Iterator[zipfile.ZipFile]:
     """
-    Open a checkpoint for reading.
+    Open a checkpoint for reading. ``.zip`` is added to the path if there is no such file.
 
-    :param path: Path of the file; ``.zip`` is added if there is no such file.
     :raises FileNotFoundError: If there is no such file.
     :raises ValueError: If it is not a checkpoint.
     """
@@ -142,12 +130,7 @@ def open_checkpoint(path: str | Path) -> Iterator[zipfile.ZipFile]:
 
 
 def is_checkpoint(path: Any) -> bool:
-    """
-    Whether a file is a checkpoint of a training run, rather than a saved model.
-
-    :param path: Path of the file; ``.zip`` is added if there is no such file. Anything else is no checkpoint.
-    :return: True for a checkpoint.
-    """
+    """Whether a path leads to a checkpoint of a training run, rather than to a saved model. Anything but a path does not."""
     if not isinstance(path, str | Path):
         return False
     try:
@@ -158,13 +141,7 @@ def is_checkpoint(path: Any) -> bool:
 
 
 def unpickle(archive: zipfile.ZipFile, name: str) -> Any:
-    """
-    Read one of the pickles of a checkpoint.
-
-    :param archive: The checkpoint.
-    :param name: Name of the pickle, without its suffix.
-    :return: What was pickled.
-    """
+    """Read one of the pickles of a checkpoint, by its name without suffix."""
     with archive.open(f"{name}.pkl") as member:
         return pickle.load(member)
 
@@ -179,13 +156,11 @@ NORMALIZATION_SETTINGS = (
 
 def restore_environment(archive: zipfile.ZipFile, env: GymEnv | str) -> VecEnv:
     """
-    Give an environment the saved normalisation: its own ``VecNormalize`` gets the statistics, or it is wrapped in one.
+    Give an environment the saved normalisation. Its own ``VecNormalize`` gets the statistics. Without one, the environment is
+    wrapped in the saved one, and vectorised if necessary.
 
-    :param archive: The checkpoint.
-    :param env: The environment to continue in, or its name.
-    :return: The environment, vectorised and normalised if necessary.
-    :raises ValueError: If it is no environment, has other spaces or another number of environments than the saved run, or is
-        normalised where the saved run was not.
+    :raises ValueError: If it is no environment, or has other spaces or another number of environments than the saved run. Also
+        if it is normalised and the saved run was not.
     """
     if isinstance(env, str):
         env = gym.make(env)
@@ -221,20 +196,18 @@ def restore_environment(archive: zipfile.ZipFile, env: GymEnv | str) -> VecEnv:
 
 def cut_last_episode(replay_buffer: ReplayBuffer) -> None:
     """
-    Mark the last stored transition of each environment as cut off, unless its episode is over: the next one to be stored
-    starts from a reset.
+    Mark the last stored transition of each environment as cut off, unless its episode is over. The next transition to be
+    stored starts from a reset.
 
-    Plain buffers keep both ends of each transition and would not mind. n-step returns would run on into the next episode,
-    hindsight would take its goals from there, and the memory-saving buffer, which looks for the next observation in the
-    following row, would find the wrong one.
-
-    :param replay_buffer: The buffer, changed in place.
+    Plain buffers keep both ends of each transition and would not mind. But n-step returns would run on into the next episode,
+    and hindsight would take its goals from there. The memory-saving buffer looks for the next observation in the following
+    row, and would find the wrong one.
     """
     if isinstance(replay_buffer, HerReplayBuffer):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "The last trajectory in the replay buffer will be truncated")
             replay_buffer.truncate_last_trajectory()
-    elif replay_buffer.size() > 0:
+    elif _has_sb3_arrays(replay_buffer) and replay_buffer.size() > 0:
         last = (replay_buffer.pos - 1) % replay_buffer.buffer_size
         if replay_buffer.optimize_memory_usage:
             # As SB3 does: this buffer cannot tell a cut from an end
@@ -244,13 +217,16 @@ def cut_last_episode(replay_buffer: ReplayBuffer) -> None:
             replay_buffer.timeouts[last] = np.where(replay_buffer.dones[last], replay_buffer.timeouts[last], True)
 
 
+def _has_sb3_arrays(replay_buffer: ReplayBuffer) -> bool:
+    """Whether a buffer stores its rows as SB3's do. One of the user's may keep them anywhere."""
+    arrays = [vars(replay_buffer).get(name) for name in ("dones", "timeouts")]
+    return all(isinstance(array, np.ndarray) for array in arrays) and isinstance(vars(replay_buffer).get("pos"), int)
+
+
 def normalization_statistics(vec_normalize: VecNormalize | None) -> NormalizerState:
     """
-    The running statistics of a ``VecNormalize``, to be put back by :func:`restore_statistics`. Copies nothing: SB3 replaces
-    the arrays when it updates them.
-
-    :param vec_normalize: The wrapper, or None.
-    :return: Its running means with their present values; nothing for None.
+    The running statistics of a ``VecNormalize``, to be put back by :func:`restore_statistics`; nothing for None. SB3 replaces
+    the arrays when it updates them, so none is copied.
     """
     if vec_normalize is None:
         return []
@@ -261,10 +237,6 @@ def normalization_statistics(vec_normalize: VecNormalize | None) -> NormalizerSt
 
 
 def restore_statistics(statistics: NormalizerState) -> None:
-    """
-    Put running statistics back.
-
-    :param statistics: What :func:`normalization_statistics` returned.
-    """
+    """Put back the running statistics that :func:`normalization_statistics` returned."""
     for part, values in statistics:
         vars(part).update(values)

@@ -9,16 +9,13 @@ from torch import nn
 from sb3_qvpo.common.speed.optimizers import check_fused, step_or_undo
 
 REPORT_INTERVAL = 100
-"""How many updates may pass on an accelerator before a masked step is reported."""
+"""How many updates may pass on an accelerator before a step that was undone is reported."""
 
 
 def check_finite_array(name: str, value: np.ndarray | Mapping[str, np.ndarray], step: int) -> None:
     """
-    Refuse an array from the environment that holds NaN or infinity.
+    Refuse an array from the environment, or a dictionary of arrays, that holds NaN or infinity.
 
-    :param name: What the array is, for the message.
-    :param value: An array of any shape, or a dictionary of them.
-    :param step: Number of environment steps so far, for the message.
     :raises ValueError: If any number is not finite, naming the array, the step and the value.
     """
     if isinstance(value, Mapping):
@@ -40,10 +37,7 @@ class FiniteGuard:
     Keeps numbers that are not finite out of the weights.
 
     On the CPU a bad batch, loss or gradient raises at once. On an accelerator reading a number back would stall every update.
-    So a bad step is undone there on the device and reported within :data:`REPORT_INTERVAL` updates.
-
-    :param deferred: Undo now and report later, instead of raising at once.
-    :param device: Where updates run.
+    So errors are ``deferred`` there: a bad step is undone on the device and reported within :data:`REPORT_INTERVAL` updates.
     """
 
     def __init__(self, deferred: bool, device: th.device | str = "cpu"):
@@ -51,16 +45,14 @@ class FiniteGuard:
         self.last_report = 0
         self._first_bad_update: dict[str, th.Tensor] = {}
         self._update = 0
-        # The same number on the device. In place, because a graph reads it
+        # The same number on the device, always in one tensor, because a graph reads it
         self._update_on_device = th.zeros((), dtype=th.int64, device=device)
 
     def start_update(self, update: int, batch: Mapping[str, object]) -> None:
         """
         Refuse a batch that holds NaN or infinity, before it reaches batch-norm statistics. If ``deferred``, report what is due
-        instead.
+        instead. Updates are counted from 1. Fields that are neither tensors nor dictionaries of them are not looked at.
 
-        :param update: Number of this update, from 1.
-        :param batch: Tensors by name, or dictionaries of them. Other fields are not looked at.
         :raises ValueError: If any number is not finite, naming the tensor.
         """
         self._update = update
@@ -78,16 +70,11 @@ class FiniteGuard:
             elif isinstance(value, th.Tensor) and not value.isfinite().all():
                 raise ValueError(self._message(f"{name} in the replay buffer", self._update))
 
-    def step(
-        self, optimizer: th.optim.Optimizer, loss_name: str, loss: th.Tensor, max_grad_norm: float | None = None
-    ) -> None:
+    def step(self, optimizer: th.optim.Optimizer, loss_name: str, loss: th.Tensor, max_grad_norm: float | None = None) -> None:
         """
-        Take an optimiser step after ``loss.backward()``, if loss and gradients are finite. Also clips the gradients.
+        Take an optimiser step after ``loss.backward()``, if loss and gradients are finite. Before it, clip the Euclidean norm
+        of all gradients together, unless ``max_grad_norm`` is None.
 
-        :param optimizer: The optimiser.
-        :param loss_name: Name of the loss, for the message.
-        :param loss: The loss, a scalar.
-        :param max_grad_norm: Largest Euclidean norm of all gradients together, None for no clipping.
         :raises ValueError: If the loss or a gradient is not finite (later, in :meth:`report`, if ``deferred``).
         """
         check_fused(optimizer)
@@ -110,18 +97,13 @@ class FiniteGuard:
             optimizer.step()
 
     def tensors(self) -> list[th.Tensor]:
-        """
-        What steps write to while errors are deferred.
-
-        :return: The tensors.
-        """
+        """The tensors that steps write to while errors are deferred."""
         return list(self._first_bad_update.values())
 
     def report(self, update: int) -> None:
         """
-        Raise if a step was masked since the last report. Waits for the accelerator.
+        Raise if a step was undone since the last report. Waits for the accelerator.
 
-        :param update: Number of the latest update.
         :raises ValueError: Naming the loss and the first bad update.
         """
         self.last_report = update
@@ -136,6 +118,6 @@ class FiniteGuard:
     def _message(what: str, update: int) -> str:
         return (
             f"Non-finite {what} in gradient update {update}; it must be finite. The step was not taken: the weights and the "
-            "replay buffer are intact and can be saved. Usual causes: rewards of very large size, a learning rate that is "
-            "too high (try max_grad_norm), or a custom network."
+            "replay buffer are intact and can be saved. Usual causes: rewards or observations of very large size, a learning "
+            "rate that is too high (try max_grad_norm), or a custom network."
         )

@@ -6,6 +6,7 @@ environments that raise, full disks, kills. Nothing here knows what is trained.
 import io
 import math
 import pathlib
+import warnings
 from collections.abc import Iterable
 from typing import Any, TypeVar, cast
 
@@ -54,14 +55,16 @@ class GuardedOffPolicyAlgorithm(OffPolicyAlgorithm):
 
     def _setup_model(self) -> None:
         self._warm_up_end: int | None = None
-        self._first_timestep = 0  # of the current learn(), resumed ones counted as one
+        self._steps_at_start: int | None = None
+        self._first_timestep = 0  # of the current learn(), which an interruption does not end
         self._resumed_random_states: RandomStates | None = None
         self._statistics: NormalizerState = []
         self._finite_guard = FiniteGuard(self.device.type != "cpu", self.device)
         super()._setup_model()
 
     def _excluded_save_params(self) -> list[str]:
-        not_saved = ["_finite_guard", "_warm_up_end", "_first_timestep", "_resumed_random_states", "_statistics", "start_time"]
+        not_saved = ["_finite_guard", "_warm_up_end", "_first_timestep", "_steps_at_start", "_resumed_random_states"]
+        not_saved += ["_statistics", "start_time"]
         return [*super()._excluded_save_params(), *not_saved]
 
     @property
@@ -114,7 +117,7 @@ class GuardedOffPolicyAlgorithm(OffPolicyAlgorithm):
 
     def save_replay_buffer(self, path: str | pathlib.Path | io.BufferedIOBase) -> None:
         """
-        Save the replay buffer as a pickle file (like any pickle, only to be loaded by those who trust you).
+        Save the replay buffer as a pickle file. As with any pickle, only load one that you trust.
 
         :param path: Path of the file, or an open file.
         :raises OSError: If writing fails. A previous file is intact then.
@@ -127,9 +130,8 @@ class GuardedOffPolicyAlgorithm(OffPolicyAlgorithm):
 
     def save_checkpoint(self, path: str | pathlib.Path) -> None:
         """
-        Save the whole training run in one file: model, replay buffer, statistics of ``VecNormalize``, random states. It is
-        continued with :meth:`resume`; see :class:`~sb3_qvpo.common.callbacks.ResumableCheckpointCallback` for doing it
-        regularly.
+        Save the whole training run in one file: model, replay buffer, statistics of ``VecNormalize``, random states.
+        :meth:`resume` continues it. :class:`~sb3_qvpo.ResumableCheckpointCallback` saves checkpoints regularly.
 
         :param path: Path of the file; ``.zip`` is added if it has no suffix.
         :raises OSError: If writing fails. A previous file is intact then.
@@ -186,8 +188,8 @@ class GuardedOffPolicyAlgorithm(OffPolicyAlgorithm):
         The file holds pickles, which can run any program when they are loaded: only resume from files that you trust.
 
         :param path: Path of the checkpoint.
-        :param env: The environment to continue in, built as for the saved run. Its ``VecNormalize`` gets the saved statistics;
-            without one it is wrapped in the saved one. It starts with a new episode.
+        :param env: The environment to continue in, built as for the saved run. Its ``VecNormalize`` gets the saved statistics.
+            Without one, the environment is wrapped in the saved one. It starts with a new episode.
         :param device: Device to continue on.
         :param custom_objects: Objects that replace saved ones, see ``load()``.
         :param print_system_info: Whether to print versions, those of the saved run included.
@@ -247,17 +249,21 @@ class GuardedOffPolicyAlgorithm(OffPolicyAlgorithm):
             can continue with a new episode.
         """
         n_steps = int(check_interval("total_timesteps", total_timesteps, 0, math.inf))
-        n_steps_before = self.num_timesteps
+        self._steps_at_start = None  # set when there is a first observation
         try:
             super().learn(n_steps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
             self._finite_guard.report(self._n_updates)
         except BaseException as error:
-            # The environment may have moved on without us, or be broken
-            self._abandon_episodes()
-            started = self.num_timesteps > (0 if reset_num_timesteps else n_steps_before)
-            if started and isinstance(error, Exception) and hasattr(error, "add_note"):  # Python 3.11
+            # The environment may have moved on without us, or be broken. No failure here takes the place of the error
+            try:
+                self._abandon_episodes()
+            except Exception as failure:
+                warnings.warn(f"the last episode in the replay buffer could not be cut off: {failure!r}", stacklevel=2)
+            n_done = 0 if self._steps_at_start is None else self.num_timesteps - self._steps_at_start
+            if n_done > 0 and isinstance(error, Exception) and hasattr(error, "add_note"):  # Python 3.11
+                in_all = f" ({self.num_timesteps} in all)" if n_done < self.num_timesteps else ""
                 error.add_note(
-                    f"Training stopped after {self.num_timesteps} environment steps. Weights and replay buffer are intact: "
+                    f"Training stopped after {n_done} environment steps{in_all}. Weights and replay buffer are intact: "
                     "they can be saved, and learn(..., reset_num_timesteps=False) continues with a new episode."
                     + (DEAD_WORKER if isinstance(error, EOFError | BrokenPipeError | ConnectionResetError) else "")
                 )
@@ -287,7 +293,31 @@ class GuardedOffPolicyAlgorithm(OffPolicyAlgorithm):
             self._last_original_obs = cast(np.ndarray, self._vec_normalize_env.get_original_obs())
 
     def _reseed_environments(self) -> None:
-        cast(VecEnv, self.env).seed(int(np.random.randint(2**31 - 1)))
+        seed = int(np.random.randint(2**31 - 1))
+        try:
+            cast(VecEnv, self.env).seed(seed)
+        except (AttributeError, NotImplementedError) as error:
+            warnings.warn(
+                f"the environments cannot be seeded ({error or type(error).__name__}): the run continues, but not as the "
+                "uninterrupted one would, bit for bit",
+                stacklevel=4,
+            )
+
+    def can_seed_environments(self) -> bool:
+        """
+        Whether the environments can be seeded. Neither their states nor NumPy's global generator are changed.
+
+        :return: True if they can.
+        """
+        env, random_state = cast(VecEnv, self.env), np.random.get_state()
+        try:
+            env.seed(0)
+            env._reset_seeds()
+        except (AttributeError, NotImplementedError):
+            return False
+        finally:
+            np.random.set_state(random_state)
+        return True
 
     def _abandon_episodes(self) -> None:
         """The next ``learn()`` resets the environments, and no transition in the buffer leads from one episode to the next."""
@@ -310,6 +340,7 @@ class GuardedOffPolicyAlgorithm(OffPolicyAlgorithm):
             self._reseed_environments()
         self._statistics = normalization_statistics(self._vec_normalize_env)
         result = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
+        self._steps_at_start = self.num_timesteps
         if not is_resumed:
             self._first_timestep = self.num_timesteps
         first_obs = self._last_obs if self._vec_normalize_env is None else self._last_original_obs
@@ -323,11 +354,11 @@ class GuardedOffPolicyAlgorithm(OffPolicyAlgorithm):
             return self._warm_up_end  # interrupted during the refill that is started below: keep its end
         buffer_is_empty = cast(ReplayBuffer, self.replay_buffer).size() == 0
         if not buffer_is_empty and self._n_updates > 0:
-            # SB3 would act at random again, because learn() counts from 0. The reason for it, an empty buffer, is gone
+            # SB3 would act at random again, because learn() counts from 0. But the buffer is not empty
             return 0
         if buffer_is_empty and self.num_timesteps > 0:
-            # SB3 would update from a nearly empty buffer, because the count is beyond learning_starts. The property must not
-            # return the end of an earlier refill here
+            # SB3 would update from a nearly empty buffer, because the count is beyond learning_starts. Not the property, which
+            # may return the end of an earlier refill
             return self.num_timesteps + cast(int, self.__dict__["learning_starts"])
         return None
 
@@ -357,6 +388,6 @@ class GuardedOffPolicyAlgorithm(OffPolicyAlgorithm):
         try:
             check_finite_array(name, value, self.num_timesteps)
         except ValueError:
-            # VecNormalize has seen it before us
+            # VecNormalize has already added the bad number to its statistics
             restore_statistics(self._statistics)
             raise

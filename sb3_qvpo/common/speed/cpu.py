@@ -10,10 +10,10 @@ No mathematics is defined here: :meth:`DiffusionProcess.sample` runs the chain a
 - oneDNN multiplies matrices, see :class:`OneDnnProducts`. In float32 torch takes MKL by default, which is half as fast on AMD
   processors. Losses use this and Mish as well.
 - Candidates that only serve training may have their hidden layers multiplied in bfloat16 where the processor has it in
-  hardware. No gradient flows through them. Their values, and all that is trained, stay in float32.
+  hardware. No gradient flows through candidates. Their values, and all that is trained, stay in float32.
 
 Few rows of several states take the eager path: :func:`worth_blocking`. The candidates of one state, an action, are few. There
-the calls cost more than the numbers, and :func:`sample_for_one_state` makes five of them a step instead of twelve.
+calls of torch cost more than the numbers, so :func:`sample_for_one_state` makes five calls a step instead of twelve.
 
 Shapes: B batch, K candidates for each state, A action dimensions, R rows of a block, H width of a hidden layer.
 """
@@ -38,13 +38,13 @@ BLOCK_SIZES = {th.float32: 2**18, th.bfloat16: 2**19}
 """Elements in a hidden layer of a block for each thread, by type: 1024 and 2048 rows of width 256 were the fastest."""
 
 LARGEST_BLOCK = 2**23
-"""Elements in a hidden layer of a block on many threads, 32 MB in float32: what bounds memory there."""
+"""Largest number of elements (32 MB in float32) in a hidden layer of a block, which bounds memory on many threads."""
 
 SMALLEST_SIZE = 2**14
 """Elements in a hidden layer, 64 rows of width 256, below which the eager path is as fast."""
 
 SMALLEST_VECTORIZED = 2**12
-"""Elements, 16 rows of width 256, for which five vectorised calls are faster than one that is not."""
+"""Elements, 16 rows of width 256, from which on five vectorised calls are faster than one that is not."""
 
 TOO_BUSY = 1.5
 """Load average per core above which to warn. One run on all cores gives 1, two give 2."""
@@ -76,15 +76,15 @@ def onednn_keeps_float32() -> bool:
     """
     Whether oneDNN still multiplies in float32 where torch allows it bfloat16.
 
-    It does on processors that have no faster way, those without AMX. The error of one product tells, once in a process. False
-    also if torch has no such setting (before 2.9) or was built without oneDNN.
+    It does on processors without AMX, which have no faster way. One product is tried, once in a process, and its error tells.
+    False also if torch has no such setting (before 2.9) or was built without oneDNN.
     """
     has_onednn: bool = th.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]  # torch leaves it untyped
     matmul: Any = getattr(th.backends.mkldnn, "matmul", None)
     if not (has_onednn and hasattr(matmul, "fp32_precision")):
         return False
-    generator = th.Generator().manual_seed(0)
-    x, weight = th.randn(512, 256, generator=generator), th.randn(256, 256, generator=generator)
+    generator = th.Generator("cpu").manual_seed(0)
+    x, weight = (th.randn(n, 256, generator=generator, device="cpu") for n in (512, 256))
     exact = x.double() @ weight.double().t()
     before, matmul.fp32_precision = matmul.fp32_precision, "bf16"
     try:
@@ -96,10 +96,10 @@ def onednn_keeps_float32() -> bool:
 
 class OneDnnProducts(ContextDecorator):
     """
-    While it lasts, oneDNN multiplies float32 matrices, if that costs no precision (:func:`onednn_keeps_float32`).
+    A context in which oneDNN multiplies float32 matrices, if that costs no precision (:func:`onednn_keeps_float32`).
 
-    Torch only offers this as a setting of the process. The last thread to leave puts it back, and a user's own setting stays.
-    Meanwhile ``torch.get_float32_matmul_precision()`` raises an error: torch sees a mix of its old and new interfaces.
+    torch only offers this as a setting of the process. The last thread to leave puts it back, and a user's own setting stays.
+    Inside, ``torch.get_float32_matmul_precision()`` raises an error, because torch sees a mix of its old and new interfaces.
     """
 
     _lock: ClassVar[threading.Lock] = threading.Lock()
@@ -137,8 +137,8 @@ def keep_freed_memory() -> None:
     Raise glibc's threshold so that large temporaries reuse memory. Otherwise each one is mapped afresh, and the page faults
     cost more than the arithmetic.
 
-    glibc adapts the threshold to the largest block that was freed so far, up to 32 MB. Freeing one such block, which was never
-    touched, is enough; 62 MB are kept then. Other C libraries take no notice.
+    glibc adapts the threshold to the largest block that was freed so far, up to 32 MB. So one such block is freed here, which
+    was never touched. 62 MB are kept then. Other C libraries take no notice.
     """
     th.empty(31 * 2**20, dtype=th.uint8, device="cpu")
 
@@ -148,10 +148,10 @@ has_warned = False
 
 def warn_of_busy_cores() -> None:
     """
-    Say once in a process that one thread would be faster, where the load average shows it.
+    Say once in a process that one thread would be faster, if the load average shows it.
 
-    OpenMP's threads wait for each other actively. So two runs with two threads each on two cores take several times as long as
-    with one thread each.
+    OpenMP's threads wait for each other actively. So on two cores, two runs with two threads each take several times as long
+    as with one thread each.
     """
     global has_warned
     if has_warned or th.get_num_threads() == 1 or not hasattr(os, "getloadavg"):
@@ -192,7 +192,7 @@ def mish_of_negated(x: th.Tensor, scratch: Scratch) -> th.Tensor:
     ``mish(-x)``, to 2e-6 for any x, where ``mish(x) = x tanh(log(1 + e^x))``. The result is valid until the next call.
 
     With u the sigmoid of x: ``e^-x = (1 - u) / u``, so ``tanh(log(1 + e^-x)) = (1 - u^2) / (1 + u^2)`` and
-    ``mish(-x) = x - 2 x / (1 + u^2)``. Each pass is vectorised in torch, which ``F.mish`` is not. The weights of the layer
+    ``mish(-x) = x - 2 x / (1 + u^2)``. torch vectorises each of these passes, but not ``F.mish``. The weights of the layer
     before take the sign.
     """
     result = scratch("mish", x.shape)
@@ -204,7 +204,7 @@ def mish_of_negated(x: th.Tensor, scratch: Scratch) -> th.Tensor:
 class TrainableMish(th.autograd.Function):
     """
     Mish and its derivative in vectorised passes, see :func:`mish_of_negated`. With the sigmoid u of -x and
-    ``r = 1 / (1 + u^2)``: ``mish(x) = 2 x r - x`` and ``mish'(x) = (1 - u^2 + 4 x r u^2 (1 - u)) r``. Where a second
+    ``r = 1 / (1 + u^2)``: ``mish(x) = 2 x r - x`` and ``mish'(x) = (1 - u^2 + 4 x r u^2 (1 - u)) r``. If a second
     derivative may follow, the first is torch's own.
     """
 
@@ -231,7 +231,7 @@ class TrainableMish(th.autograd.Function):
 
 
 def trainable_layers(layers: Sequence[nn.Module], n_rows: int) -> Sequence[Callable[[th.Tensor], th.Tensor]] | None:
-    """Layers for a loss, with :class:`TrainableMish` for Mish. None where it does not pay."""
+    """Layers for a loss, with :class:`TrainableMish` for Mish. None if that does not pay."""
     widths = [layer.out_features for layer in layers if isinstance(layer, nn.Linear) and layer.weight.device.type == "cpu"]
     has_mish = any(type(layer) is nn.Mish for layer in layers)
     if not (settings.enabled and has_mish and widths and n_rows * max(widths) >= SMALLEST_SIZE):
@@ -246,13 +246,9 @@ class FastLayers:
     """
     The layers behind a network's first linear one: activation, linear layer, activation, ..., linear layer.
 
-    A snapshot: weights that change later are not seen. Vectorised Mish takes its input negated, so the layers before it get
-    other signs. ``sign`` is the one of the first layer.
-
-    :param layers: The eager layers.
-    :param dtype: In what the hidden layers are multiplied, float32 or bfloat16. The last layer is multiplied in float32.
-    :param scratch: Memory for intermediate results.
-    :param vectorized: Whether Mish takes vectorised passes, which few rows do not pay for.
+    A snapshot: weights that change later are not seen. Hidden layers are multiplied in ``dtype``, float32 or bfloat16, the
+    last one in float32. Few rows do not pay for ``vectorized`` Mish. It takes its input negated, so the weights of the layer
+    before it change their sign. ``sign`` is that of the network's first layer.
     """
 
     def __init__(self, layers: Sequence[nn.Module], dtype: th.dtype, scratch: Scratch, vectorized: bool = True):
@@ -272,10 +268,8 @@ class FastLayers:
 
     def __call__(self, hidden: th.Tensor) -> th.Tensor:
         """
-        Go through the layers.
-
-        :param hidden: Output of the first linear layer times ``sign``, shape (R, H). It is overwritten.
-        :return: Output of the last layer, shape (R, outputs).
+        Output of the last layer, shape (R, outputs), from that of the first one times ``sign``, shape (R, H), which is
+        overwritten.
         """
         for activate, weight, bias in zip(self.activations[:-1], self.weights[:-1], self.biases[:-1], strict=True):
             hidden = self._linear(activate(hidden), weight, bias, hidden)
@@ -339,7 +333,7 @@ def sample_for_one_state(
     action_weight = _signed(later_layers.sign, predictor.first_layer.weight.detach()[:, :action_dim].t())
     first_biases = _signed(later_layers.sign, condition.time_parts + condition.state_part[0]).unbind()
 
-    # Few rows: a call costs more than the numbers, so the layers are called here, without scratch memory for their results
+    # With few rows a call costs more than the numbers. So the layers are called here, without scratch memory for their results
     weights = [weight.t() for weight in later_layers.weights]
     layers = list(zip(later_layers.activations, later_layers.biases, weights, strict=True))
 
@@ -355,12 +349,8 @@ def sample_for_one_state(
 @OneDnnProducts()
 def value_in_blocks(q_network: nn.Sequential, state_part: th.Tensor, candidates: th.Tensor) -> th.Tensor:
     """
-    What one critic predicts for candidates, in float32.
-
-    :param q_network: The critic's network.
-    :param state_part: State part of its first layer, with the bias, shape (B, 1, H).
-    :param candidates: Actions of shape (B, K, A).
-    :return: Predictions of shape (B, K, M).
+    What one critic predicts for candidates (B, K, A), in float32, shape (B, K, M). The state part of its first layer, with the
+    bias, has shape (B, 1, H).
     """
     n_states, n_candidates, action_dim = candidates.shape
     first_layer, *later_modules = cast(Any, q_network)

@@ -2,7 +2,7 @@
 CUDA graphs: a few hundred small kernels, which cost more to launch than to run, become one launch.
 
 No mathematics is defined here. A graph is recorded once and replayed. It reads and writes the addresses that it was recorded
-with, so :class:`TensorAddresses` watches them.
+with, so :class:`TensorAddresses` watches these.
 """
 
 import functools
@@ -31,11 +31,8 @@ def side_stream(device: th.device) -> Any:
 
 def cuda_graph(function: Callable[[], Results], device: th.device) -> tuple[Callable[[], None], Results]:
     """
-    Capture a function that takes and returns tensors at fixed addresses. It is not run.
-
-    :param function: The function.
-    :param device: Its device.
-    :return: A function that runs it, and its results, which each run overwrites.
+    Capture a function that takes and returns tensors at fixed addresses, without running it. Return a function that runs it,
+    and its results, which each run overwrites.
     """
     graph = th.cuda.CUDAGraph()
     # Other threads may go on with their own work on the device
@@ -48,13 +45,9 @@ def on_side_stream(function: Callable[[], Results], device: th.device, trusted: 
     """
     Run a function on the stream on which it is to be captured afterwards.
 
-    Synchronising in it is an error here, as it would be in a graph. There it could leave random generators in disorder.
+    Synchronising is an error in a graph, and could leave random generators in disorder there. So it is an error here already.
+    The check affects all threads. Functions that are known not to synchronise are ``trusted`` and skip it.
 
-    :param function: The function.
-    :param device: Its device.
-    :param trusted: Skip the check for synchronisation, which would affect all threads. Only for functions known not to
-        synchronise.
-    :return: Its results.
     :raises RuntimeError: If it synchronises.
     """
     if device.type != "cuda":
@@ -88,11 +81,8 @@ def squeezed(error: Exception) -> str:
 
 class TensorAddresses:
     """
-    Where the tensors lie that a graph reads and writes. Detects, in about 50 µs, that a tensor or its memory was replaced, by
-    loading an optimiser state for instance.
-
-    :param modules: The modules that the graph uses.
-    :param steppers: Its optimisers.
+    Where the tensors lie that a graph reads and writes: those of its modules and optimisers. Detects, in about 50 µs, that a
+    tensor or its memory was replaced, by loading an optimiser state for instance.
     """
 
     def __init__(self, modules: Sequence[nn.Module], steppers: Sequence[th.optim.Optimizer] = ()):
@@ -114,7 +104,7 @@ class TensorAddresses:
         return value.data_ptr() if isinstance(value, th.Tensor) else 0
 
     def unchanged(self) -> bool:
-        """False if a tensor, its memory, a module or the state of an optimiser is another."""
+        """False if a tensor, its memory, a module or the state of an optimiser was replaced."""
         return all(len(holder) == size for holder, size in self.sizes) and all(
             holder.get(name) is value and self._address(value) == address for holder, name, value, address in self.places
         )
@@ -144,12 +134,7 @@ class ScoringGraph:
     The candidates of one state and their scores on a GPU: the eager functions, captured in a graph.
 
     If a weight tensor is replaced, the graph is dropped and the next :data:`EAGER_DECISIONS` decisions run eagerly, because
-    more replacements may follow.
-
-    :param actor: The actor.
-    :param critic: The critics.
-    :param trusted: Whether the networks are known not to synchronise, see :func:`on_side_stream`.
-    :param capture: How to capture a function, :func:`cuda_graph` if None.
+    more replacements may follow. Networks that are known not to synchronise are ``trusted``, see :func:`on_side_stream`.
     """
 
     def __init__(self, actor: DiffusionActor, critic: CandidateCritic, trusted: bool = False, capture: Capture | None = None):
@@ -163,12 +148,8 @@ class ScoringGraph:
 
     def __call__(self, actor_features: th.Tensor, critic_features: th.Tensor, noise: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
         """
-        Draw candidates and score them.
-
-        :param actor_features: The state's features of the actor, shape (1, S).
-        :param critic_features: The state's features of the critics, shape (1, S).
-        :param noise: Noise of shape (N, 1, K, A).
-        :return: Actions of shape (1, K, A) and their scores, shape (1, K).
+        Draw candidates from noise (N, 1, K, A) and score them. Features of the state are (1, S), the candidates (1, K, A),
+        their scores (1, K).
         """
         # All threads share the graph's tensors, which must not be those of an inference mode that ends
         with self.lock, th.inference_mode(False), th.no_grad():
@@ -183,7 +164,7 @@ class ScoringGraph:
             return self._score(*arguments)
         if self.graph is None:
             inputs, device = [argument.clone() for argument in arguments], arguments[0].device
-            on_side_stream(lambda: self._score(*inputs), device, self.trusted)  # libraries set themselves up
+            on_side_stream(lambda: self._score(*inputs), device, self.trusted)  # so that libraries set themselves up before
             replay, results = self.capture(lambda: self._score(*inputs), device)
             self.graph = Graph(replay, inputs, results, TensorAddresses([self.actor, self.critic]))
         return self.graph.run(arguments)

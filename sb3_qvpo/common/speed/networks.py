@@ -1,5 +1,5 @@
 """
-The fast actor and critics: subclasses that override the costly methods, and hand on to the eager ones what they do not know.
+The fast actor and critics: subclasses that override the costly methods. What they do not know, they hand on to the eager ones.
 
 Shapes: B batch, K candidates for each state, A action dimensions, S state features, M numbers that a critic predicts.
 """
@@ -13,20 +13,20 @@ from torch.nn import functional as F
 
 from sb3_qvpo.common.actor_critic import CandidateCritic, DiffusionActor
 from sb3_qvpo.common.diffusion import NoiseNetwork
-from sb3_qvpo.common.networks import Condition, NoisePredictor
+from sb3_qvpo.common.networks import Condition, NoisePredictor, is_traced
 from sb3_qvpo.common.speed import cpu
 from sb3_qvpo.common.speed.settings import candidate_dtype, settings
 
 
 def is_switched_on() -> bool:
-    """Whether fast paths are taken: not where the user has switched them off, nor while a policy is exported."""
-    return settings.enabled and not th.compiler.is_compiling()
+    """Whether fast paths are taken: not if the user has switched them off, nor while a policy is exported or traced."""
+    return settings.enabled and not (th.compiler.is_compiling() or is_traced())
 
 
 class FastActor(DiffusionActor):
     """
-    The same actor, faster: candidates go through the network in blocks, those of one state in fewer calls, those for training
-    in bfloat16 where the hardware has it. See :mod:`sb3_qvpo.common.speed.cpu`.
+    The same actor, faster. Candidates go through the network in blocks, those of one state in fewer calls. Candidates for
+    training take bfloat16 if the hardware has it. See :mod:`sb3_qvpo.common.speed.cpu`.
     """
 
     def sample_candidates(self, features: th.Tensor, noise: th.Tensor, for_training: bool = False) -> th.Tensor:
@@ -73,7 +73,7 @@ class FastCritic(CandidateCritic):
         fast_layers = [cpu.trainable_layers(each, len(actions)) for each in layers]
         if not any(fast_layers):
             return super().forward(cast(th.Tensor, obs), actions)
-        with th.set_grad_enabled(not self.share_features_extractor):  # shared ones are trained by the actor's loss
+        with th.set_grad_enabled(not self.share_features_extractor):  # the actor's loss trains a shared extractor
             features = self.features(obs)
         results = []
         for q_network, each in zip(self.q_networks, fast_layers, strict=True):
@@ -104,14 +104,14 @@ class FastCritic(CandidateCritic):
 
 
 def splits_into_linear_and_rest(q_network: nn.Module) -> bool:
-    """Whether a network is a linear layer, and behind it activations and linear layers, which treat each row alone."""
+    """Whether a network is a linear layer, then activations and linear layers in turn. These treat each row alone."""
     if type(q_network) is not nn.Sequential or type(q_network[0]) is not nn.Linear:
         return False
     return len(q_network) == 1 or cpu.is_plain_mlp(list(q_network)[1:])
 
 
 def trainable(predictor: NoisePredictor, n_rows: int) -> NoiseNetwork | None:
-    """The noise predictor for a loss, with Mish and its gradient in vectorised passes. None where it does not pay."""
+    """The noise predictor for a loss, with Mish and its gradient in vectorised passes. None if that does not pay."""
     layers = cpu.trainable_layers(list(predictor.later_layers), n_rows) if type(predictor) is NoisePredictor else None
     if layers is None:
         return None
@@ -132,7 +132,7 @@ def gpu_bfloat16(device: th.device) -> bool:
 
 def in_bfloat16(predictor: NoisePredictor) -> NoiseNetwork:
     """
-    The noise predictor with its hidden layers in bfloat16, for devices that have fast kernels of their own, GPUs.
+    The noise predictor with its hidden layers in bfloat16, for GPUs, which have fast kernels of their own.
 
     A snapshot: weights that change later are not seen. The first and the last layer are multiplied in float32.
     """

@@ -1,9 +1,8 @@
 """
-How an optimiser takes its step: in torch's fused kernels, undone where a number is not finite, inside a graph, and plain again
-in saved files.
+How an optimiser takes its step: in torch's fused kernels, inside a graph, and undone if a number is not finite.
 
 A fused step is one pass over all weights on the CPU, and one launch on a GPU. A graph needs learning rates and step counts
-that are tensors on the device. Files hold plain numbers and the kernel that the user has chosen.
+that are tensors on the device. Saved files hold plain numbers and the kernel that the user has chosen.
 """
 
 from typing import Any, cast
@@ -28,10 +27,10 @@ def chooses_kernel(optimizer: th.optim.Optimizer) -> bool:
 
 def use_fused(optimizer: th.optim.Optimizer) -> None:
     """
-    Let Adam and AdamW take their step in torch's fused kernel, unless the user has chosen another. It is the same step, to
-    rounding, in a fifth of the time on the CPU, and in one launch instead of a dozen on a GPU.
+    Let Adam and AdamW take their step in torch's fused kernel, unless the user has chosen another. The step is the same, up to
+    rounding. It takes a fifth of the time on the CPU, and one launch instead of a dozen on a GPU.
 
-    To be called again after a state was loaded: files hold what the user has chosen.
+    Call it again after a state was loaded, because files hold what the user has chosen.
     """
     for group in optimizer.param_groups if "fused" in optimizer.defaults else ():
         group["fused"] = optimizer.defaults["fused"]
@@ -48,8 +47,8 @@ def use_fused(optimizer: th.optim.Optimizer) -> None:
 
 def check_fused(optimizer: th.optim.Optimizer) -> None:
     """
-    Before a step: back to the usual kernel if a tensor does not lie in memory in the usual order, a part of a larger one for
-    instance. The fused kernel takes memory as it lies, and would silently be wrong.
+    Before a step, go back to the usual kernel if a tensor is not contiguous, as a part of a larger one may be. The fused
+    kernel takes memory as it lies, and would silently be wrong.
     """
     if not chooses_kernel(optimizer):
         return
@@ -64,7 +63,7 @@ def check_fused(optimizer: th.optim.Optimizer) -> None:
 
 
 def step_or_undo(optimizer: th.optim.Optimizer, parameters: list[nn.Parameter], finite: th.Tensor) -> None:
-    """Take the step, or leave parameters and optimiser state as they are if ``finite`` is false, without reading it."""
+    """Take the step if ``finite``, else leave parameters and optimiser state as they are, without reading ``finite``."""
     if type(optimizer) in FUSED_KINDS and all(group["fused"] for group in optimizer.param_groups):
         # As mixed precision's GradScaler does
         cast(Any, optimizer).found_inf = (~finite).float()
@@ -97,9 +96,9 @@ RATES = "learning_rates_in_graphs"
 
 def make_capturable(optimizer: th.optim.Optimizer) -> bool:
     """
-    Move what an optimiser counts and its learning rates to the device of its parameters, so that a graph can hold its step.
+    Move an optimiser's step counts and learning rates to the device of its parameters, so that a graph can hold its step.
 
-    False if it cannot be captured: it has no ``capturable`` argument.
+    False if the optimiser has no ``capturable`` argument, and so no graph can hold it.
     """
     if not all("capturable" in group for group in optimizer.param_groups):
         return False
@@ -124,17 +123,14 @@ def set_learning_rate(optimizer: th.optim.Optimizer, learning_rate: float) -> No
 
 
 def forget_graphs(optimizer: th.optim.Optimizer) -> None:
-    """Before a state is loaded, which has plain learning rates and counts."""
+    """Drop the tensors that graphs read. To be called before a state is loaded, which has plain learning rates and counts."""
     vars(optimizer).pop(RATES, None)
 
 
 def plain_state(optimizer: th.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
     """
-    The state of an optimiser as a file should hold it: the kernel that the user has chosen, plain learning rates and counts.
-
-    :param optimizer: The optimiser.
-    :param state: Its ``state_dict()``, which is not changed.
-    :return: The same without what this module does to it.
+    An optimiser's ``state_dict()`` as a file should hold it: the kernel that the user has chosen, plain learning rates and
+    counts. ``state`` itself is not changed.
     """
     groups = [dict(group) for group in state["param_groups"]]
     values = state["state"]

@@ -1,14 +1,14 @@
 """
 Decisions for one state as one program: compiled to C++ on the CPU, a graph on a GPU.
 
-No mathematics is defined here: :meth:`DiffusionProcess.sample` runs the chain, as always, with a network that returns what
-:class:`NoisePredictor` returns, and ``torch.compile`` turns it into one C++ function. An eager decision is a few hundred calls
-of torch, which cost more than the numbers. Updates are not compiled: there it saves a tenth (see ``docs/speed.md``).
+No mathematics is defined here. :meth:`DiffusionProcess.sample` runs the chain as always, with a network that returns what
+:class:`NoisePredictor` returns. ``torch.compile`` turns both into one C++ function. An eager decision is a few hundred calls
+of torch, which cost more than the numbers. Updates are not compiled: it would save a tenth (see ``docs/speed.md``).
 
 Compiling takes 10 to 20 s for each number of candidates, once on a machine (torch keeps the result on disk). Capturing a graph
-takes as long as a few decisions, and it runs the kernels that the eager functions launch one by one. So a GPU captures the
-decisions of known networks without being asked, after :data:`EAGER_DECISIONS` of them. No file holds any of it, and where it
-fails there is one warning and all goes on eagerly.
+takes as long as a few decisions. The graph runs the same kernels that the eager functions launch one by one. So a GPU captures
+the decisions of known networks without being asked, after :data:`EAGER_DECISIONS` of them. No saved file holds programs. If
+one fails, there is one warning, and all goes on eagerly.
 """
 
 import warnings
@@ -28,7 +28,7 @@ from sb3_qvpo.common.diffusion import GaussianDiffusion
 from sb3_qvpo.common.networks import NoisePredictor
 from sb3_qvpo.common.speed import cpu
 from sb3_qvpo.common.speed.graphs import EAGER_DECISIONS, ScoringGraph, squeezed
-from sb3_qvpo.common.speed.networks import FastActor, FastCritic, splits_into_linear_and_rest
+from sb3_qvpo.common.speed.networks import FastActor, FastCritic, is_switched_on, splits_into_linear_and_rest
 from sb3_qvpo.common.speed.settings import settings
 
 LinearParameters = Sequence[tuple[th.Tensor, th.Tensor]]
@@ -45,12 +45,12 @@ TOLERANCE = 1e-3
 
 MOST_PROGRAMS = 4
 """
-At most this many candidate counts of a policy are compiled (and, on a GPU, captured) automatically, so that a schedule of
-counts cannot spend hours compiling.
+At most this many candidate counts of a policy are compiled (and, on a GPU, captured) automatically. Otherwise a schedule of
+counts could spend hours compiling.
 """
 
 COMPILE_AFTER, LONG_RUN = 10_000, 100_000
-"""Environment steps after which actions are compiled, in calls of ``learn()`` that are this long: see ``docs/speed.md``."""
+"""Environment steps after which actions are compiled, and those that ``learn()`` must have for it: see ``docs/speed.md``."""
 
 
 def mish(x: th.Tensor) -> th.Tensor:
@@ -60,7 +60,7 @@ def mish(x: th.Tensor) -> th.Tensor:
 
 
 def linear(x: th.Tensor, weight: th.Tensor, bias: th.Tensor) -> th.Tensor:
-    """A linear layer (K, inputs) -> (K, outputs), written out where libraries for products of large matrices are slow."""
+    """A linear layer (K, inputs) -> (K, outputs). Spelled out for sizes at which libraries for large matrices are slow."""
     if x.shape[1] <= NARROW:
         return (x.unsqueeze(-1) * weight.t()).sum(-2) + bias
     if len(weight) <= NARROW or len(x) <= FEW_ROWS:
@@ -78,30 +78,23 @@ class ScoringProgram:
     The candidates of one state and their scores, compiled.
 
     Weights are passed at each call, so that updates are seen.
-
-    :param actor: The actor.
-    :param critic: The critics.
     """
 
     def __init__(self, actor: DiffusionActor, critic: CandidateCritic):
         self.actor, self.critic = actor, critic
         activation = actor.noise_predictor.time_mlp[1]
         self.activation: Callable[[th.Tensor], th.Tensor] = mish if type(activation) is nn.Mish else activation.forward
-        # Code of its own: torch counts programs by it, and compiles a few for each
+        # A code object of its own, because torch compiles only a few programs for each
         function = FunctionType(ScoringProgram._score.__code__.replace(), globals())
         options: dict[str, Any] = {"cpp_wrapper": True}
         self.program = th.compile(MethodType(function, self), fullgraph=True, dynamic=False, options=options)
 
     def __call__(self, actor_features: th.Tensor, critic_features: th.Tensor, noise: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
         """
-        Draw candidates and score them.
-
-        :param actor_features: The state's features of the actor, shape (1, S).
-        :param critic_features: The state's features of the critics, shape (1, S).
-        :param noise: Noise of shape (N, 1, K, A).
-        :return: Actions of shape (1, K, A) and their scores, shape (1, K).
+        Draw candidates from noise (N, 1, K, A) and score them. Features of the state are (1, S), the candidates (1, K, A),
+        their scores (1, K).
         """
-        # Another layout, or the same tensor twice, would be another program
+        # torch would compile another program for another layout, or for the same tensor twice
         actor_features, noise = actor_features.contiguous(), noise.contiguous()
         critic_features = actor_features.clone() if critic_features is actor_features else critic_features.contiguous()
         predictor = self.actor.noise_predictor
@@ -168,16 +161,16 @@ class Programs:
     """
     The programs of a policy's decisions: which exist, when one is made, and which decision uses one.
 
-    What the user asked for (:meth:`compile`) serves all decisions. What ``learn()`` compiles on its own only chooses the
-    actions that it collects, so predictions are those of a loaded model, bit for bit. What a GPU captures on its own serves
-    all decisions, whose bits it keeps.
+    A program that the user asked for (:meth:`compile`) serves all decisions. A program that ``learn()`` compiles on its own
+    only chooses the actions that it collects. So predictions are those of a loaded model, bit for bit. A graph that a GPU
+    captures on its own serves all decisions, because it does not change a bit of them.
 
-    No file holds programs, and a copy of a policy starts without.
+    No saved file holds programs, and a copy of a policy starts without.
     """
 
     def __init__(self) -> None:
         self.by_count: dict[int, Program | None] = {}
-        """Programs by number of candidates, None where it failed."""
+        """Programs by number of candidates, None for one that failed."""
         self.for_predictions: set[int] = set()
         """Numbers of candidates whose programs the user asked for."""
         self.automatic: dict[int, Program | None] = {}
@@ -191,13 +184,10 @@ class Programs:
 
     def compile(self, policy: DecidingPolicy, n_candidates: int, for_predictions: bool = True) -> bool:
         """
-        Make a program for a number of candidates. It is made again only after the policy was moved to another kind of device.
+        Make a program for a number of candidates, and say whether there is one. If it fails there is a warning.
 
-        :param policy: The policy.
-        :param n_candidates: K.
-        :param for_predictions: Whether the user asked for it. If not, at most :data:`MOST_PROGRAMS` are made, and none that
-            has failed before.
-        :return: Whether there is one. If it fails there is a warning.
+        A program is made again only after the policy was moved to another kind of device. If the user did not ask for it
+        (``for_predictions``), at most :data:`MOST_PROGRAMS` are made, and none that has failed before.
         """
         if not settings.enabled:
             return False
@@ -213,15 +203,11 @@ class Programs:
     @contextmanager
     def collecting(self, policy: DecidingPolicy, n_candidates: int, n_steps: int, total: int, n_envs: int) -> Iterator[None]:
         """
-        While it lasts, decisions are those of ``learn()``. Long runs compile them, after some steps.
+        A context in which decisions are those of ``learn()``. Long runs compile them after some steps, if there is one
+        environment, because programs serve one state.
 
-        Decided by counts of steps, so that the same seed gives the same run, also one that is interrupted and resumed.
-
-        :param policy: The policy.
-        :param n_candidates: K of the actions that are collected.
-        :param n_steps: Environment steps of this ``learn()`` so far.
-        :param total: All its environment steps.
-        :param n_envs: Number of environments. Programs serve one state.
+        The count of this ``learn()``'s environment steps so far, ``n_steps`` of ``total``, decides. So the same seed gives the
+        same run, even one that is interrupted and resumed.
         """
         if n_envs == 1 and n_steps >= COMPILE_AFTER and total >= LONG_RUN and settings.compile_actions:
             self.compile(policy, n_candidates, for_predictions=False)
@@ -235,12 +221,10 @@ class Programs:
         self, policy: DecidingPolicy, observation: PyTorchObs, noise: th.Tensor | int
     ) -> tuple[th.Tensor, th.Tensor] | None:
         """
-        The candidates of one state and their scores, by a program.
+        The candidates of one state, (1, K, A), and their scores, (1, K), by a program. None if no program serves this
+        decision.
 
-        :param policy: The policy, in evaluation mode.
-        :param observation: Observations.
-        :param noise: Noise of shape (N, 1, K, A), or K.
-        :return: Actions of shape (1, K, A) and scores of shape (1, K). None if no program serves this decision.
+        The policy is in evaluation mode. Noise is (N, 1, K, A), or K if it is drawn here.
         """
         n_candidates = noise if isinstance(noise, int) else noise.shape[2]
         program = self.find(policy, n_candidates) if n_observations(observation) == 1 else None
@@ -249,7 +233,7 @@ class Programs:
         noise = policy.actor.draw_noise(1, n_candidates) if isinstance(noise, int) else noise
         try:
             return program(*policy.encode(observation), noise)
-        except Exception as error:  # another number of threads is compiled anew, and may fail then
+        except Exception as error:  # torch compiles anew for another number of threads, which may fail
             for store in (self.by_count, self.automatic):
                 if store.get(n_candidates) is program:
                     store[n_candidates] = None
@@ -258,13 +242,10 @@ class Programs:
 
     def find(self, policy: DecidingPolicy, n_candidates: int) -> Program | None:
         """
-        The program for a decision that is about to be taken. On a GPU decisions are counted, and after some captured.
-
-        :param policy: The policy.
-        :param n_candidates: K.
-        :return: None if there is none, with gradients, without fast paths, and while a policy is exported.
+        The program for a decision that is about to be taken. None if there is none, with gradients, without fast paths, and
+        while a policy is exported. On a GPU decisions are counted, and after some captured.
         """
-        if not settings.enabled or th.is_grad_enabled() or th.compiler.is_compiling():
+        if not is_switched_on() or th.is_grad_enabled():
             return None
         on_gpu = is_on_gpu(policy.actor)
         if on_gpu and _is_being_captured():
@@ -277,7 +258,7 @@ class Programs:
         return program if isinstance(program, ScoringProgram) else None
 
     def tried_counts(self) -> tuple[list[int], list[int]]:
-        """All counts that were compiled, in their order, also where it failed; and those that the user asked for."""
+        """All counts that were compiled, in their order, failed ones included. And those that the user asked for."""
         return list(self.by_count), sorted(self.for_predictions)
 
     def _automatic_graph(self, policy: DecidingPolicy, n_candidates: int) -> Program | None:
@@ -292,7 +273,7 @@ class Programs:
         return self.automatic[n_candidates]
 
     def _make(self, policy: DecidingPolicy, n_candidates: int, automatic: bool = False) -> Program | None:
-        """A program where the networks allow it. None, with a warning, if that fails."""
+        """A program if the networks allow one. None, with a warning, if it fails."""
         actor, critic = policy.actor, policy.critic
         try:
             if not (are_known_networks(actor, critic) or (is_on_gpu(actor) and not automatic)):
@@ -313,7 +294,7 @@ def n_observations(observation: PyTorchObs) -> int:
 
 def is_on_gpu(actor: DiffusionActor) -> bool:
     """Whether programs are graphs."""
-    # Asked before each action: the first takes a microsecond, the second eight
+    # Asked before each action. The first check takes a microsecond, the second eight
     return _has_gpu() and actor.device.type == "cuda"
 
 
@@ -323,14 +304,14 @@ def _has_gpu() -> bool:
 
 
 def _is_being_captured() -> bool:
-    """Whether what is done now goes into a graph, of updates or of the user's: no other can be run or captured there."""
+    """Whether a graph, of updates or of the user, is being captured now. Meanwhile no other can be run or captured."""
     return _has_gpu() and th.cuda.is_current_stream_capturing()
 
 
 def are_known_networks(actor: DiffusionActor, critic: CandidateCritic) -> bool:
     """
-    Whether all is known that these networks do. Not where a class of their own, hooks, parameters of activations, another
-    number of outputs or another type than float32 could change it.
+    Whether this module knows all that these networks do. A class of their own, hooks, parameters of activations, more outputs
+    or another type than float32 could change it.
     """
     later_layers = list(actor.noise_predictor.later_layers)
     if not all(splits_into_linear_and_rest(q_network) for q_network in critic.q_networks):
@@ -359,14 +340,14 @@ def are_known_networks(actor: DiffusionActor, critic: CandidateCritic) -> bool:
 
 def checked_program(actor: DiffusionActor, critic: CandidateCritic, n_candidates: int, trusted: bool = False) -> Program:
     """
-    A program after a first run.
+    A new program, after two trial runs.
 
     :raises RuntimeError: If it does not give what the eager functions give.
     """
     program = ScoringGraph(actor, critic, trusted) if is_on_gpu(actor) else ScoringProgram(actor, critic)
     sizes = (actor.features_dim, critic.features_dim)
     features = [th.linspace(-1, 1, size, device=actor.device).unsqueeze(0) for size in sizes]
-    # Numbers of its own: those of the run are not touched
+    # Fixed noise, because drawing some would change the random numbers of the run
     shape = (actor.diffusion.n_noises, 1, n_candidates, actor.action_dim)
     noise = th.linspace(-1, 1, th.Size(shape).numel(), device=actor.device).view(shape)
     for _ in range(2):
@@ -376,9 +357,7 @@ def checked_program(actor: DiffusionActor, critic: CandidateCritic, n_candidates
         difference = (candidates - eager).abs().max()
         score_difference = (scores - eager_scores).abs().max() / eager_scores.abs().max().clamp(min=1)
         if not (difference <= TOLERANCE and score_difference <= TOLERANCE):
-            raise RuntimeError(
-                f"they differ by {difference:.2g}, their values by {score_difference:.2g} from those that are not"
-            )
+            raise RuntimeError(f"they differ by {difference:.2g} from eager ones, and their scores by {score_difference:.2g}")
         noise = -noise  # a graph that does not read its inputs would pass once
     return program
 

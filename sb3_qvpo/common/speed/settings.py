@@ -10,13 +10,13 @@ CANDIDATE_DTYPES = ("auto", "float32", "bfloat16")
 @dataclass
 class SpeedSettings:
     """
-    How the fast paths work in this process. No saved file holds anything of them.
+    How the fast paths work in this process. No saved file holds any of these settings.
 
-    :param enabled: Whether they are used at all.
-    :param compile_actions: Whether long runs compile their actions, and whether a GPU captures decisions in graphs on its own,
-        see :meth:`DiffusionPolicy.compile_actions`.
-    :param candidate_dtype: In what candidates for training are drawn: ``"float32"``, ``"bfloat16"`` or ``"auto"``, bfloat16
-        where the processor multiplies it in hardware.
+    :param enabled: Whether fast paths are used at all.
+    :param compile_actions: Whether long runs compile their actions, and whether a GPU captures decisions in graphs on its own.
+        See :meth:`DiffusionPolicy.compile_actions`.
+    :param candidate_dtype: Type in which candidates for training are drawn: ``"float32"``, ``"bfloat16"`` or ``"auto"``. The
+        last is bfloat16 if the processor multiplies it in hardware.
     """
 
     enabled: bool = True
@@ -41,7 +41,7 @@ def has_bfloat16(device: th.device) -> bool:
 
 def candidate_dtype(device: th.device) -> th.dtype:
     """
-    In what candidates for training are drawn on a device: ``torch.float32`` or ``torch.bfloat16``.
+    Type in which candidates for training are drawn on a device: ``torch.float32`` or ``torch.bfloat16``.
 
     :raises ValueError: If ``settings.candidate_dtype`` is unknown.
     """

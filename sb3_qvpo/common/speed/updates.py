@@ -1,13 +1,13 @@
 """
 Updates: on the CPU eagerly, on a GPU as graphs, one for each kind of update and settings.
 
-The first updates run eagerly. Then one is captured in a graph and checked: from the same state, with the same random numbers,
-the graph must give the eager update's weights. If it does not, or if the update cannot be captured (a features extractor that
-reads numbers back, say), there is one warning and all goes on eagerly.
+The first updates run eagerly. Then one is captured in a graph and checked. From the same state, with the same random numbers,
+the graph must give the eager update's weights. An update may also be impossible to capture, because a features extractor reads
+numbers back, for instance. If either fails, there is one warning, and all goes on eagerly.
 
 A graph reads and writes fixed addresses. So batches are copied into fixed tensors, and the learning rates and step counts of
 optimisers are tensors on the device, see :mod:`sb3_qvpo.common.speed.optimizers`. A graph also bakes in every setting that the
-update reads. So graphs are keyed by all attributes that could be one, see :class:`SettingsWatch`.
+update reads. So graphs are keyed by all attributes that could be a setting, see :class:`SettingsWatch`.
 """
 
 import warnings
@@ -82,16 +82,10 @@ def sample_batch(
     buffer: ReplayBuffer, batch_size: int, vec_normalize: VecNormalize | None, device: th.device
 ) -> ReplayBufferSamples:
     """
-    A mini-batch on the model's device.
+    A mini-batch on the model's device, in the buffer's own type.
 
-    On a GPU the host does not wait for it. SB3 copies from pageable memory, which lets the host go on only when all updates
-    before are done.
-
-    :param buffer: The replay buffer.
-    :param batch_size: B.
-    :param vec_normalize: What normalises observations and rewards, if anything does.
-    :param device: The device of the model.
-    :return: B transitions, in the buffer's own type.
+    SB3 copies from pageable memory, for which the host waits until all earlier updates are done. On a GPU batches are copied
+    from pinned memory instead, and the host goes on.
     """
     if device.type not in PINNED_FOR:
         return buffer.sample(batch_size, env=vec_normalize)
@@ -101,7 +95,7 @@ def sample_batch(
     finally:
         buffer.device = own_device
     tensors = [tensor for _, tensor in flat_items(batch._asdict())]
-    # A buffer of the user's may keep its transitions on the GPU
+    # A user's buffer may keep its transitions on the GPU
     pinned = (tensor.pin_memory() if tensor.device.type == "cpu" else tensor for tensor in tensors)
     return type(batch)(**rebuild(batch._asdict(), (tensor.to(device, non_blocking=True) for tensor in pinned)))
 
@@ -113,6 +107,24 @@ TORCHS_OWN = frozenset(vars(nn.Module())) - {"training"}
 
 WATCHED_ELSEWHERE = (nn.Module, th.Tensor, th.optim.Optimizer)
 """Values that :class:`TensorAddresses` watches."""
+
+
+# fmt: off
+RUN_STATE = frozenset({
+    # The position of a run
+    "num_timesteps", "_num_timesteps_at_start", "_total_timesteps", "_current_progress_remaining", "_n_updates", "_n_calls",
+    "_episode_num", "_first_timestep", "_warm_up_end", "start_time", "learning_starts", "train_freq",
+    # What a run collects and reports
+    "env", "_last_obs", "_last_original_obs", "_last_episode_starts", "_vec_normalize_env", "replay_buffer", "action_noise",
+    "ep_info_buffer", "ep_success_buffer", "_logger", "_custom_logger", "_metric_sums", "_statistics",
+    "_resumed_random_states", "_finite_guard", "_update_runner", "_warned_of_few_updates",
+    # Networks: their tensors and settings are watched separately
+    "policy", "actor", "actor_target", "critic", "critic_target",
+    # Handed to updates as numbers
+    "lr_schedule", "_qf_lr_schedule", "_rates_of_schedules", "learning_rate", "qf_learning_rate",
+})
+# fmt: on
+"""Attributes of an algorithm that no update reads, and that change while graphs of updates stay valid."""
 
 
 class _Identity:
@@ -129,7 +141,7 @@ class _Identity:
 
 
 def frozen(value: object) -> Hashable:
-    """A value that can be compared later: plain values and containers by what they hold, all else by identity."""
+    """A value to be compared later: plain values and containers by what they hold, all else by identity."""
     if value is None or isinstance(value, bool | int | float | str | bytes | th.dtype | th.device | FunctionType | type):
         # 0.0, False and 0 are equal, and so are 1.0, True and 1
         return (type(value), value)
@@ -148,9 +160,8 @@ class SettingsWatch:
     """
     The settings of an algorithm and of its policy's modules that an update may read, as one value that can be compared.
 
-    All attributes count. One that is no setting costs a new capture when it changes, so those that change in each update are
-    left out. Most of the time nothing has changed. The same objects in the same places, seen in about 100 µs, are the same
-    settings.
+    All attributes count. If one that is no setting changes, it costs a new capture. So those that change in each update are
+    left out. Most of the time nothing has changed: the same objects are in the same places, which takes about 100 µs to see.
     """
 
     def __init__(self, model: "UpdatedModel", left_out: frozenset[str]):
@@ -174,7 +185,7 @@ class SettingsWatch:
             if name not in TORCHS_OWN and not isinstance(value, WATCHED_ELSEWHERE)
         ]
         self._key: Hashable = tuple((name, frozen(value)) for name, value in values)
-        # A module that takes the place of another has attributes of its own. A container can be changed in place
+        # Submodules are looked at, because a new one has attributes of its own. Containers, because they can change in place
         children = [cast(dict[str, Any], module._modules) for module in modules]
         self.holders = [_Snapshot(holder) for holder in (vars(settings), *map(vars, modules), *children)]
         self.holders += [_Snapshot(part) for _, value in values for part in containers_in(value)]
@@ -271,13 +282,8 @@ class UpdateRunner:
 
     def run(self, model: UpdatedModel, update: Update, batch: ReplayBufferSamples, numbers: Sequence[float]) -> Results:
         """
-        Run an update.
-
-        :param model: The algorithm.
-        :param update: A method of it that takes a batch and numbers, and returns its metrics.
-        :param batch: The mini-batch.
-        :param numbers: What else changes from update to update. In a graph they are tensors.
-        :return: Its metrics. The next update may overwrite them.
+        Run an update, a method of the algorithm that takes a batch and numbers, and return its metrics. The next update may
+        overwrite them. Numbers are what else changes from update to update. In a graph they are tensors.
         """
         if model.device.type == "cpu":
             keep_freed_memory()
@@ -332,7 +338,7 @@ class UpdateRunner:
         if self.failed:
             return eagerly()
         if kind in self.graphs and not self.graphs[kind].addresses.unchanged():
-            # Graphs write to tensors that something else has replaced. An optimiser may have no state yet
+            # The graphs' tensors have been replaced. Start anew, because a new optimiser may have no state yet
             self.graphs.clear()
             self.counts.clear()
         if kind in self.graphs:
@@ -359,7 +365,7 @@ class UpdateRunner:
                 raise RuntimeError("the update was run instead of being captured")
             replay()
             self._check(model, before, after)
-        except Exception as error:  # whatever cannot be captured, the update is done
+        except Exception as error:  # whatever cannot be captured, the eager update is done
             self._restore(model, after, random_state_after)
             self._fail(error)
             return eager_results
@@ -367,7 +373,7 @@ class UpdateRunner:
         return results
 
     def _check(self, model: UpdatedModel, before: Sequence[th.Tensor], after: Sequence[th.Tensor]) -> None:
-        """Compare what the graph has done with what the eager update did. On average: kernels may add up in any order."""
+        """Compare the graph's weights with those of the eager update, on average, because kernels may add up in any order."""
         for captured, start, eager in zip(self._state(model), before, after, strict=True):
             step = (eager.double() - start.double()).abs().mean()
             difference = (captured.double() - eager.double()).abs().mean()
