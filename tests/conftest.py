@@ -9,8 +9,14 @@ from sb3_qvpo.common.speed.settings import settings as speed_settings
 th.set_num_threads(1)
 
 
-# Minutes each, in this order
-LONGEST_FILES = ["test_zoo_commands.py", "test_benchmarks.py", "test_examples.py", "test_resume.py", "test_export.py"]
+# Half a minute or more each, in this order
+# fmt: off
+LONGEST_FILES = [
+    "test_export.py", "test_studies.py", "test_programs.py", "test_checkpoints.py", "test_examples.py", "test_networks.py",
+    "test_reports.py", "test_weights.py", "test_report.py", "test_installation.py", "test_files.py", "test_updates.py",
+    "test_documentation.py", "test_benchmarks.py", "test_commands.py", "test_qvpo.py",
+]
+# fmt: on
 
 
 def pytest_collection_modifyitems(items):

@@ -35,8 +35,9 @@ from sb3_qvpo.common.diffusion import GaussianDiffusion
 from sb3_qvpo.common.policies import DiffusionPolicy
 from sb3_qvpo.common.runs.guarded_algorithm import GuardedOffPolicyAlgorithm
 from sb3_qvpo.common.speed.cpu import warn_of_busy_cores
+from sb3_qvpo.common.speed.keys import RUN_STATE
 from sb3_qvpo.common.speed.optimizers import forget_graphs, plain_state, set_learning_rate, use_fused
-from sb3_qvpo.common.speed.updates import RUN_STATE, UpdateRunner, sample_batch
+from sb3_qvpo.common.speed.updates import UpdateRunner, sample_batch
 
 Metrics = dict[str, th.Tensor]
 """Named scalars of a loss, still on the device."""

@@ -18,7 +18,7 @@ LAYERS = [
     "common.speed.settings common.runs.files",
     "common.actor_critic",
     "common.speed.optimizers common.speed.cpu",
-    "common.speed.networks common.speed.graphs",
+    "common.speed.networks common.speed.graphs common.speed.keys",
     "common.speed.programs common.speed.updates",
     "common.runs.finite_checks common.runs.checkpoints",
     "common.runs.guarded_algorithm",

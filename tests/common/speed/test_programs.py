@@ -289,7 +289,7 @@ def test_a_compiler_that_errs_is_found_out(what, monkeypatch):
 
     monkeypatch.setattr(th, "compile", lambda function, **kwargs: lambda *args: wrong(function.__self__, *args))
     model = model_with(net_arch=[32, 32])
-    with pytest.warns(UserWarning, match=r"Actions are not compiled .* differ by .* values by"):
+    with pytest.warns(UserWarning, match=r"Actions are not compiled .* differ by .* scores by"):
         assert not model.policy.compile_actions(5)
 
 

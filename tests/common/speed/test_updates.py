@@ -404,16 +404,6 @@ def test_a_setting_that_nobody_listed_is_a_new_graph(what):
         assert rounding < 0.1 * matters, name
 
 
-def test_values_are_frozen_by_what_they_hold():
-    """Equal where an update would do the same, different otherwise; objects equal themselves alone."""
-    array = np.zeros(2)
-    for value in (1, 1.0, True, None, "qadv", (1, [2.0]), {"a": 1}, th.float32, np.float64(3), len, array):
-        assert updates.frozen(value) == updates.frozen(value)
-        assert hash(updates.frozen(value)) == hash(updates.frozen(value))
-    for first, second in ((0, False), (1, 1.0), ([1], (1,)), ({"a": 1}, {"a": 2}), (array, np.zeros(2)), ("1", 1)):
-        assert updates.frozen(first) != updates.frozen(second)
-
-
 class Samples(NamedTuple):
     """What a buffer of priorities hands out: a tensor and two fields that are no tensors."""
 
