@@ -28,6 +28,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("settings")
 def test_learning_with_both_types_of_candidates(tmp_path, monkeypatch):
     """The same seed's runs differ in the type alone; runs that are in the file are skipped."""
@@ -115,6 +116,7 @@ def test_files_get_the_columns_that_they_lack(tmp_path):
     assert [path.name for path in file.parent.iterdir()] == ["a.csv"]
 
 
+@pytest.mark.slow
 def test_learning_curves_are_resumed(tmp_path):
     """Through RL Zoo; after a kill QVPO goes on from its checkpoint, finished runs are skipped, others start again."""
     file, checkpoint = tmp_path / "results.csv", tmp_path / "runs" / "Pendulum-v1_qvpo_ddim5_3_700" / "run.zip"

@@ -216,13 +216,12 @@ def test_bfloat16_does_not_change_the_distribution_of_a_policy(name):
     """
     settings = dict(n_diffusion_steps=10, batch_size=64, n_train_candidates=16, learning_rate=3e-3)
     model = tiny_qvpo(**TRAINED[name], **settings, policy_kwargs=dict(net_arch=[64, 64])).learn(300)
-    features = th.zeros(400, 2)
     shape = (10, 400, 1000, model.actor.action_dim)
     dtypes = (th.float32, th.bfloat16)
 
     def draw(dtype, noise):
         with th.no_grad():
-            condition = model.actor.noise_predictor.condition(features)
+            condition = model.actor.noise_predictor.condition(th.zeros(noise.shape[1], 2))
             actions = cpu.sample_in_blocks(model.actor.diffusion, model.actor.noise_predictor, condition, noise, dtype)
         return actions.flatten(0, 1).double().numpy()
 
@@ -230,7 +229,7 @@ def test_bfloat16_does_not_change_the_distribution_of_a_policy(name):
     for direction in (*np.eye(exact.shape[1]), np.ones(exact.shape[1])):
         assert ks_2samp(exact @ direction, reduced @ direction).statistic < 0.01
     assert 0.01 < exact.std() < 1.01, "a policy worth comparing"
-    noise = th.randn(shape)
+    noise = th.randn(shape)[:, :40]
     distances = np.abs(draw(th.float32, noise) - draw(th.bfloat16, noise))
     assert 0 < distances.mean() < 2e-3
     shifted = exact + 0.05 * exact.std()
