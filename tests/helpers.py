@@ -7,6 +7,7 @@ import warnings
 from contextlib import contextmanager, redirect_stdout
 from io import StringIO
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import gymnasium as gym
 import numpy as np
@@ -463,3 +464,17 @@ def output_of(main, *command_line, folder="."):
         os.chdir(working_folder)
         th.set_num_threads(n_threads)
     return output.getvalue()
+
+
+class Samples(NamedTuple):
+    """What a replay buffer of the user's own hands out: SB3's fields, and some that SB3 does not have."""
+
+    observations: Any
+    actions: Any
+    next_observations: Any
+    dones: Any
+    rewards: Any
+    discounts: Any = None
+    weights: Any = None
+    indices: Any = None
+    infos: Any = None

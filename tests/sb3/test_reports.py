@@ -5,14 +5,13 @@ import os
 import shutil
 import subprocess
 import sys
-from typing import Any, NamedTuple
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
-from helpers import ROOT, BanditEnv, CountdownEnv, recorded_warnings, same_weights, tiny_qvpo, weights_of
+from helpers import ROOT, BanditEnv, CountdownEnv, Samples, recorded_warnings, same_weights, tiny_qvpo, weights_of
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import EvalCallback
 from stable_baselines3.common.env_util import make_vec_env
@@ -122,16 +121,6 @@ class Normalized(BaseFeaturesExtractor):
 # Replay buffers of the user's own
 
 
-class Samples(NamedTuple):
-    observations: Any
-    actions: Any
-    next_observations: Any
-    dones: Any
-    rewards: Any
-    discounts: Any = None
-    indices: Any = None
-
-
 FIELDS = {
     "array": lambda n: np.arange(n),
     "list": lambda n: [1] * n,
@@ -147,7 +136,7 @@ FIELDS = {
 def test_samples_with_further_fields(kind):
     class Priorities(ReplayBuffer):
         def sample(self, batch_size, env=None):
-            return Samples(*super().sample(batch_size, env)[:5], None, FIELDS[kind](batch_size))
+            return Samples(*super().sample(batch_size, env)[:5], indices=FIELDS[kind](batch_size))
 
     model = tiny_qvpo(replay_buffer_class=Priorities).learn(20)
     assert model._n_updates == 15 and isinstance(model._sample_batch(4), Samples)

@@ -7,13 +7,13 @@ has the real ones.
 import copy
 import sys
 from collections import defaultdict
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
-from helpers import TINY, DictEnv, same_weights, take_bad_steps, tiny_qvpo, weights_of
+from helpers import TINY, DictEnv, Samples, same_weights, take_bad_steps, tiny_qvpo, weights_of
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -402,20 +402,6 @@ def test_a_setting_that_nobody_listed_is_a_new_graph(what):
         matters = (weights[0][name] - weights_of(unchanged)[name]).abs().max()
         rounding = (weights[0][name] - weights[1][name]).abs().max()
         assert rounding < 0.1 * matters, name
-
-
-class Samples(NamedTuple):
-    """What a buffer of priorities hands out: a tensor and two fields that are no tensors."""
-
-    observations: Any
-    actions: Any
-    next_observations: Any
-    dones: Any
-    rewards: Any
-    discounts: Any = None
-    weights: Any = None
-    indices: Any = None
-    infos: Any = None
 
 
 class PriorityBuffer(ReplayBuffer):
