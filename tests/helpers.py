@@ -374,6 +374,44 @@ def errors_are_deferred(model):
     return model._finite_guard.deferred
 
 
+def guard_of(model):
+    """What keeps numbers that are not finite out of a model's weights."""
+    return model._finite_guard
+
+
+def runner_of(model):
+    """What runs a model's updates, and holds their graphs."""
+    return model._update_runner
+
+
+def use_runner(model, runner):
+    """Let another object run a model's updates."""
+    model._update_runner = runner
+
+
+def batch_of(model, batch_size):
+    """A mini-batch as an update gets it."""
+    return model._sample_batch(batch_size)
+
+
+def add_metrics_through(model, watch):
+    """Let ``watch(metrics)`` see the metrics of each update before a model adds them up."""
+    add = model._add_metrics
+    model._add_metrics = lambda metrics: (watch(metrics), add(metrics))[1]
+
+
+def value_now_through(model, watch):
+    """Let ``watch(name, value)`` see each value that a model takes from a schedule."""
+    value_now = model._value_now
+
+    def watched(name, schedule):
+        value = value_now(name, schedule)
+        watch(name, value)
+        return value
+
+    model._value_now = watched
+
+
 def metric_sums(model):
     """The dictionary in which a model adds its metrics up until the log is written: sum and count by name."""
     return model._metric_sums

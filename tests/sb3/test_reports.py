@@ -11,7 +11,19 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
-from helpers import ROOT, BanditEnv, CountdownEnv, Samples, recorded_warnings, same_weights, tiny_qvpo, weights_of
+from helpers import (
+    ROOT,
+    BanditEnv,
+    CountdownEnv,
+    Samples,
+    add_metrics_through,
+    batch_of,
+    recorded_warnings,
+    same_weights,
+    tiny_qvpo,
+    value_now_through,
+    weights_of,
+)
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import EvalCallback
 from stable_baselines3.common.env_util import make_vec_env
@@ -48,8 +60,7 @@ def test_a_schedule_that_reaches_zero_ends_a_run(name, argument):
     env, kwargs, n_steps = BEYOND_THE_END[name]
     seen = []
     model = tiny_qvpo(env(), **kwargs, **{argument: linear(0.02)})
-    record = model._value_now
-    model._value_now = lambda name, schedule: (seen.append((name, record(name, schedule))), seen[-1][1])[1]
+    value_now_through(model, lambda *name_and_value: seen.append(name_and_value))
     model.learn(n_steps)
     values = [value for name, value in seen if name == argument]
     assert model.num_timesteps > n_steps and values[-1] == 0.0 and min(values) == 0.0
@@ -139,7 +150,7 @@ def test_samples_with_further_fields(kind):
             return Samples(*super().sample(batch_size, env)[:5], indices=FIELDS[kind](batch_size))
 
     model = tiny_qvpo(replay_buffer_class=Priorities).learn(20)
-    assert model._n_updates == 15 and isinstance(model._sample_batch(4), Samples)
+    assert model._n_updates == 15 and isinstance(batch_of(model, 4), Samples)
 
 
 class Rows(ReplayBuffer):
@@ -498,8 +509,7 @@ def test_logged_losses_are_means_since_the_last_dump_by_anyone():
     """``EvalCallback`` dumps the log in the middle of an episode."""
     kept, losses = Kept(), []
     model = tiny_qvpo(CountdownEnv(length=10), learning_starts=5)
-    add = model._add_metrics
-    model._add_metrics = lambda metrics: (losses.append(metrics), add(metrics))[1]
+    add_metrics_through(model, losses.append)
     model.set_logger(Logger(None, [kept]))
     callback = EvalCallback(CountdownEnv(length=2), eval_freq=7, n_eval_episodes=1, verbose=0, warn=False)
     model.learn(40, callback=callback, log_interval=1)

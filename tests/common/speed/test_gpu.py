@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
-from helpers import CountdownEnv, DictEnv, take_bad_steps, tiny_qvpo, weights_of
+from helpers import CountdownEnv, DictEnv, runner_of, take_bad_steps, tiny_qvpo, weights_of
 from stable_baselines3.common.callbacks import ConvertCallback
 
 from sb3_qvpo import QVPO, ResumableCheckpointCallback
@@ -72,10 +72,10 @@ def arguments_of(name):
 def test_graphs_of_updates(name, monkeypatch, warnings_are_errors):
     """Updates of critics and of the policy are captured, once each, and train as the eager ones do."""
     model = gpu_qvpo(**arguments_of(name)).learn(60)
-    assert len(model._update_runner.graphs) == 2 and not model._update_runner.failed
+    assert len(runner_of(model).graphs) == 2 and not runner_of(model).failed
     monkeypatch.setattr(updates, "EAGER_UPDATES", 1000)
     eager = gpu_qvpo(**arguments_of(name)).learn(60)
-    assert not eager._update_runner.graphs
+    assert not runner_of(eager).graphs
     assert model._n_updates == eager._n_updates == 55
     assert largest_difference(model, gpu_qvpo(**arguments_of(name))) > 1e-3, "it has learnt"
     assert largest_difference(model, eager) < 1e-4
@@ -182,9 +182,9 @@ def test_a_resumed_run_is_the_run(tmp_path):
 def test_numbers_that_are_not_finite_stop_training():
     """The steps of a captured update are not taken, and reported by the hundredth update, later than on the CPU."""
     model = gpu_qvpo().learn(60)
-    assert model._n_updates == 55 and len(model._update_runner.graphs) == 2
+    assert model._n_updates == 55 and len(runner_of(model).graphs) == 2
     take_bad_steps(model)
     with pytest.raises(ValueError, match="Non-finite critic_loss in gradient update 56"):
         model.train(95, batch_size=8)
-    assert model._n_updates == 100 and not model._update_runner.failed
+    assert model._n_updates == 100 and not runner_of(model).failed
     assert all(bool(value.isfinite().all()) for value in model.policy.state_dict().values())

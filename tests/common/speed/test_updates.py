@@ -13,14 +13,27 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
-from helpers import TINY, DictEnv, Samples, same_weights, take_bad_steps, tiny_qvpo, weights_of
+from helpers import (
+    TINY,
+    DictEnv,
+    Samples,
+    batch_of,
+    guard_of,
+    metric_sums,
+    report_errors_later,
+    runner_of,
+    same_weights,
+    take_bad_steps,
+    tiny_qvpo,
+    use_runner,
+    weights_of,
+)
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sb3_qvpo import QVPO
-from sb3_qvpo.common.runs.finite_checks import FiniteGuard
 from sb3_qvpo.common.speed import optimizers, updates
 from sb3_qvpo.common.speed.updates import UpdateRunner, flat_items, rebuild
 
@@ -48,8 +61,8 @@ class RunnerOnTheCpu(UpdateRunner):
 def on_an_accelerator(capture=recorded, env="Pendulum-v1", policy="MlpPolicy", algorithm=QVPO, **kwargs):
     """A model that trains as on a GPU, but on the CPU."""
     model = algorithm(policy, env, **{**TINY, **kwargs})
-    model._update_runner = RunnerOnTheCpu(capture)
-    model._finite_guard = FiniteGuard(deferred=True)
+    use_runner(model, RunnerOnTheCpu(capture))
+    report_errors_later(model)
     return model
 
 
@@ -75,18 +88,18 @@ def test_captured_training_is_training(name):
     plain = tiny_qvpo(**CASES[name]).learn(60)
     assert th.equal(random_number, th.rand(1))
     assert close(model, plain)
-    assert len(model._update_runner.graphs) == 2 and not model._update_runner.failed
+    assert len(runner_of(model).graphs) == 2 and not runner_of(model).failed
     assert model._n_updates == plain._n_updates == 55
     model.logger.name_to_value.clear()
     for each in (model, plain):
-        each._metric_sums.clear()
+        metric_sums(each).clear()
         th.manual_seed(0)
         np.random.seed(0)
         each.train(4, 8)
-    assert model._metric_sums.keys() == plain._metric_sums.keys()
-    for metric, (total, count) in plain._metric_sums.items():
-        np.testing.assert_allclose(model._metric_sums[metric][0], total, rtol=1e-2, atol=1e-4, err_msg=metric)
-        assert model._metric_sums[metric][1] == count
+    assert metric_sums(model).keys() == metric_sums(plain).keys()
+    for metric, (total, count) in metric_sums(plain).items():
+        np.testing.assert_allclose(metric_sums(model)[metric][0], total, rtol=1e-2, atol=1e-4, err_msg=metric)
+        assert metric_sums(model)[metric][1] == count
 
 
 def test_only_replays_run_once_captured():
@@ -101,9 +114,9 @@ def test_only_replays_run_once_captured():
     assert len(runs) == 2 * (55 - updates.EAGER_UPDATES)  # of critics, of the policy
     model.gamma = 0.5  # another kind
     model.train(updates.EAGER_UPDATES + 3, 8)
-    assert len(runs) == 2 * (55 - updates.EAGER_UPDATES + 3) and len(model._update_runner.graphs) == 4
+    assert len(runs) == 2 * (55 - updates.EAGER_UPDATES + 3) and len(runner_of(model).graphs) == 4
     model.train(updates.EAGER_UPDATES + 3, 4)  # another batch size
-    assert len(model._update_runner.graphs) == 6
+    assert len(runner_of(model).graphs) == 6
 
 
 def test_settings_that_change_all_the_time_are_not_captured(monkeypatch):
@@ -113,7 +126,7 @@ def test_settings_that_change_all_the_time_are_not_captured(monkeypatch):
     for gamma in (0.1, 0.2, 0.3, 0.4):
         model.gamma = gamma
         model.train(3, 8)
-    assert len(model._update_runner.graphs) == 2 and not model._update_runner.failed
+    assert len(runner_of(model).graphs) == 2 and not runner_of(model).failed
 
 
 def twice(function, device):
@@ -149,7 +162,7 @@ def test_what_cannot_be_captured_is_done_eagerly(capture, message):
     model = on_an_accelerator(capture)
     with pytest.warns(UserWarning, match=f"not captured in a graph .* longer: .*{message}") as record:
         model.learn(60)
-    assert len(record) == 1 and model._update_runner.failed and not model._update_runner.graphs
+    assert len(record) == 1 and runner_of(model).failed and not runner_of(model).graphs
     random_number = th.rand(1)
     plain = tiny_qvpo().learn(60)
     assert th.equal(random_number, th.rand(1)) and close(model, plain) and model._n_updates == plain._n_updates
@@ -166,12 +179,12 @@ def test_an_optimizer_that_cannot_be_captured():
 def test_bad_steps_are_undone_in_a_graph_too():
     """With the number of the first bad update, which is not the one that was recorded."""
     model = on_an_accelerator().learn(40)
-    assert model._update_runner.graphs
+    assert runner_of(model).graphs
     take_bad_steps(model)
     with pytest.raises(ValueError, match="Non-finite critic_loss in gradient update 36"):
-        model._finite_guard.report(100)
+        guard_of(model).report(100)
     model.train(5, batch_size=8)
-    model._finite_guard.report(100)
+    guard_of(model).report(100)
 
 
 def test_saved_models_carry_nothing_of_it(tmp_path):
@@ -187,32 +200,32 @@ def test_saved_models_carry_nothing_of_it(tmp_path):
     for optimizer in (loaded.actor.optimizer, loaded.critic.optimizer):
         assert optimizer.param_groups[0]["capturable"] is False and type(optimizer.param_groups[0]["lr"]) is float
     loaded.learn(10, reset_num_timesteps=False)
-    assert not loaded._update_runner.graphs
-    assert model._update_runner.graphs
+    assert not runner_of(loaded).graphs
+    assert runner_of(model).graphs
     model.set_parameters(model.get_parameters())
-    assert not model._update_runner.graphs and type(model.actor.optimizer.param_groups[0]["lr"]) is float
+    assert not runner_of(model).graphs and type(model.actor.optimizer.param_groups[0]["lr"]) is float
     model.learn(40, reset_num_timesteps=False)
-    assert model._update_runner.graphs and not model._update_runner.failed
+    assert runner_of(model).graphs and not runner_of(model).failed
 
 
 def test_copies_make_their_own():
     model = on_an_accelerator().learn(40)
     copied = copy.deepcopy(model)
-    assert model._update_runner.graphs and not copied._update_runner.graphs
+    assert runner_of(model).graphs and not runner_of(copied).graphs
     before = weights_of(model)
     copied.learn(40, reset_num_timesteps=False)
-    assert copied._update_runner.graphs and not copied._update_runner.failed
+    assert runner_of(copied).graphs and not runner_of(copied).failed
     assert same_weights(weights_of(model), before)
 
 
 def test_graphs_of_replaced_tensors_are_dropped():
     """An optimiser state that was loaded by hand: a graph would write to the memory of the old one."""
     model = on_an_accelerator().learn(40)
-    before = dict(model._update_runner.graphs)
+    before = dict(runner_of(model).graphs)
     model.actor.optimizer.load_state_dict(copy.deepcopy(model.actor.optimizer.state_dict()))
     model.train(3, 8)
-    assert not model._update_runner.failed
-    assert all(model._update_runner.graphs.get(kind) is not graph for kind, graph in before.items())
+    assert not runner_of(model).failed
+    assert all(runner_of(model).graphs.get(kind) is not graph for kind, graph in before.items())
 
 
 def new_optimizer(model, predictor, optimizer):
@@ -243,13 +256,13 @@ KINDS_OF_PLACES = {
 def test_what_is_replaced_is_noticed(what):
     """And nothing else: a graph is kept while all is where it was."""
     model = on_an_accelerator().learn(40)
-    before = dict(model._update_runner.graphs)
+    before = dict(runner_of(model).graphs)
     model.train(3, 8)
-    assert model._update_runner.graphs == before
+    assert runner_of(model).graphs == before
     KINDS_OF_PLACES[what](model, model.actor.noise_predictor, model.actor.optimizer)
     model.train(updates.EAGER_UPDATES + 3, 8)
-    now = model._update_runner.graphs
-    assert not model._update_runner.failed and len(now) == 2
+    now = runner_of(model).graphs
+    assert not runner_of(model).failed and len(now) == 2
     assert all(now.get(kind) is not graph for kind, graph in before.items())
 
 
@@ -257,7 +270,7 @@ def test_functions_of_the_user_are_not_captured():
     """They may have a state of their own, a temperature that falls say."""
     calls = []
     model = on_an_accelerator(q_weighting=lambda q_values: (calls.append(1), th.ones_like(q_values))[1]).learn(40)
-    assert not model._update_runner.graphs and len(calls) >= 35
+    assert not runner_of(model).graphs and len(calls) >= 35
 
 
 def test_batches_are_taken_apart_and_put_together():
@@ -310,7 +323,7 @@ def test_an_update_reads_nothing_back_and_copies_nothing(kwargs, chosen, fused_a
         assert network.optimizer.param_groups[0]["fused"] is (None if chosen else True)
     batch = ReplayBufferSamples(*(th.empty(8, size, device="meta") for size in (3, 1, 3, 1, 1)))
     ent_coef = th.empty((), device="meta")
-    model._finite_guard.start_update(1, {})
+    guard_of(model).start_update(1, {})
     with OnDeviceOnly():
         for _ in range(2):
             assert {"critic_loss", "q_value"} == model._update_critics(batch).keys()
@@ -333,15 +346,15 @@ def test_batches_are_copied_from_pinned_memory(kind, monkeypatch):
     where = (DictEnv(), "MultiInputPolicy") if kind == "dict" else ("Pendulum-v1", "MlpPolicy")
     model = tiny_qvpo(*where, n_steps=3 if kind == "n-step" else 1).learn(20)
     pinned, buffer = [], model.replay_buffer
-    model._finite_guard = FiniteGuard(deferred=True)  # as on a GPU: batches are not looked at
+    report_errors_later(model)  # as on a GPU: batches are not looked at
     monkeypatch.setattr(th.Tensor, "pin_memory", lambda self: (pinned.append(self), self)[1])
     np.random.seed(0)
-    plain = model._sample_batch(8)
+    plain = batch_of(model, 8)
     assert not pinned
     monkeypatch.setattr(updates, "PINNED_FOR", ("meta",))
     model.device = buffer.device = th.device("meta")
     np.random.seed(0)
-    moved = model._sample_batch(8)
+    moved = batch_of(model, 8)
     assert type(moved) is type(plain) and buffer.device.type == "meta"
     expected, tensors = flat_items(plain._asdict()), flat_items(moved._asdict())
     assert [name for name, _ in expected] == [name for name, _ in tensors] and len(pinned) == len(expected) >= 5
@@ -349,13 +362,13 @@ def test_batches_are_copied_from_pinned_memory(kind, monkeypatch):
         assert th.equal(value, tensor) and copied.device.type == "meta" and copied.shape == value.shape
     pinned.clear()
     monkeypatch.setattr(buffer, "sample", lambda *args, **kwargs: moved)
-    assert model._sample_batch(8).rewards is moved.rewards and not pinned, "a buffer that keeps them there"
+    assert batch_of(model, 8).rewards is moved.rewards and not pinned, "a buffer that keeps them there"
     monkeypatch.undo()
     model.device = buffer.device = th.device("meta")
     monkeypatch.setattr(updates, "PINNED_FOR", ("meta",))
     monkeypatch.setattr(buffer, "to_torch", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        model._sample_batch(8)
+        batch_of(model, 8)
     assert buffer.device.type == "meta"
 
 
@@ -392,8 +405,8 @@ def test_a_setting_that_nobody_listed_is_a_new_graph(what):
         np.random.seed(0)
         model.train(updates.EAGER_UPDATES + 3, 8)
         weights.append(weights_of(model))
-        if isinstance(model._update_runner, RunnerOnTheCpu):
-            assert len(model._update_runner.graphs) == 4 and not model._update_runner.failed
+        if isinstance(runner_of(model), RunnerOnTheCpu):
+            assert len(runner_of(model).graphs) == 4 and not runner_of(model).failed
     unchanged = on_an_accelerator(algorithm=OffsetQVPO).learn(40)
     th.manual_seed(0)
     np.random.seed(0)
@@ -429,7 +442,7 @@ def test_further_fields_of_a_batch_are_handed_on(captured):
     kwargs = dict(replay_buffer_class=PriorityBuffer, algorithm=PriorityQVPO)
     if captured:
         model = on_an_accelerator(**kwargs).learn(60)
-        assert len(model._update_runner.graphs) == 2 and not model._update_runner.failed
+        assert len(runner_of(model).graphs) == 2 and not runner_of(model).failed
     else:
         del kwargs["algorithm"]
         model = PriorityQVPO("MlpPolicy", "Pendulum-v1", **{**TINY, **kwargs}).learn(60)
