@@ -125,6 +125,7 @@ def test_qadv_concentrates_on_the_better_peak(improved_modes):
     assert right > 0.9 and left < 0.05
 
 
+@pytest.mark.slow
 def test_a_larger_ent_coef_spreads_the_policy(improved_modes):
     """
     Measured (left, right, elsewhere): (0.00, 0.99, 0.01) at 0, (0.03, 0.95, 0.03) at 0.01, (0.12, 0.67, 0.22) at 0.1,

@@ -229,7 +229,7 @@ print("done")
 """
 
 
-@pytest.mark.parametrize("reset", ["before the import", "after it"])
+@pytest.mark.parametrize("reset", ["before the import", pytest.param("after it", marks=pytest.mark.slow)])
 def test_every_tensor_names_its_device(reset, tmp_path):
     """``torch.set_default_device`` to another than the model's: before the import, after it, and reset. In a new process."""
     switch = 'th.set_default_device("meta")'

@@ -205,9 +205,8 @@ TRAINED = {
 }
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] if name != "two dimensions" else []) for name in TRAINED]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TRAINED)
 def test_bfloat16_does_not_change_the_distribution_of_a_policy(name):
     """
     The Kolmogorov-Smirnov distance of two samples of 400 000 actions, one drawn in each type, is below a hundredth, in each

@@ -428,6 +428,7 @@ def test_a_program_that_fails_later(monkeypatch):
     np.testing.assert_array_equal(again, action)
 
 
+@pytest.mark.slow
 def test_a_missing_compiler(tmp_path):
     """As torch reports it, in a process of its own: torch remembers what it has not found."""
     environment = {**os.environ, "CXX": "/no/compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
