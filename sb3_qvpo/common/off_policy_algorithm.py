@@ -243,7 +243,7 @@ class DiffusionOffPolicyAlgorithm(GuardedOffPolicyAlgorithm):
         else:
             _, parameters, _ = load_from_zip_file(load_path_or_dict, device=device, load_data=False)
         fixed = parameters.pop(FIXED, {})
-        before = copy.deepcopy(self.get_parameters())
+        before, normalized_before = copy.deepcopy(self.get_parameters()), self.policy.normalized_observations
         for optimizer in self._optimizers().values():
             forget_graphs(optimizer)
         self._update_runner.forget()  # its graphs write to the optimisers' old state
@@ -254,6 +254,7 @@ class DiffusionOffPolicyAlgorithm(GuardedOffPolicyAlgorithm):
         except Exception as error:  # whatever is wrong, the model must be as it was
             try:
                 del before[FIXED]
+                self.policy.normalized_observations = normalized_before
                 super().set_parameters(cast(Any, before), exact_match=True, device=self.device)
             except Exception as failure:  # nor may this take the place of the error
                 warnings.warn(f"the parameters before {error!r} could not be put back: {failure!r}", stacklevel=2)

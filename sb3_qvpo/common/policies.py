@@ -331,7 +331,11 @@ class DiffusionPolicy(BasePolicy):
         counts = [self.n_behavior_candidates, self.n_eval_candidates]
         if n_candidates is not None:
             counts = [check_count("n_candidates", n_candidates)]
-        return all([self.programs.compile(self, count) for count in counts])
+        return self._scores_as_known() and all([self.programs.compile(self, count) for count in counts])
+
+    def _scores_as_known(self) -> bool:
+        """Whether no subclass scores candidates in a way of its own, which a program would not know."""
+        return type(self).score_candidates is DiffusionPolicy.score_candidates
 
     def noise_bank(self, n_candidates: int) -> th.Tensor:
         """
@@ -390,8 +394,10 @@ class DiffusionPolicy(BasePolicy):
         return th.cat([self._best_action(row, bank) for row in rows])
 
     def _best_action(self, observation: PyTorchObs, noise: th.Tensor | int) -> th.Tensor:
-        with evaluation_mode(self.actor, self.critic):
-            by_program = self.programs.score(self, observation, noise)
+        by_program = None
+        if self._scores_as_known():
+            with evaluation_mode(self.actor, self.critic):
+                by_program = self.programs.score(self, observation, noise)
         return best_candidate(*(by_program or self.score_candidates(observation, noise)[1:]))
 
     def predict(

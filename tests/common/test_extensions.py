@@ -143,6 +143,37 @@ def test_truncated_quantiles(shown):
     np.testing.assert_allclose(values, 3.0, atol=0.1)
 
 
+class NormBehindCritic(CandidateCritic):
+    """Batch normalisation in the place of an activation."""
+
+    def make_q_network(self, n_inputs, net_arch, activation_fn):
+        return nn.Sequential(nn.Linear(n_inputs, 16), nn.Sequential(nn.BatchNorm1d(16), nn.ReLU()), nn.Linear(16, 1))
+
+
+@pytest.mark.parametrize("n_candidates", [4, 16])
+def test_layers_get_rows_with_and_without_speed(n_candidates, settings):
+    policy = type("Policy", (DiffusionPolicy,), {"critic_class": with_speed(NormBehindCritic)})
+    model = tiny_qvpo(policy=policy).learn(12)
+    critic, features, candidates = model.critic.eval(), th.randn(5, 3), th.rand(5, n_candidates, 1)
+    with th.no_grad():
+        fast = critic.score(features, candidates)
+        settings.enabled = False
+        np.testing.assert_allclose(fast, critic.score(features, candidates), atol=1e-5)
+
+
+def test_a_policy_that_scores_in_its_own_way_has_no_program():
+    class Contrary(DiffusionPolicy):
+        def score_candidates(self, *args, **kwargs):
+            scored = super().score_candidates(*args, **kwargs)
+            return scored._replace(scores=-scored.scores)
+
+    model = tiny_qvpo(policy=Contrary)
+    perturb(model)
+    action = model.predict(np.ones(3, np.float32), deterministic=True)[0]
+    assert not model.policy.compile_actions() and model.policy.programs.tried_counts() == ([], [])
+    np.testing.assert_array_equal(model.predict(np.ones(3, np.float32), deterministic=True)[0], action)
+
+
 def test_running_statistics_of_a_critic_move_in_updates_only(shown):
     policy = type("Policy", (DiffusionPolicy,), {"critic_class": BatchNormCritic})
     model = tiny_qvpo(policy=policy).learn(12)

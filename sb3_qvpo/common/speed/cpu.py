@@ -331,14 +331,17 @@ def sample_for_one_state(
         list(predictor.later_layers), th.float32, Scratch(), vectorized=n_candidates * width >= SMALLEST_VECTORIZED
     )
     action_weight = _signed(later_layers.sign, predictor.first_layer.weight.detach()[:, :action_dim].t())
-    first_biases = _signed(later_layers.sign, condition.time_parts + condition.state_part[0]).unbind()
+    biases = _signed(later_layers.sign, condition.time_parts + condition.state_part[0])
+    first_biases = biases.unbind()
 
     # With few rows a call costs more than the numbers. So the layers are called here, without scratch memory for their results
     weights = [weight.t() for weight in later_layers.weights]
     layers = list(zip(later_layers.activations, later_layers.biases, weights, strict=True))
 
-    def network(x_t: th.Tensor, t: int, cond: None) -> th.Tensor:
-        hidden = th.addmm(first_biases[t], x_t, action_weight)
+    def network(x_t: th.Tensor, t: int | th.Tensor, cond: None) -> th.Tensor:
+        # Looking up in a tuple costs less, but a process may count its steps in a tensor
+        bias_at_t = first_biases[t] if isinstance(t, int) else biases[t]
+        hidden = th.addmm(bias_at_t, x_t, action_weight)
         for activate, bias, weight in layers:
             hidden = th.addmm(bias, activate(hidden), weight)
         return hidden

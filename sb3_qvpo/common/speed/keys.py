@@ -15,10 +15,10 @@ from torch import nn
 from sb3_qvpo.common.speed.settings import settings
 
 TORCHS_OWN = frozenset(vars(nn.Module())) - {"training"}
-"""Attributes that torch gives each module."""
+"""Attributes that torch gives each module. :class:`TensorAddresses` watches the tensors and modules in them."""
 
-WATCHED_ELSEWHERE = (nn.Module, th.Tensor, th.optim.Optimizer)
-"""Values that :class:`TensorAddresses` watches."""
+NO_SETTINGS = TORCHS_OWN | {"_noise_bank", "programs"}
+"""Attributes of modules that no update reads."""
 
 
 # fmt: off
@@ -59,6 +59,8 @@ def frozen(value: object) -> Hashable:
         return (type(value), value)
     if isinstance(value, np.generic):
         return frozen(value.item())
+    if isinstance(value, np.ndarray) and value.dtype != object:
+        return (np.ndarray, value.shape, value.dtype.str, value.tobytes())
     if isinstance(value, tuple | list):
         return (type(value), *map(frozen, value))
     if isinstance(value, dict):
@@ -94,13 +96,14 @@ class SettingsWatch:
             (name, value)
             for holder in (vars(settings), self.own, *map(vars, modules))
             for name, value in holder.items()
-            if name not in TORCHS_OWN and not isinstance(value, WATCHED_ELSEWHERE)
+            if name not in NO_SETTINGS
         ]
         self._key: Hashable = tuple((name, frozen(value)) for name, value in values)
         # Submodules are looked at, because a new one has attributes of its own. Containers, because they can change in place
         children = [cast(dict[str, Any], module._modules) for module in modules]
         self.holders = [_Snapshot(holder) for holder in (vars(settings), *map(vars, modules), *children)]
         self.holders += [_Snapshot(part) for _, value in values for part in containers_in(value)]
+        self.arrays = [(value, value.copy()) for _, value in values if isinstance(value, np.ndarray)]
 
     def _unchanged(self) -> bool:
         now = vars(self.model)
@@ -108,6 +111,7 @@ class SettingsWatch:
             len(now) == self.n_own
             and all(now.get(name, self) is value for name, value in self.own.items())
             and all(holder.unchanged() for holder in self.holders)
+            and all(np.array_equal(array, before) for array, before in self.arrays)
         )
 
 

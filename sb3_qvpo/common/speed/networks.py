@@ -96,10 +96,11 @@ class FastCritic(CandidateCritic):
             if first_layer.weight.dtype == th.float32 and cpu.worth_blocking(later_layers, n_rows, features.device):
                 predictions.append(cpu.value_in_blocks(q_network, state_part, candidates))
                 continue
-            hidden = F.linear(candidates, action_weight) + state_part
+            # Rows, as the eager critics have them: a layer may treat other axes in a way of its own
+            hidden = (F.linear(candidates, action_weight) + state_part).flatten(0, 1)
             for layer in later_layers:
                 hidden = layer(hidden)
-            predictions.append(hidden)
+            predictions.append(hidden.view(*candidates.shape[:2], -1))
         return th.stack(predictions)
 
 

@@ -219,16 +219,23 @@ class UpdateRunner:
         self.counts[kind] = self.counts.get(kind, 0) + 1
         if self.counts[kind] <= EAGER_UPDATES or len(self.graphs) >= MOST_GRAPHS:
             return eagerly()
-        return self._capture(model, function, arguments, kind)
+        return self._capture(model, function, arguments, kind, eagerly)
 
-    def _capture(self, model: UpdatedModel, function: Update, arguments: Sequence[th.Tensor], kind: Hashable) -> Results:
+    def _capture(
+        self,
+        model: UpdatedModel,
+        function: Update,
+        arguments: Sequence[th.Tensor],
+        kind: Hashable,
+        eagerly: Callable[[], Results],
+    ) -> Results:
         before, random_state = self._snapshot(model), _random_state(model.device)
         try:
             eager_results = on_side_stream(lambda: function(*arguments), model.device)
-        except RuntimeError as error:
+        except Exception as error:  # synchronising, or a field of the batch that is no tensor
             self._restore(model, before, random_state)
             self._fail(error)
-            return function(*arguments)
+            return eagerly()
         after, random_state_after = self._snapshot(model), _random_state(model.device)
         try:
             self._restore(model, before, random_state)

@@ -380,6 +380,7 @@ class OffsetQVPO(QVPO):
     def _critic_loss(self, batch, target_noise):
         offset = self.offset if self.offset_function is None else self.offset_function()
         offset = offset + getattr(self.critic, "offset", 0.0) + sum(getattr(self.policy, "offsets", []))
+        offset = offset + float(getattr(self.policy, "array", np.zeros(1))[0])
         return super()._critic_loss(batch._replace(rewards=batch.rewards + offset), target_noise)
 
 
@@ -389,6 +390,8 @@ FORGOTTEN = {
     "function": lambda model: setattr(model, "offset_function", lambda: 5.0),
     "attribute of a network": lambda model: setattr(model.critic, "offset", 5.0),
     "list that is changed in place": lambda model: model.policy.offsets.append(5.0),
+    "tensor": lambda model: setattr(model, "offset", th.tensor(5.0)),
+    "array that is changed in place": lambda model: np.copyto(model.policy.array, 5.0),
 }
 
 
@@ -398,7 +401,7 @@ def test_a_setting_that_nobody_listed_is_a_new_graph(what):
     weights = []
     for make in (on_an_accelerator, lambda algorithm: algorithm("MlpPolicy", "Pendulum-v1", **TINY)):
         model = make(algorithm=OffsetQVPO)
-        model.policy.offsets = []
+        model.policy.offsets, model.policy.array = [], np.zeros(1)
         model.learn(40)
         FORGOTTEN[what](model)
         th.manual_seed(0)
@@ -448,3 +451,19 @@ def test_further_fields_of_a_batch_are_handed_on(captured):
         model = PriorityQVPO("MlpPolicy", "Pendulum-v1", **{**TINY, **kwargs}).learn(60)
     assert {kind for kind, _ in PriorityQVPO.seen} == {Samples}
     assert {without for _, without in PriorityQVPO.seen} == ({False, True} if captured else {False})
+
+
+class IndexedQVPO(QVPO):
+    """Reads a field that is no tensor."""
+
+    def _critic_loss(self, batch, target_noise):
+        loss, metrics = super()._critic_loss(batch, target_noise)
+        return loss * (1 + 0 * batch.indices.sum()), metrics
+
+
+def test_an_update_that_reads_a_field_that_is_no_tensor_runs_eagerly():
+    """One warning when it would be captured, and training goes on with the real batches."""
+    model = on_an_accelerator(algorithm=IndexedQVPO, replay_buffer_class=PriorityBuffer)
+    with pytest.warns(UserWarning, match="not captured in a graph .* 'NoneType' object has no attribute 'sum'"):
+        model.learn(40)
+    assert model._n_updates == 35 and runner_of(model).failed
