@@ -257,9 +257,8 @@ class CandidateCritic(ContinuousCritic):
         :param candidates: Actions of shape (B, K, A) in [-1, 1].
         :return: Predictions of shape (C, B, K, M).
         """
-        n_states, n_candidates = candidates.shape[:2]
-        rows = th.cat([features.unsqueeze(1).expand(-1, n_candidates, -1), candidates], dim=-1).flatten(0, 1)
-        return th.stack([q_network(rows).view(n_states, n_candidates, -1) for q_network in self.q_networks])
+        rows = th.cat([features.unsqueeze(1).expand(-1, candidates.shape[1], -1), candidates], dim=-1).flatten(0, 1)
+        return th.stack([q_network(rows).unflatten(0, candidates.shape[:2]) for q_network in self.q_networks])
 
     def aggregate(self, q_values: th.Tensor) -> th.Tensor:
         """

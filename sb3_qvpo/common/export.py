@@ -26,6 +26,7 @@ from stable_baselines3.common.vec_env import VecNormalize
 from torch import nn
 
 from sb3_qvpo.common.candidates import ScoredCandidates, best_candidate
+from sb3_qvpo.common.networks import n_observations
 from sb3_qvpo.common.runs.files import atomic_file
 
 FORMATS = {"onnx": ".onnx", "torch": ".pt2"}
@@ -100,11 +101,9 @@ class Decision(nn.Module):
         noise bank of deterministic predictions if None.
         """
         observation = self._normalize(observation)
-        # len() would freeze the batch size of an exported policy
-        batch_size = (next(iter(observation.values())) if isinstance(observation, dict) else observation).shape[0]
         noise = self.noise_bank if noise is None else noise
         # Row i, or row 0 if it is the only one. Any other number of rows fails. In this form it can be exported for any B
-        rows = th.arange(batch_size).clamp(max=(noise.shape[1] - 1) * 2**32)
+        rows = th.arange(n_observations(observation)).clamp(max=(noise.shape[1] - 1) * 2**32)
         _, candidates, scores = self.policy.score_candidates(observation, noise.index_select(1, rows))
         scaled_actions = best_candidate(candidates, scores)
         # SB3's unscale_action(), kept within the bounds

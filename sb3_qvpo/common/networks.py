@@ -34,6 +34,16 @@ def evaluation_mode(*modules: nn.Module) -> Iterator[None]:
             module.train(True)
 
 
+def n_observations(observation: th.Tensor | dict[str, th.Tensor]) -> int:
+    """
+    The number of observations in a batch.
+
+    :param observation: A tensor (B, ...) or a dictionary of them.
+    :return: B. In a trace or an export it stays free, which ``len()`` would not.
+    """
+    return (next(iter(observation.values())) if isinstance(observation, dict) else observation).shape[0]
+
+
 def is_traced() -> bool:
     """
     Whether operations are being recorded by ``torch.jit.trace`` or an exporter that uses it.

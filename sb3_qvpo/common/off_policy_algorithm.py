@@ -20,7 +20,7 @@ import numpy as np
 import torch as th
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.logger import KVWriter
+from stable_baselines3.common.logger import KVWriter, Logger
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.save_util import load_from_zip_file
@@ -374,7 +374,8 @@ class DiffusionOffPolicyAlgorithm(GuardedOffPolicyAlgorithm):
         """Log at the end of ``train()``. Reading numbers back stalls an accelerator, so metrics wait for the dump there."""
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         if self.device.type == "cpu":
-            self._record_metrics()
+            for name, mean in self._metric_means().items():
+                self.logger.record(name, mean)
 
     def _metric_means(self) -> dict[str, float]:
         """The means since the last dump of the log, reading all numbers back at once."""
@@ -383,16 +384,25 @@ class DiffusionOffPolicyAlgorithm(GuardedOffPolicyAlgorithm):
         means = th.stack([total / count for total, count in self._metric_sums.values()]).tolist()
         return {f"train/{name}": mean for name, mean in zip(self._metric_sums, means, strict=True)}
 
-    def _record_metrics(self) -> None:
-        for name, mean in self._metric_means().items():
-            self.logger.record(name, mean)
-
     def dump_logs(self) -> None:
-        """Write the log, with the means of the training metrics since it was last written."""
-        self._record_metrics()
+        """Write the log. :class:`MeansAtDumps` adds the means of the training metrics since it was last written."""
         super().dump_logs()
-        self._metric_sums.clear()
+        self._metric_sums.clear()  # a logger that is switched off writes nothing
         warn_of_busy_cores()
+
+    def set_logger(self, logger: Logger) -> None:
+        """
+        Use a logger of one's own.
+
+        :param logger: The logger.
+        """
+        super().set_logger(logger)
+        self._add_means_to_dumps()
+
+    def _add_means_to_dumps(self) -> None:
+        formats = self.logger.output_formats
+        if not any(isinstance(each, MeansAtDumps) and each.algorithm is self for each in formats):
+            formats.insert(0, MeansAtDumps(self))
 
     # Starting
 
@@ -419,9 +429,7 @@ class DiffusionOffPolicyAlgorithm(GuardedOffPolicyAlgorithm):
         vec_normalize = self.get_vec_normalize_env()
         self.policy.normalized_observations = vec_normalize is not None and vec_normalize.norm_obs
         result = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
-        formats = self.logger.output_formats
-        if not any(isinstance(each, MeansAtDumps) and each.algorithm is self for each in formats):
-            formats.insert(0, MeansAtDumps(self))
+        self._add_means_to_dumps()
         return result
 
     def _warn_of_few_updates(self) -> None:

@@ -24,7 +24,7 @@ from sb3_qvpo.common.actor_critic import CandidateCritic, DiffusionActor
 from sb3_qvpo.common.arguments import PolicyCount, check_class, check_count, check_net_arch
 from sb3_qvpo.common.candidates import ScoredCandidates, best_candidate
 from sb3_qvpo.common.export import export_policy
-from sb3_qvpo.common.networks import evaluation_mode, is_traced
+from sb3_qvpo.common.networks import evaluation_mode, is_traced, n_observations
 from sb3_qvpo.common.noise_schedules import FixedSchedule, NoiseSchedule, make_betas
 from sb3_qvpo.common.runs.files import atomic_file
 from sb3_qvpo.common.speed.networks import FastActor, FastCritic
@@ -44,10 +44,10 @@ def split_rows(observation: PyTorchObs) -> list[PyTorchObs]:
     :param observation: A tensor (B, ...) or a dictionary of them.
     :return: B observations, each with a batch axis of 1.
     """
+    rows = range(n_observations(observation))
     if isinstance(observation, dict):
-        batch_size = len(next(iter(observation.values())))
-        return [{key: value[i : i + 1] for key, value in observation.items()} for i in range(batch_size)]
-    return [observation[i : i + 1] for i in range(len(observation))]
+        return [{key: value[i : i + 1] for key, value in observation.items()} for i in rows]
+    return [observation[i : i + 1] for i in rows]
 
 
 class DiffusionPolicy(BasePolicy):
@@ -239,6 +239,9 @@ class DiffusionPolicy(BasePolicy):
             if not (self.share_features_extractor and name.startswith("features_extractor."))
         ]
 
+    def _networks(self, of: Literal["online", "target"]) -> tuple[DiffusionActor, CandidateCritic]:
+        return (self.actor, self.critic) if of == "online" else (self.actor_target, self.critic_target)
+
     def encode(self, observation: PyTorchObs, of: Literal["online", "target"] = "online") -> tuple[th.Tensor, th.Tensor]:
         """
         Encode observations, once where actor and critics share a features extractor.
@@ -247,7 +250,7 @@ class DiffusionPolicy(BasePolicy):
         :param of: Whose extractors: the online networks' or the targets'.
         :return: Features of the actor and of the critics, shape (B, S) each.
         """
-        actor, critic = (self.actor, self.critic) if of == "online" else (self.actor_target, self.critic_target)
+        actor, critic = self._networks(of)
         features = actor.features(observation)
         return features, features if self.share_features_extractor else critic.features(observation)
 
@@ -269,7 +272,7 @@ class DiffusionPolicy(BasePolicy):
         :param for_training: Whether the candidates only serve an update, see :meth:`DiffusionActor.sample_candidates`.
         :return: The critics' features, shape (B, S), the candidates, (B, K, A), and their scores, (B, K).
         """
-        actor, critic = (self.actor, self.critic) if of == "online" else (self.actor_target, self.critic_target)
+        actor, critic = self._networks(of)
 
         def scored(features: th.Tensor, critic_features: th.Tensor, noise: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
             candidates = actor.sample_candidates(features, noise, for_training)
@@ -385,13 +388,13 @@ class DiffusionPolicy(BasePolicy):
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
         if not deterministic:
             return self._best_action(observation, self.n_behavior_candidates)
-        bank, rows = self.noise_bank(self.n_eval_candidates), split_rows(observation)
-        if is_traced() or not rows:
+        bank = self.noise_bank(self.n_eval_candidates)
+        if is_traced() or n_observations(observation) == 0:
             # A loop over the observations would make their number a constant of the trace
-            batch_size = (next(iter(observation.values())) if isinstance(observation, dict) else observation).shape[0]
-            return best_candidate(*self.score_candidates(observation, bank.expand(-1, batch_size, -1, -1))[1:])
+            bank = bank.expand(-1, n_observations(observation), -1, -1)
+            return best_candidate(*self.score_candidates(observation, bank)[1:])
         # One by one: float32 sums depend on the shape of the batch, and a last bit can change which candidate is best
-        return th.cat([self._best_action(row, bank) for row in rows])
+        return th.cat([self._best_action(row, bank) for row in split_rows(observation)])
 
     def _best_action(self, observation: PyTorchObs, noise: th.Tensor | int) -> th.Tensor:
         by_program = None

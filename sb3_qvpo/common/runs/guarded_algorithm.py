@@ -254,10 +254,10 @@ class GuardedOffPolicyAlgorithm(OffPolicyAlgorithm):
             super().learn(n_steps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
             self._finite_guard.report(self._n_updates)
         except BaseException as error:
-            # The environment may have moved on without us, or be broken. No failure here takes the place of the error
+            # The environment may have moved on without us, or be broken
             try:
                 self._abandon_episodes()
-            except Exception as failure:
+            except Exception as failure:  # no failure of a clean-up takes the place of the error
                 warnings.warn(f"the last episode in the replay buffer could not be cut off: {failure!r}", stacklevel=2)
             n_done = 0 if self._steps_at_start is None else self.num_timesteps - self._steps_at_start
             if n_done > 0 and isinstance(error, Exception) and hasattr(error, "add_note"):  # Python 3.11

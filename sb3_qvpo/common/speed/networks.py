@@ -100,7 +100,7 @@ class FastCritic(CandidateCritic):
             hidden = (F.linear(candidates, action_weight) + state_part).flatten(0, 1)
             for layer in later_layers:
                 hidden = layer(hidden)
-            predictions.append(hidden.view(*candidates.shape[:2], -1))
+            predictions.append(hidden.view(*candidates.shape[:2], hidden.shape[-1]))
         return th.stack(predictions)
 
 

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from sb3_qvpo.common.actor_critic import CandidateCritic, DiffusionActor
 from sb3_qvpo.common.diffusion import GaussianDiffusion
-from sb3_qvpo.common.networks import NoisePredictor
+from sb3_qvpo.common.networks import NoisePredictor, n_observations
 from sb3_qvpo.common.speed import cpu
 from sb3_qvpo.common.speed.graphs import EAGER_DECISIONS, ScoringGraph, squeezed
 from sb3_qvpo.common.speed.networks import FastActor, FastCritic, is_switched_on, splits_into_linear_and_rest
@@ -285,11 +285,6 @@ class Programs:
         except Exception as error:  # whatever a compiler or a graph can fail with, training and decisions go on
             warn_of_eager_decisions(error, is_on_gpu(actor))
             return None
-
-
-def n_observations(observation: PyTorchObs) -> int:
-    """The number of observations in a batch."""
-    return len(next(iter(observation.values())) if isinstance(observation, dict) else observation)
 
 
 def is_on_gpu(actor: DiffusionActor) -> bool:

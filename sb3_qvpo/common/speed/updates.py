@@ -173,7 +173,8 @@ class UpdateRunner:
         tree = batch._asdict()
         # An update that reads another field fails when it is captured, and runs eagerly from then on
         known = {name: value if is_tensor_tree(value) else None for name, value in tree.items()}
-        arguments = [*(th.full((), number, device=model.device) for number in numbers), *(t for _, t in flat_items(known))]
+        items = flat_items(known)
+        arguments = [*(th.full((), number, device=model.device) for number in numbers), *(tensor for _, tensor in items)]
 
         def update_of_tensors(*inputs: th.Tensor) -> Results:
             fields = rebuild(known, iter(inputs[len(numbers) :]))
@@ -187,7 +188,7 @@ class UpdateRunner:
             update.__name__,
             self.watch.key(),
             self._hyperparameters(),
-            *((name, t.shape, t.dtype) for name, t in flat_items(known)),
+            *((name, tensor.shape, tensor.dtype) for name, tensor in items),
         )
         return self._run(model, update_of_tensors, arguments, kind, lambda: update(batch, *arguments[: len(numbers)]))
 

@@ -372,6 +372,15 @@ def test_batches_are_copied_from_pinned_memory(kind, monkeypatch):
     assert buffer.device.type == "meta"
 
 
+def test_graphs_outlive_a_call_of_learn():
+    """And predictions between two calls: nothing that an update reads has changed."""
+    model = on_an_accelerator()
+    for first in (True, False, False):
+        model.learn(40, reset_num_timesteps=first)
+        model.predict(np.ones(3, np.float32), deterministic=True)
+        assert len(runner_of(model).graphs) == 2
+
+
 class OffsetQVPO(QVPO):
     """Adds to the rewards what it finds in an attribute, of which the base class knows nothing."""
 
