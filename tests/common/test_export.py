@@ -106,7 +106,15 @@ def feed(observation, **more):
 
 
 # An ONNX export takes five seconds, and others have the parts of these: multi-discrete, vector, float64, any number of steps
-RARE = ("discrete", "rewards normalised only", "tiny bounds", "one step", "paper's network and chain")
+RARE = (
+    "discrete",
+    "rewards normalised only",
+    "tiny bounds",
+    "one step",
+    "paper's network and chain",
+    "float64",
+    "multi-discrete",
+)
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in RARE)) for name in MODELS])

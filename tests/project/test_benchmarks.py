@@ -126,7 +126,11 @@ def check_results(output, file):
 QUICK = ("--quick", "--repeats", "2", "--threads", "1", "--csv")
 
 
-@pytest.mark.parametrize("benchmark", [bench_update, bench_action, bench_learn], ids=lambda benchmark: benchmark.__name__)
+@pytest.mark.parametrize(
+    "benchmark",
+    [pytest.param(bench_update, marks=pytest.mark.slow), bench_action, bench_learn],
+    ids=["bench_update", "bench_action", "bench_learn"],
+)
 def test_benchmark(benchmark, tmp_path, monkeypatch):
     """Without what takes long: one process for the reference in each setting, two measured memories, and the compiler."""
     monkeypatch.setattr(bench_update, "reference_process", reference_here)
