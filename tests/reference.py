@@ -50,6 +50,23 @@ def linear_betas(n_steps, beta_start=1e-4, beta_end=2e-2):
     return np.array(betas)
 
 
+def karras_levels(n_steps, sigma_min=0.02, sigma_max=3.0, rho=7.0):
+    """Karras et al. (2022), Eq. 5, in ascending order."""
+    low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
+    if n_steps == 1:
+        return [sigma_max]
+    return [(low + i / (n_steps - 1) * (high - low)) ** rho for i in range(n_steps)]
+
+
+def betas_of_levels(levels):
+    """Variances whose noise-to-signal ratios are the levels: 1 + sigma_t^2 = (1 + sigma_(t-1)^2) / (1 - beta_t)."""
+    betas, before = [], 0.0
+    for level in levels:
+        betas.append(1 - (1 + before**2) / (1 + level**2))
+        before = level
+    return np.array(betas)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Diffusion of one action
 # ---------------------------------------------------------------------------------------------------------------------
@@ -103,6 +120,46 @@ def respaced_chain(predict_noise, noise, betas, steps, eta, clip=True):
         x = math.sqrt(bar_before) * x0 + math.sqrt(max(0.0, 1 - bar_before - sigma**2)) * direction
         if i > 0 and sigma > 0:
             x = x + sigma * noise[len(steps) - i]
+    return np.clip(x, -1, 1) if clip else x
+
+
+def velocity(action, t, noise, betas):
+    """Salimans and Ho (2022), Sec. 4: v of a clean action and its noise."""
+    return math.sqrt(alpha_bar(betas, t)) * noise - math.sqrt(1 - alpha_bar(betas, t)) * action
+
+
+def noise_of_velocity(x_t, t, v, betas):
+    """The noise in x_t, if v is its velocity: the two equations for x_t and v, solved for the noise."""
+    return math.sqrt(1 - alpha_bar(betas, t)) * x_t + math.sqrt(alpha_bar(betas, t)) * v
+
+
+def solver_chain(predict_noise, noise, betas, steps, clip=True):
+    """
+    DPM-Solver++(2M), Lu et al. (2022), Algorithm 2, with data predictions. ``steps`` ascend; ``noise`` is (A,). The last step
+    ends at no noise, where lambda is infinite, so it is of first order.
+    """
+
+    def coefficients(t):
+        bar = alpha_bar(betas, t)
+        return math.sqrt(bar), math.sqrt(1 - bar), math.log(math.sqrt(bar) / math.sqrt(1 - bar))
+
+    x, estimates = noise, []
+    for i in range(len(steps) - 1, -1, -1):
+        alpha, sigma, lam = coefficients(steps[i])
+        x0 = (x - sigma * predict_noise(x, steps[i])) / alpha
+        if clip:
+            x0 = np.clip(x0, -1, 1)
+        estimates.append(x0)
+        if i == 0:
+            x = x0
+            continue
+        alpha_next, sigma_next, lam_next = coefficients(steps[i - 1])
+        h = lam_next - lam
+        data = x0
+        if len(estimates) > 1:
+            r = (lam - coefficients(steps[i + 1])[2]) / h
+            data = (1 + 1 / (2 * r)) * x0 - 1 / (2 * r) * estimates[-2]
+        x = sigma_next / sigma * x - alpha_next * (math.exp(-h) - 1) * data
     return np.clip(x, -1, 1) if clip else x
 
 
@@ -166,9 +223,19 @@ def q_values(critics, state, action):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def draw_candidates(actor, state, noise, betas):
-    """K samples of the policy for one state; ``noise`` is (T, K, A)."""
-    return [reverse_chain(lambda x, t: predict_noise(actor, x, state, t), noise[:, k], betas) for k in range(noise.shape[1])]
+def draw_candidates(actor, state, noise, betas, prediction="noise", solver_steps=None):
+    """
+    K samples of the policy for one state; ``noise`` is (T, K, A). With ``solver_steps``, those of DPM-Solver++(2M), it takes
+    the place of DDPM.
+    """
+
+    def noise_in(x, t):
+        output = predict_noise(actor, x, state, t)
+        return noise_of_velocity(x, t, output, betas) if prediction == "v" else output
+
+    if solver_steps is not None:
+        return [solver_chain(noise_in, noise[0, k], betas, solver_steps) for k in range(noise.shape[1])]
+    return [reverse_chain(noise_in, noise[:, k], betas) for k in range(noise.shape[1])]
 
 
 def best_of_k(critics, state, candidates):
@@ -184,6 +251,26 @@ def qadv(values):
     return [max(value - baseline, 0.0) for value in values]
 
 
+def qadv_normalized(values):
+    """Eq. 9 over the deviation of the state's values."""
+    mean = sum(values) / len(values)
+    deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / len(values))
+    return [weight / deviation if weight > 0 else 0.0 for weight in qadv(values)]
+
+
+def improve(critics, state, action, n_steps, length):
+    """Gradient steps of one length on the minimum over critics, each clamped to the box. Returns the actions after each."""
+    actions = []
+    for _ in range(n_steps):
+        layers = min(critics, key=lambda layers: mlp_forward(layers, np.concatenate([state, action]))[0][0])
+        _, trace = mlp_forward(layers, np.concatenate([state, action]))
+        gradient = mlp_backward(layers, trace, np.ones(1))[1][len(state) :]
+        norm = math.sqrt(float(np.sum(gradient**2)))
+        action = np.clip(action + length * gradient / norm, -1, 1)
+        actions.append(action)
+    return actions
+
+
 def qcut(values, epsilon):
     """Sec. 4.2: only the best action has a weight; its value, or epsilon if that is negative."""
     weights = [0.0] * len(values)
@@ -197,10 +284,11 @@ def td_target(reward, done, discount, next_value):
     return reward + discount * (1 - done) * next_value
 
 
-def weighted_loss(actor, states, actions, weights, timesteps, noise, betas):
+def weighted_loss(actor, states, actions, weights, timesteps, noise, betas, prediction="noise"):
     """
     Eq. 6 plus Eq. 10 for given actions (B, N, A) and weights (B, N): (1/B) sum of weight times the mean squared error over
-    dimensions. Returns the loss, the part of the actions after the first of each state (Eq. 10) and all gradients.
+    dimensions, of the noise or of v. Returns the loss, the part of the actions after the first of each state (Eq. 10) and all
+    gradients.
     """
     batch_size, n_actions, action_dim = actions.shape
     loss = entropy_loss = 0.0
@@ -211,7 +299,8 @@ def weighted_loss(actor, states, actions, weights, timesteps, noise, betas):
             embedding, time_trace = mlp_forward(actor["time"], sinusoidal_embedding(timesteps[b, i], embedding_dim))
             x_t = add_noise(actions[b, i], timesteps[b, i], noise[b, i], betas)
             predicted, main_trace = mlp_forward(actor["main"], np.concatenate([x_t, embedding, states[b]]))
-            error = noise[b, i] - predicted
+            wanted = noise[b, i] if prediction == "noise" else velocity(actions[b, i], timesteps[b, i], noise[b, i], betas)
+            error = wanted - predicted
             term = weights[b, i] * np.mean(error**2) / batch_size
             loss += term
             entropy_loss += term if i > 0 else 0.0
@@ -242,6 +331,63 @@ def critic_loss(critics, states, actions, targets):
                 total[1] += bias_gradient
         gradients.append(totals)
     return loss, gradients
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Other critics
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def normalized_forward(layers, rows, epsilon=1e-3):
+    """
+    A network with batch normalisation before each linear layer, in training mode. ``layers``: (gain, shift, weight, bias).
+    ReLU between the layers. Returns the outputs and the mean and (biased) variance before each layer.
+    """
+    statistics = []
+    for i, (gain, shift, weight, bias) in enumerate(layers):
+        n = len(rows)
+        mean = sum(rows) / n
+        variance = sum((row - mean) ** 2 for row in rows) / n
+        statistics.append((mean, variance))
+        rows = [weight @ (gain * (row - mean) / np.sqrt(variance + epsilon) + shift) + bias for row in rows]
+        if i < len(layers) - 1:
+            rows = [np.maximum(row, 0) for row in rows]
+    return rows, statistics
+
+
+def crossq_loss(critics, batch, next_actions, gamma):
+    """
+    CrossQ, Sec. 3: (s, a) and (s', a') in one batch, targets from the same pass. Returns the loss, the targets and the
+    statistics of each critic.
+    """
+    n = len(batch["rewards"])
+    rows = [np.concatenate([s, a]) for s, a in zip(batch["observations"], batch["actions"], strict=True)]
+    rows += [np.concatenate([s, a]) for s, a in zip(batch["next_observations"], next_actions, strict=True)]
+    outputs, statistics = zip(*(normalized_forward(layers, rows) for layers in critics), strict=True)
+    targets = [
+        td_target(batch["rewards"][i], batch["dones"][i], gamma, min(values[n + i][0] for values in outputs)) for i in range(n)
+    ]
+    loss = sum((values[i][0] - targets[i]) ** 2 / n for values in outputs for i in range(n))
+    return loss, targets, statistics
+
+
+def truncated_mixture(quantiles, n_dropped):
+    """TQC, Sec. 3: all critics' quantiles of one action in one list, without the largest n_dropped of each critic."""
+    pooled = sorted(value for each in quantiles for value in each)
+    return pooled[: len(pooled) - n_dropped * len(quantiles)]
+
+
+def quantile_loss(quantiles, targets):
+    """TQC, Eq. 13, of one sample, ``quantiles`` (C, M): the sum over critics of the mean over quantiles and targets."""
+    loss = 0.0
+    for each in quantiles:
+        for m, theta in enumerate(each):
+            fraction = (2 * m + 1) / (2 * len(each))
+            for y in targets:
+                error = y - theta
+                huber = 0.5 * error**2 if abs(error) <= 1 else abs(error) - 0.5
+                loss += abs(fraction - (1.0 if error < 0 else 0.0)) * huber / len(each) / len(targets)
+    return loss
 
 
 def flatten(layers):
@@ -280,7 +426,8 @@ class Learner:
 
     ``actor`` and ``critics`` (and their targets) are changed in place; ``settings`` holds ``betas``, ``tau``, ``gamma``,
     ``weighting`` (values of one state -> weights), ``ent_coef``, ``actor_learning_rate``, ``critic_learning_rate``,
-    ``adam_epsilon``, ``max_grad_norm`` and ``policy_delay``.
+    ``adam_epsilon``, ``max_grad_norm`` and ``policy_delay``. What the paper has not may be left out: ``prediction``,
+    ``solver_steps``, ``n_improvement_steps`` and ``improvement_step``.
     """
 
     def __init__(self, actor, actor_target, critics, critics_target, settings):
@@ -291,6 +438,8 @@ class Learner:
         self.actor_moments = [[np.zeros_like(array), np.zeros_like(array)] for array in self.actor_arrays(actor)]
         self.n_updates = self.n_actor_updates = 0
         self.metrics = {}
+        self.prediction = settings.get("prediction", "noise")
+        self.chain = (settings["betas"], self.prediction, settings.get("solver_steps"))
 
     def critic_arrays(self):
         return [array for layers in self.critics for array in flatten(layers)]
@@ -315,7 +464,7 @@ class Learner:
     def critic_step(self, batch, target_noise):
         targets = []
         for i, next_state in enumerate(batch["next_observations"]):
-            candidates = draw_candidates(self.actor_target, next_state, target_noise[:, i], self.settings["betas"])
+            candidates = draw_candidates(self.actor_target, next_state, target_noise[:, i], *self.chain)
             _, next_value = best_of_k(self.critics_target, next_state, candidates)
             discount = self.settings["gamma"] if batch["discounts"] is None else batch["discounts"][i]
             targets.append(td_target(batch["rewards"][i], batch["dones"][i], discount, next_value))
@@ -329,7 +478,11 @@ class Learner:
     def actor_step(self, states, noise):
         actions, weights, contrasts, spreads = [], [], [], []
         for i, state in enumerate(states):
-            candidates = draw_candidates(self.actor, state, noise["chain"][:, i], self.settings["betas"])  # line 5
+            candidates = draw_candidates(self.actor, state, noise["chain"][:, i], *self.chain)  # line 5
+            if self.settings.get("n_improvement_steps"):
+                best, _ = best_of_k(self.critics, state, candidates)
+                length = self.settings["improvement_step"] * math.sqrt(len(best))
+                candidates = candidates + improve(self.critics, state, best, self.settings["n_improvement_steps"], length)
             values = [min(q_values(self.critics, state, action)) for action in candidates]
             omega = self.settings["weighting"](values)  # line 6
             best = max(range(len(candidates)), key=lambda k: (omega[k], values[k]))  # line 7
@@ -340,7 +493,7 @@ class Learner:
             spreads.append(np.mean(np.std(candidates, axis=0)))
         loss, entropy_loss, gradients = weighted_loss(  # line 9
             self.actor, states, np.array(actions), np.array(weights), noise["timesteps"], noise["denoising"],
-            self.settings["betas"],
+            self.settings["betas"], self.prediction,
         )  # fmt: skip
         self.metrics.update(
             actor_loss=loss,

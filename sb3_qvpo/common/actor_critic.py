@@ -5,7 +5,8 @@ Shapes: B batch, K candidates for each state, A action dimensions, S state featu
 predicts M numbers for an action: 1 in :class:`CandidateCritic`. Actions are scaled to [-1, 1].
 """
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import torch as th
 from gymnasium import spaces
@@ -16,6 +17,7 @@ from stable_baselines3.common.type_aliases import PyTorchObs
 from torch import nn
 from torch.nn import functional as F
 
+from sb3_qvpo.common.candidates import ScoredCandidates
 from sb3_qvpo.common.diffusion import DiffusionProcess, GaussianDiffusion
 from sb3_qvpo.common.networks import NoisePredictor, init_linear_layers
 from sb3_qvpo.common.noise_schedules import NoiseSchedule, make_betas
@@ -35,10 +37,10 @@ class DiffusionActor(BasePolicy):
     :param activation_fn: Activation function.
     :param normalize_images: Whether to divide images by 255.
     :param n_diffusion_steps: Number of diffusion steps T.
-    :param noise_schedule: Name of a noise schedule or a function T -> betas, see :mod:`sb3_qvpo.common.noise_schedules`.
+    :param noise_schedule: A noise schedule, see :func:`~sb3_qvpo.common.noise_schedules.make_betas`.
     :param time_embedding_dim: Size of the time embedding.
-    :param n_sampling_steps: Reverse steps of a sample, see :class:`GaussianDiffusion`.
-    :param sampling_eta: Factor of the noise in the reverse steps, see :class:`GaussianDiffusion`.
+    :param diffusion_options: Further arguments of :class:`GaussianDiffusion`: ``n_sampling_steps``, ``sampling_eta``,
+        ``prediction`` and ``sampler``.
     """
 
     diffusion: DiffusionProcess
@@ -53,12 +55,11 @@ class DiffusionActor(BasePolicy):
         activation_fn: type[nn.Module] = nn.Mish,
         normalize_images: bool = True,
         n_diffusion_steps: int = 20,
-        noise_schedule: str | NoiseSchedule = "cosine",
+        noise_schedule: str | NoiseSchedule | Sequence[float] = "cosine",
         time_embedding_dim: int = 32,
-        n_sampling_steps: int | None = None,
-        sampling_eta: float = 1.0,
+        **diffusion_options: Any,
     ):
-        constructor_arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+        named = {name: value for name, value in locals().items() if name not in ("self", "__class__", "diffusion_options")}
         super().__init__(
             observation_space,
             action_space,
@@ -66,28 +67,26 @@ class DiffusionActor(BasePolicy):
             normalize_images=normalize_images,
             squash_output=True,
         )
-        self._constructor_arguments = constructor_arguments
+        self._constructor_arguments = {**named, **diffusion_options}
         self.action_dim = get_action_dim(action_space)
         self.features_dim = features_dim
-        self.diffusion = self.make_diffusion(n_diffusion_steps, noise_schedule, n_sampling_steps, sampling_eta)
+        self.diffusion = self.make_diffusion(n_diffusion_steps, noise_schedule, **diffusion_options)
         self.noise_predictor = self.make_noise_predictor(
             features_dim, n_diffusion_steps, net_arch, activation_fn, time_embedding_dim
         )
 
     def make_diffusion(
-        self, n_steps: int, noise_schedule: str | NoiseSchedule, n_sampling_steps: int | None, sampling_eta: float
+        self, n_steps: int, noise_schedule: str | NoiseSchedule | Sequence[float], **options: Any
     ) -> DiffusionProcess:
         """
         Create the diffusion process.
 
         :param n_steps: T.
-        :param noise_schedule: Name of a noise schedule or a function T -> betas.
-        :param n_sampling_steps: Reverse steps of a sample, T if None.
-        :param sampling_eta: Factor of the noise in the reverse steps.
+        :param noise_schedule: A noise schedule, see :func:`~sb3_qvpo.common.noise_schedules.make_betas`.
+        :param options: Further arguments of :class:`GaussianDiffusion`.
         :return: The process.
         """
-        betas = make_betas(noise_schedule, n_steps)
-        return GaussianDiffusion(betas, n_sampling_steps=n_sampling_steps, sampling_eta=sampling_eta)
+        return GaussianDiffusion(make_betas(noise_schedule, n_steps), **options)
 
     def make_noise_predictor(
         self,
@@ -183,7 +182,7 @@ class CandidateCritic(ContinuousCritic):
     SB3's critics, which can also score many candidates of a state: clipped double Q-learning, as in SAC and TD3.
 
     Another critic is a subclass, which overrides what differs: :meth:`make_q_network`, :meth:`aggregate`,
-    :meth:`bootstrap`, :meth:`loss`.
+    :meth:`bootstrap`, :meth:`loss`, :meth:`transition_values`. See :mod:`sb3_qvpo.common.critics`.
 
     :param observation_space: Observation space.
     :param action_space: Action space.
@@ -195,6 +194,12 @@ class CandidateCritic(ContinuousCritic):
     :param n_critics: Number of critics C.
     :param share_features_extractor: Whether the features extractor is the actor's, and trained by its loss.
     """
+
+    has_targets: ClassVar[bool] = True
+    """Whether TD targets come from moving averages of critics and actor. Without, the policy has none."""
+
+    bootstraps_from_scores: ClassVar[bool] = True
+    """Whether the TD target uses the scores of the next candidates. Otherwise they only serve the choice among them."""
 
     def __init__(
         self,
@@ -290,6 +295,42 @@ class CandidateCritic(ContinuousCritic):
         :return: Values of shape (B, M).
         """
         return scores.max(dim=1, keepdim=True).values
+
+    def transition_values(
+        self,
+        observation: PyTorchObs,
+        actions: th.Tensor,
+        next_observation: PyTorchObs,
+        next_candidates: ScoredCandidates,
+        target: "CandidateCritic",
+    ) -> tuple[tuple[th.Tensor, ...], th.Tensor]:
+        """
+        Both sides of the TD error, before reward and discount: predictions for (s, a) and what the target takes from s'.
+
+        :param observation: B observations s.
+        :param actions: Actions a of the buffer, shape (B, A).
+        :param next_observation: The B next observations s', for subclasses only.
+        :param next_candidates: Candidates of the next states and their scores.
+        :param target: The target critics.
+        :return: Predictions of each critic, shape (B, M), with gradients; and :meth:`bootstrap`, (B, M), without.
+        """
+        with th.no_grad():
+            next_values = target.bootstrap(*next_candidates)
+        return self(observation, actions), next_values
+
+    def action_gradient(self, features: th.Tensor, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+        """
+        The score of one action for each state, and its gradient with respect to the action. Parameters get no gradient.
+
+        :param features: State features of shape (B, S).
+        :param actions: Actions of shape (B, A).
+        :return: Scores of shape (B,), and gradients of shape (B, A).
+        """
+        with th.enable_grad():
+            actions = actions.detach().requires_grad_()
+            scores = self.score(features.detach(), actions.unsqueeze(1)).squeeze(1)
+            (gradient,) = th.autograd.grad(scores.sum(), actions)
+        return scores.detach(), gradient
 
     def loss(self, q_values: tuple[th.Tensor, ...], targets: th.Tensor) -> th.Tensor:
         """

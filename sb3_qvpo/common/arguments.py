@@ -1,6 +1,7 @@
 """Checks of arguments with messages that name the argument, and schedules written as strings."""
 
 import math
+from collections.abc import Collection
 from numbers import Integral, Real
 from typing import Any, cast, overload
 
@@ -75,6 +76,17 @@ def check_count(name: str, value: Any, minimum: int = 1) -> int:
     if not isinstance(value, Integral) or isinstance(value, bool) or value < minimum:
         raise ValueError(f"{name} must be a whole number of at least {minimum}, got {value!r}")
     return int(value)
+
+
+def check_choice(name: str, value: Any, choices: Collection[str]) -> str:
+    """
+    The value of the argument ``name``, one of several names.
+
+    :raises ValueError: If it is none of them.
+    """
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+    return value
 
 
 class PolicyCount:

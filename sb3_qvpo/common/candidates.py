@@ -5,9 +5,32 @@ Shapes: B batch, K candidates for each state, A action dimensions, S state featu
 values (B, K). All functions are pure.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch as th
+from torch.nn import functional as F
+
+
+class Critic(Protocol):
+    """What improving a candidate needs of the critics."""
+
+    def score(self, features: th.Tensor, candidates: th.Tensor) -> th.Tensor:
+        """
+        The value of each candidate.
+
+        :param features: State features of shape (B, S).
+        :param candidates: Actions of shape (B, K, A).
+        :return: Values of shape (B, K).
+        """
+
+    def action_gradient(self, features: th.Tensor, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+        """
+        The value of one action for each state, and its gradient with respect to the action.
+
+        :param features: State features of shape (B, S).
+        :param actions: Actions of shape (B, A).
+        :return: Values of shape (B,), and gradients of shape (B, A).
+        """
 
 
 class ScoredCandidates(NamedTuple):
@@ -44,6 +67,30 @@ def best_candidate(candidates: th.Tensor, q_values: th.Tensor) -> th.Tensor:
     :return: Best action of each state, shape (B, A).
     """
     return select(candidates, q_values.argmax(dim=1))
+
+
+def improve_best_candidate(scored: ScoredCandidates, critic: Critic, n_steps: int, step_length: float) -> ScoredCandidates:
+    """
+    Gradient steps from the best candidate, ``a_(j+1) = clamp(a_j + step_length g / |g|, -1, 1)`` with g the gradient of the
+    score at a_j. Each a_j with j >= 1 becomes a candidate. So a step that makes the action worse is never chosen.
+
+    :param scored: K candidates for each state, and their scores.
+    :param critic: The critics that scored them, in evaluation mode.
+    :param n_steps: m, gradient steps.
+    :param step_length: Euclidean length of each step.
+    :return: K + m candidates for each state, and their scores.
+    """
+    action = best_candidate(scored.candidates, scored.scores)
+    actions, scores = [scored.candidates], [scored.scores]
+    for step in range(n_steps):
+        score, gradient = critic.action_gradient(scored.features, action)
+        if step > 0:
+            scores.append(score.unsqueeze(1))
+        action = (action + step_length * F.normalize(gradient, dim=1)).clamp(-1, 1)
+        actions.append(action.unsqueeze(1))
+    if n_steps > 0:
+        scores.append(critic.score(scored.features, actions[-1]))
+    return ScoredCandidates(scored.features, th.cat(actions, dim=1), th.cat(scores, dim=1))
 
 
 def candidate_std(candidates: th.Tensor) -> th.Tensor:

@@ -14,6 +14,8 @@ variable                symbol in the paper                    shape
 ``x_t``                 a_t, the noisy action                  (..., A)
 ``t``                   t in 0 ... T-1                         int or (...)
 ``noise``               epsilon                                (..., A)
+v                       sqrt(bar alpha_t) epsilon              (..., A)
+                        - sqrt(1 - bar alpha_t) a
 ``betas``               beta_t (Eq. 1)                         (T,)
 ``alpha_bars``          bar alpha_t (Eq. 2)                    (T,)
 ``posterior_std``       sqrt(tilde beta_t), 0 at t = 0         (T,)
@@ -28,9 +30,17 @@ from typing import Any, Protocol
 import torch as th
 from torch import nn
 
+from sb3_qvpo.common.arguments import check_choice
+
+PREDICTIONS = ("noise", "v")
+"""What a network may predict, see :class:`GaussianDiffusion`."""
+
+SAMPLERS = ("ddpm", "ddim", "dpm++")
+"""How samples may be drawn, see :class:`GaussianDiffusion`."""
+
 
 class NoiseNetwork(Protocol):
-    """What the chain needs of a network: a prediction from ``x_t``, the noise in it for :class:`GaussianDiffusion`."""
+    """What the chain needs of a network: a prediction from ``x_t``, the noise in it unless the process says otherwise."""
 
     def __call__(self, x_t: th.Tensor, t: Any, cond: Any) -> th.Tensor:
         """
@@ -54,6 +64,22 @@ class DiffusionProcess(nn.Module, ABC):
     """T, steps that the network is trained on."""
     n_noises: int
     """N, draws of noise that a chain takes."""
+
+    def fixed_state(self) -> dict[str, Any]:
+        """
+        What the constructor fixes and a network's weights depend on, such as the noise schedule. It is saved beside weights.
+
+        :return: Tensors and plain values by name; nothing here.
+        """
+        return {}
+
+    def check_fixed_state(self, state: dict[str, Any]) -> None:
+        """
+        Refuse weights that were trained with something else fixed.
+
+        :param state: What :meth:`fixed_state` returned where the weights were trained. Names may be missing.
+        :raises RuntimeError: If it does not fit. Nothing is checked here.
+        """
 
     def draw_timesteps(self, shape: tuple[int, ...], device: th.device) -> th.Tensor:
         """
@@ -154,20 +180,51 @@ def respaced_coefficients(alpha_bars: th.Tensor, steps: list[int], eta: float) -
     return {"x0_coef": x0_coef, "x_t_coef": x_t_coef, "posterior_std": std}
 
 
+def extrapolations(alpha_bars: th.Tensor, steps: list[int]) -> th.Tensor:
+    """
+    By how much each step of DPM-Solver++(2M) extrapolates its estimate of x_0 from the estimate of the step before it.
+
+    Lu et al. (2022), *DPM-Solver++: Fast Solver for Guided Sampling of Diffusion Probabilistic Models*, Algorithm 2. With
+    ``lambda_t = log(sqrt(bar_t) / sqrt(1 - bar_t))`` and ``h`` the step in lambda, it uses
+    ``D = (1 + f) x_0 - f x_0'`` with ``f = h / (2 h')``; the prime marks the step before.
+
+    :param alpha_bars: bar alpha_t for all steps, shape (T,).
+    :param steps: The sampling steps, ascending.
+    :return: f for each step, shape (T,). 0 at the first step of a chain, which has no step before it. 0 also at the last one,
+        whose h is infinite.
+    """
+    factors = th.zeros_like(alpha_bars)
+    lambdas = (alpha_bars / (1 - alpha_bars)).log() / 2
+    for after, t, before in zip(steps, steps[1:], steps[2:], strict=False):
+        factors[t] = (lambdas[after] - lambdas[t]) / (2 * (lambdas[t] - lambdas[before]))
+    return factors
+
+
 class GaussianDiffusion(DiffusionProcess):
     """
-    Denoising diffusion (Ho et al. 2020) with noise prediction, in posterior form, for samples in [-1, 1].
+    Denoising diffusion (Ho et al. 2020) for samples in [-1, 1].
+
+    The network predicts the noise, as in the paper, or the velocity ``v = sqrt(bar alpha_t) epsilon - sqrt(1 - bar alpha_t)
+    x_0``. At high noise levels an error in the noise is an error many times as large in the clean sample; one in v is not.
+    Source: Salimans and Ho (2022), *Progressive Distillation for Fast Sampling of Diffusion Models*, Sec. 4 and Appendix D.
 
     Samples may be drawn in fewer steps than are trained: S of the T steps, evenly spaced from 0 to T-1. Source: Nichol and
-    Dhariwal (2021), *Improved Denoising Diffusion Probabilistic Models*, Sec. 4. The factor eta leads from DDPM to the
-    deterministic DDIM: Song et al. (2021), *Denoising Diffusion Implicit Models*, Eqs. 12 and 16.
+    Dhariwal (2021), *Improved Denoising Diffusion Probabilistic Models*, Sec. 4. Three samplers:
+
+    - ``"ddpm"`` draws each step from its posterior. The factor eta of its noise leads to the deterministic DDIM at 0.
+      Source: Song et al. (2021), *Denoising Diffusion Implicit Models*, Eqs. 12 and 16.
+    - ``"ddim"`` is the same with eta = 0.
+    - ``"dpm++"`` is DPM-Solver++(2M): DDIM with an estimate of x_0 of second order, see :func:`extrapolations`. In few steps
+      it narrows the samples least.
 
     :param betas: Variances beta_t of the forward steps (Eq. 1), shape (T,), each in (0, 1).
     :param clip_denoised: Clamp the estimate of the clean sample to [-1, 1] at every reverse step, and the result.
         Only useful to switch off for unbounded data.
     :param n_sampling_steps: S, reverse steps of a sample; T if None.
-    :param sampling_eta: eta in [0, 1]: 1 draws from the posterior (DDPM), 0 adds no noise after the start (DDIM).
-    :raises ValueError: If S is not in 1 ... T, or eta not in [0, 1].
+    :param sampling_eta: eta in [0, 1], for ``"ddpm"`` alone: 1 draws from the posterior, 0 adds no noise after the start.
+    :param prediction: What the network predicts, ``"noise"`` or ``"v"``.
+    :param sampler: ``"ddpm"``, ``"ddim"`` or ``"dpm++"``.
+    :raises ValueError: If S is not in 1 ... T, eta not in [0, 1], or a name is unknown.
     """
 
     betas: th.Tensor
@@ -180,14 +237,23 @@ class GaussianDiffusion(DiffusionProcess):
         clip_denoised: bool = True,
         n_sampling_steps: int | None = None,
         sampling_eta: float = 1.0,
+        prediction: str = "noise",
+        sampler: str = "ddpm",
     ):
         super().__init__()
+        check_choice("prediction", prediction, PREDICTIONS)
+        check_choice("sampler", sampler, SAMPLERS)
         self.n_steps = len(betas)
+        self.prediction = prediction
         self.clip_denoised = clip_denoised
         self.sampling_steps = sampling_steps(self.n_steps, n_sampling_steps)
         eta: Any = sampling_eta  # mypy does not know that floats are Real
         if not isinstance(eta, Real) or not 0 <= float(eta) <= 1:
             raise ValueError(f"sampling_eta must be a number in [0, 1], got {sampling_eta!r}")
+        if sampler != "ddpm":
+            if sampling_eta not in (0, 1):
+                raise ValueError(f"sampling_eta belongs to sampler='ddpm': {sampler!r} adds no noise, got {sampling_eta!r}")
+            sampling_eta = 0.0
         self.n_noises = len(self.sampling_steps) if sampling_eta > 0 else 1
         betas = betas.double()
         alphas = 1 - betas
@@ -204,19 +270,37 @@ class GaussianDiffusion(DiffusionProcess):
         }
         if len(self.sampling_steps) < self.n_steps or sampling_eta < 1:
             coefficients.update(respaced_coefficients(alpha_bars, self.sampling_steps, sampling_eta))
+        if sampler == "dpm++":
+            coefficients["extrapolation"] = extrapolations(alpha_bars, self.sampling_steps)
         # A reverse step has one t for all samples: numbers cost less there than looking up tensors
         self._numbers: dict[str, list[float]] = {name: value.float().tolist() for name, value in coefficients.items()}
         for name in ("betas", "sqrt_alpha_bars", "sqrt_one_minus_alpha_bars"):  # looked up for many t at once
             # The schedule fixes them, so they are no parameters and stay out of the state dict
             self.register_buffer(name, coefficients[name].float(), persistent=False)
 
-    def check_schedule(self, betas: th.Tensor) -> None:
+    def fixed_state(self) -> dict[str, Any]:
         """
-        Refuse weights that were trained on another noise schedule. The network has learnt its steps and no others.
+        The noise schedule and what the network predicts.
 
-        :param betas: The schedule of the weights, shape (T,).
-        :raises RuntimeError: If it is not this one.
+        :return: ``betas``, shape (T,), and ``prediction``.
         """
+        return {"betas": self.betas.detach().clone(), "prediction": self.prediction}
+
+    def check_fixed_state(self, state: dict[str, Any]) -> None:
+        """
+        Refuse weights that were trained on another noise schedule or prediction. The network has learnt these and no others.
+
+        :param state: What :meth:`fixed_state` returned where the weights were trained. Files of version 0.1 have no
+            ``prediction``, which was the noise.
+        :raises RuntimeError: If it does not fit.
+        """
+        prediction = state.get("prediction", "noise")
+        if prediction != self.prediction:
+            raise RuntimeError(f"prediction is {self.prediction!r} here: weights that predict {prediction!r} do not fit.")
+        if "betas" in state:
+            self._check_betas(state["betas"])
+
+    def _check_betas(self, betas: th.Tensor) -> None:
         if betas.shape != self.betas.shape:
             raise RuntimeError(
                 f"n_diffusion_steps is {self.n_steps} in this model, other than in the saved policy; it is fixed when a "
@@ -230,7 +314,7 @@ class GaussianDiffusion(DiffusionProcess):
         betas = state_dict.pop(f"{prefix}betas", None)
         if betas is not None:
             try:
-                self.check_schedule(betas)
+                self._check_betas(betas)
             except RuntimeError as error:
                 args[-1].append(str(error))
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -246,17 +330,21 @@ class GaussianDiffusion(DiffusionProcess):
         """
         return self.sqrt_alpha_bars[t].unsqueeze(-1) * x0 + self.sqrt_one_minus_alpha_bars[t].unsqueeze(-1) * noise
 
-    def predict_x0(self, x_t: th.Tensor, t: int, noise: th.Tensor) -> th.Tensor:
+    def predict_x0(self, x_t: th.Tensor, t: int, prediction: th.Tensor) -> th.Tensor:
         """
-        Estimate of the clean sample: Eq. 2 solved for x_0, clamped to [-1, 1] if ``clip_denoised``.
+        Estimate of the clean sample, clamped to [-1, 1] if ``clip_denoised``: Eq. 2 solved for x_0, or
+        ``sqrt(bar alpha_t) x_t - sqrt(1 - bar alpha_t) v``.
 
         :param x_t: Noisy samples of shape (..., A).
         :param t: Step in 0 ... T-1.
-        :param noise: Predicted noise of shape (..., A).
+        :param prediction: Predicted noise or v, shape (..., A).
         :return: Estimated clean samples of shape (..., A).
         """
         sqrt_alpha_bar, sqrt_one_minus = (self._numbers[name][t] for name in ("sqrt_alpha_bars", "sqrt_one_minus_alpha_bars"))
-        x0 = th.sub(x_t, noise, alpha=sqrt_one_minus) / sqrt_alpha_bar
+        if self.prediction == "v":
+            x0 = th.sub(sqrt_alpha_bar * x_t, prediction, alpha=sqrt_one_minus)
+        else:
+            x0 = th.sub(x_t, prediction, alpha=sqrt_one_minus) / sqrt_alpha_bar
         return x0.clamp(-1, 1) if self.clip_denoised else x0
 
     def posterior(self, x0: th.Tensor, x_t: th.Tensor, t: int) -> tuple[th.Tensor, float]:
@@ -287,21 +375,25 @@ class GaussianDiffusion(DiffusionProcess):
 
     def sample(self, network: NoiseNetwork, cond: Any, noise: th.Tensor) -> th.Tensor:
         """
-        The reverse chain: x_T from N(0, I), then S posterior steps, the last one without noise, and a final clamp.
+        The reverse chain: x_T from N(0, I), then S posterior steps, the last one without noise, and a final clamp. With
+        ``sampler="dpm++"`` each step takes its estimate of x_0 from this step and the one before.
 
-        :param network: Noise predictor, see the module's docstring.
+        :param network: Predicts the noise or v, see the module's docstring.
         :param cond: Passed to the network at every step.
         :param noise: Standard normal noise of shape (N, ..., A), N = ``n_noises``: ``noise[0]`` is x_T, ``noise[i]`` enters
-            the i-th reverse step. N is S, or 1 if no step adds noise (``sampling_eta=0``).
+            the i-th reverse step. N is S, or 1 if no step adds noise (``"ddim"``, ``"dpm++"``, ``sampling_eta=0``).
         :return: Clean samples of shape (..., A), in [-1, 1] if ``clip_denoised``.
         :raises ValueError: If ``noise`` has not N entries.
         """
         if len(noise) != self.n_noises:
             raise ValueError(f"noise must have {self.n_noises} entries, one for each step that adds noise, got {len(noise)}")
+        extrapolation = self._numbers.get("extrapolation", [0.0] * self.n_steps)
         x_t, *step_noise = noise.unbind()
+        x0_before = x_t  # its factor is 0
         for t, z in zip_longest(reversed(self.sampling_steps), step_noise):
             x0 = self.predict_x0(x_t, t, network(x_t, t, cond))
-            x_t = self.posterior_step(x0, x_t, t, z)
+            estimate = x0 if extrapolation[t] == 0 else th.lerp(x0_before, x0, 1 + extrapolation[t])
+            x_t, x0_before = self.posterior_step(estimate, x_t, t, z), x0
         return x_t.clamp(-1, 1) if self.clip_denoised else x_t
 
     def loss(
@@ -313,12 +405,13 @@ class GaussianDiffusion(DiffusionProcess):
         noise: th.Tensor | None = None,
     ) -> th.Tensor:
         """
-        Denoising loss of each sample: ``mean over dimensions of (noise - network(x_t, t, cond))^2``, the norm in Eq. 6.
+        Denoising loss of each sample: ``mean over dimensions of (noise - network(x_t, t, cond))^2``, the norm in Eq. 6. With
+        ``prediction="v"`` it compares the network with v instead.
 
         The paper writes the squared norm, a sum over the action's dimensions. The mean differs by the constant factor A,
         which only matters next to Adam's epsilon and for gradient clipping.
 
-        :param network: Noise predictor, see the module's docstring.
+        :param network: Predicts the noise or v, see the module's docstring.
         :param x0: Clean samples of shape (..., A).
         :param cond: Passed to the network.
         :param t: Steps in 0 ... T-1, shape (...). Drawn by :meth:`draw_timesteps` if None.
@@ -330,4 +423,16 @@ class GaussianDiffusion(DiffusionProcess):
         if noise is None:
             noise = th.randn_like(x0)
         x_t = self.add_noise(x0, t, noise)
-        return ((noise - network(x_t, t, cond)) ** 2).mean(dim=-1)
+        target = self.velocity(x0, t, noise) if self.prediction == "v" else noise
+        return ((target - network(x_t, t, cond)) ** 2).mean(dim=-1)
+
+    def velocity(self, x0: th.Tensor, t: th.Tensor, noise: th.Tensor) -> th.Tensor:
+        """
+        ``v = sqrt(bar alpha_t) noise - sqrt(1 - bar alpha_t) x_0``, what the network predicts with ``prediction="v"``.
+
+        :param x0: Clean samples of shape (..., A).
+        :param t: Steps in 0 ... T-1, shape (...).
+        :param noise: Standard normal noise of shape (..., A).
+        :return: v, shape (..., A).
+        """
+        return self.sqrt_alpha_bars[t].unsqueeze(-1) * noise - self.sqrt_one_minus_alpha_bars[t].unsqueeze(-1) * x0

@@ -15,6 +15,9 @@ import torch as th
 from torch import nn
 from torch.nn import functional as F
 
+PyTorchObs = th.Tensor | dict[str, th.Tensor]
+"""A batch of observations, as SB3 has them."""
+
 
 @contextmanager
 def evaluation_mode(*modules: nn.Module) -> Iterator[None]:
@@ -34,7 +37,7 @@ def evaluation_mode(*modules: nn.Module) -> Iterator[None]:
             module.train(True)
 
 
-def n_observations(observation: th.Tensor | dict[str, th.Tensor]) -> int:
+def n_observations(observation: PyTorchObs) -> int:
     """
     The number of observations in a batch.
 
@@ -42,6 +45,19 @@ def n_observations(observation: th.Tensor | dict[str, th.Tensor]) -> int:
     :return: B. In a trace or an export it stays free, which ``len()`` would not.
     """
     return (next(iter(observation.values())) if isinstance(observation, dict) else observation).shape[0]
+
+
+def split_rows(observation: PyTorchObs) -> list[PyTorchObs]:
+    """
+    Cut a batch of observations into batches of one.
+
+    :param observation: A tensor (B, ...) or a dictionary of them.
+    :return: B observations, each with a batch axis of 1.
+    """
+    rows = range(n_observations(observation))
+    if isinstance(observation, dict):
+        return [{key: value[i : i + 1] for key, value in observation.items()} for i in rows]
+    return [observation[i : i + 1] for i in rows]
 
 
 def is_traced() -> bool:

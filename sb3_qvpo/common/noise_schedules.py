@@ -9,11 +9,14 @@ variable        symbol                       shape
 ==============  ===========================  ======
 ``betas``       beta_t                       (T,)
 ``alpha_bars``  product of (1 - beta_s)      (T+1,)
+``levels``      sigma_t                      (T,)
 ==============  ===========================  ======
+
+Noise levels are another way to say the same: ``sigma_t = sqrt((1 - alpha_bar_t) / alpha_bar_t)``, noise over signal.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch as th
 
@@ -83,6 +86,40 @@ def linear_betas(n_steps: int, beta_start: float = 1e-4, beta_end: float = 2e-2)
     return 1 - alpha_bars[1:] / alpha_bars[:-1]
 
 
+def betas_of_levels(levels: Sequence[float] | th.Tensor) -> th.Tensor:
+    """
+    Variances of a schedule that is given by its noise levels: ``alpha_bar_t = 1 / (1 + sigma_t^2)``.
+
+    :param levels: sigma_t, shape (T,), above 0 and ascending.
+    :return: Variances of shape (T,), float64, each in (0, 1).
+    :raises ValueError: If the levels are not above 0 and ascending.
+    """
+    sigmas = th.as_tensor(levels, dtype=th.float64)
+    if sigmas.ndim != 1 or not len(sigmas) or not bool((sigmas.diff(prepend=th.zeros(1, dtype=th.float64)) > 0).all()):
+        raise ValueError(f"noise_schedule must be noise levels above 0 in ascending order, got {levels!r}")
+    alpha_bars = th.cat([th.ones(1, dtype=th.float64), 1 / (1 + sigmas**2)])
+    return 1 - alpha_bars[1:] / alpha_bars[:-1]
+
+
+def karras_betas(n_steps: int, sigma_min: float = 0.02, sigma_max: float = 3.0, rho: float = 7.0) -> th.Tensor:
+    """
+    The noise levels of Karras et al., which are denser at low noise:
+    ``sigma_i = (sigma_min^(1/rho) + i / (T - 1) (sigma_max^(1/rho) - sigma_min^(1/rho)))^rho``, i = 0 ... T-1.
+
+    Source: Karras et al. (2022), *Elucidating the Design Space of Diffusion-Based Generative Models*, Eq. 5. Actions are in
+    [-1, 1], so the largest level is lower than for images.
+
+    :param n_steps: Number of diffusion steps T, at least 1.
+    :param sigma_min: Smallest noise level.
+    :param sigma_max: Largest noise level, that of the only step if T is 1.
+    :param rho: How much denser the levels are at low noise.
+    :return: Variances of shape (T,), float64, each in (0, 1).
+    """
+    low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
+    share = th.linspace(0, 1, n_steps, dtype=th.float64) if n_steps > 1 else th.ones(1, dtype=th.float64)
+    return betas_of_levels((low + share * (high - low)) ** rho)
+
+
 class FixedSchedule:
     """
     A schedule with given values: what becomes of a function when a policy is saved.
@@ -106,28 +143,44 @@ class FixedSchedule:
         return self.betas
 
 
-NOISE_SCHEDULES: dict[str, NoiseSchedule] = {"cosine": cosine_betas, "vp": vp_betas, "linear": linear_betas}
+NOISE_SCHEDULES: dict[str, NoiseSchedule] = {
+    "cosine": cosine_betas,
+    "vp": vp_betas,
+    "linear": linear_betas,
+    "karras": karras_betas,
+}
 """The schedules that can be asked for by name."""
 
 
-def make_betas(noise_schedule: str | NoiseSchedule, n_steps: int) -> th.Tensor:
+def make_betas(noise_schedule: str | NoiseSchedule | Sequence[float], n_steps: int) -> th.Tensor:
     """
-    The variances of a schedule given by name or as a function.
+    The variances of a schedule given by name, as a function, or by its noise levels.
 
-    :param noise_schedule: ``"cosine"``, ``"vp"``, ``"linear"``, or a function from the number of steps T to a tensor (T,).
+    :param noise_schedule: ``"cosine"``, ``"vp"``, ``"linear"``, ``"karras"``, a function from the number of steps T to a
+        tensor (T,), or T noise levels sigma_t in ascending order.
     :param n_steps: Number of diffusion steps T, at least 1.
     :return: Variances of shape (T,), float64, each in (0, 1).
-    :raises ValueError: If the name is unknown, ``n_steps`` is below 1, or a function returns anything but T values in (0, 1).
+    :raises ValueError: If the name is unknown, ``n_steps`` is below 1, a function returns anything but T values in (0, 1), or
+        the levels are not T ascending numbers above 0.
     """
     if n_steps < 1:
         raise ValueError(f"n_diffusion_steps must be at least 1, got {n_steps}")
     if isinstance(noise_schedule, str):
         if noise_schedule not in NOISE_SCHEDULES:
             known = ", ".join(repr(name) for name in NOISE_SCHEDULES)
-            raise ValueError(f"noise_schedule must be one of {known} or a function T -> betas, got {noise_schedule!r}")
+            raise ValueError(
+                f"noise_schedule must be one of {known}, a function T -> betas or a list of levels, got {noise_schedule!r}"
+            )
         noise_schedule = NOISE_SCHEDULES[noise_schedule]
+    if not callable(noise_schedule) and hasattr(noise_schedule, "__len__"):  # NumPy arrays have one, too
+        betas = betas_of_levels(noise_schedule)
+        if len(betas) != n_steps:
+            raise ValueError(f"noise_schedule must have n_diffusion_steps = {n_steps} noise levels, got {len(betas)}")
+        return betas
     if not callable(noise_schedule):
-        raise ValueError(f"noise_schedule must be a name or a function T -> betas, got {noise_schedule!r}")
+        raise ValueError(
+            f"noise_schedule must be a name, a function T -> betas or a list of noise levels, got {noise_schedule!r}"
+        )
     betas = th.as_tensor(noise_schedule(n_steps), dtype=th.float64)
     if betas.shape != (n_steps,) or not bool(((betas > 0) & (betas < 1)).all()):
         raise ValueError(f"noise_schedule must return {n_steps} values in (0, 1), got {betas.tolist()}")

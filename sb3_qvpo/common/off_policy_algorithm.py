@@ -31,7 +31,6 @@ from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 from sb3_qvpo.common import arguments
 from sb3_qvpo.common.actor_critic import CandidateCritic, DiffusionActor
 from sb3_qvpo.common.arguments import PolicyCount
-from sb3_qvpo.common.diffusion import GaussianDiffusion
 from sb3_qvpo.common.policies import DiffusionPolicy
 from sb3_qvpo.common.runs.guarded_algorithm import GuardedOffPolicyAlgorithm
 from sb3_qvpo.common.speed.cpu import warn_of_busy_cores
@@ -44,6 +43,9 @@ Metrics = dict[str, th.Tensor]
 
 FIXED = "policy.fixed"
 """Where a file keeps what the constructor fixes and weights depend on."""
+
+NORMALIZED = "normalized_observations"
+"""Its entry that says whether a ``VecNormalize`` normalised the observations."""
 
 
 class MeansAtDumps(KVWriter):
@@ -79,6 +81,7 @@ class DiffusionOffPolicyAlgorithm(GuardedOffPolicyAlgorithm):
     :param n_eval_candidates: K, best of this many candidates in ``predict(deterministic=True)``.
     :param policy_delay: Update actor and targets every this many critic updates.
     :param max_grad_norm: Largest Euclidean norm of the gradients of actor and of critics; None for no clipping.
+    :param critic_type: ``"twin"``, ``"crossq"`` or ``"quantile"``, see :class:`DiffusionPolicy`.
     :param kwargs: Further arguments of SB3's ``OffPolicyAlgorithm``.
     :raises ValueError: If the action space is not a finite ``Box``, a candidate count is below 1, or gSDE is asked for.
     """
@@ -94,9 +97,11 @@ class DiffusionOffPolicyAlgorithm(GuardedOffPolicyAlgorithm):
     n_eval_candidates = PolicyCount()
     """K, best of this many candidates in ``predict(deterministic=True)``; can be changed at any time."""
 
-    _policy_arguments: ClassVar[tuple[str, ...]] = ("n_diffusion_steps", "n_behavior_candidates", "n_eval_candidates")
+    _policy_counts: ClassVar[tuple[str, ...]] = ("n_diffusion_steps", "n_behavior_candidates", "n_eval_candidates")
+    """Arguments that are handed on to the policy, and whole numbers of at least 1."""
+    _policy_arguments: ClassVar[tuple[str, ...]] = (*_policy_counts, "critic_type")
     """Arguments that are handed on to the policy."""
-    _count_arguments: ClassVar[tuple[str, ...]] = ("batch_size", "buffer_size", "n_steps", "policy_delay", *_policy_arguments)
+    _count_arguments: ClassVar[tuple[str, ...]] = ("batch_size", "buffer_size", "n_steps", "policy_delay", *_policy_counts)
     """Arguments that are whole numbers of at least 1."""
     _not_read_by_updates: ClassVar[frozenset[str]] = RUN_STATE
     """Attributes that change while graphs of updates stay valid. A name that is missing here only costs a new capture."""
@@ -113,6 +118,7 @@ class DiffusionOffPolicyAlgorithm(GuardedOffPolicyAlgorithm):
         n_eval_candidates: int,
         policy_delay: int,
         max_grad_norm: float | None,
+        critic_type: str = "twin",
         **kwargs: Any,
     ):
         # Strings are parsed in _setup_lr_schedule()
@@ -124,6 +130,7 @@ class DiffusionOffPolicyAlgorithm(GuardedOffPolicyAlgorithm):
         self.n_eval_candidates = n_eval_candidates
         self.policy_delay = policy_delay
         self.max_grad_norm = max_grad_norm
+        self.critic_type = critic_type
 
     @property
     def n_diffusion_steps(self) -> int:
@@ -248,8 +255,7 @@ class DiffusionOffPolicyAlgorithm(GuardedOffPolicyAlgorithm):
             forget_graphs(optimizer)
         self._update_runner.forget()  # its graphs write to the optimisers' old state
         try:
-            if "betas" in fixed and isinstance(self.actor.diffusion, GaussianDiffusion):
-                self.actor.diffusion.check_schedule(fixed["betas"])
+            self.actor.diffusion.check_fixed_state({name: value for name, value in fixed.items() if name != NORMALIZED})
             super().set_parameters(parameters, exact_match, device)
         except Exception as error:  # whatever is wrong, the model must be as it was
             try:
@@ -260,8 +266,8 @@ class DiffusionOffPolicyAlgorithm(GuardedOffPolicyAlgorithm):
                 warnings.warn(f"the parameters before {error!r} could not be put back: {failure!r}", stacklevel=2)
             raise
         else:
-            if "normalized_observations" in fixed:
-                self.policy.normalized_observations = bool(fixed["normalized_observations"])
+            if NORMALIZED in fixed:
+                self.policy.normalized_observations = bool(fixed[NORMALIZED])
         finally:
             for optimizer in self._optimizers().values():
                 use_fused(optimizer)
@@ -276,10 +282,8 @@ class DiffusionOffPolicyAlgorithm(GuardedOffPolicyAlgorithm):
         parameters = cast(dict[str, dict[str, Any]], super().get_parameters())
         for name, optimizer in self._optimizers().items():
             parameters[name] = plain_state(optimizer, parameters[name])
-        diffusion, normalized = self.actor.diffusion, self.policy.normalized_observations
-        parameters[FIXED] = {"normalized_observations": th.tensor(float(normalized), device="cpu")}
-        if isinstance(diffusion, GaussianDiffusion):
-            parameters[FIXED]["betas"] = diffusion.betas.detach().clone()
+        normalized = th.tensor(float(self.policy.normalized_observations), device="cpu")
+        parameters[FIXED] = {NORMALIZED: normalized, **self.actor.diffusion.fixed_state()}
         return parameters
 
     def _excluded_save_params(self) -> list[str]:

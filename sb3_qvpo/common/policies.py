@@ -6,6 +6,7 @@ Actions are scaled to [-1, 1] everywhere here; ``predict`` unscales them.
 """
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
 
@@ -21,33 +22,24 @@ from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from sb3_qvpo.common.actor_critic import CandidateCritic, DiffusionActor
-from sb3_qvpo.common.arguments import PolicyCount, check_class, check_count, check_net_arch
-from sb3_qvpo.common.candidates import ScoredCandidates, best_candidate
+from sb3_qvpo.common.arguments import PolicyCount, check_choice, check_class, check_count, check_net_arch
+from sb3_qvpo.common.candidates import ScoredCandidates, best_candidate, improve_best_candidate
 from sb3_qvpo.common.export import export_policy
-from sb3_qvpo.common.networks import evaluation_mode, is_traced, n_observations
+from sb3_qvpo.common.networks import evaluation_mode, is_traced, n_observations, split_rows
 from sb3_qvpo.common.noise_schedules import FixedSchedule, NoiseSchedule, make_betas
 from sb3_qvpo.common.runs.files import atomic_file
-from sb3_qvpo.common.speed.networks import FastActor, FastCritic
+from sb3_qvpo.common.speed.networks import FastActor, FastBatchNormCritic, FastCritic, FastQuantileCritic
 from sb3_qvpo.common.speed.optimizers import use_fused
 from sb3_qvpo.common.speed.programs import Programs
+
+CRITICS: dict[str, type[CandidateCritic]]
+CRITICS = {"twin": FastCritic, "crossq": FastBatchNormCritic, "quantile": FastQuantileCritic}
+"""The critics that can be asked for by name."""
 
 LARGEST_DRAW = 2**24
 """
 Largest number of elements (64 MB in float32) in the noise or a hidden layer of one draw. The paper's settings need 4 million.
 """
-
-
-def split_rows(observation: PyTorchObs) -> list[PyTorchObs]:
-    """
-    Cut a batch of observations into batches of one.
-
-    :param observation: A tensor (B, ...) or a dictionary of them.
-    :return: B observations, each with a batch axis of 1.
-    """
-    rows = range(n_observations(observation))
-    if isinstance(observation, dict):
-        return [{key: value[i : i + 1] for key, value in observation.items()} for i in rows]
-    return [observation[i : i + 1] for i in rows]
 
 
 class DiffusionPolicy(BasePolicy):
@@ -58,7 +50,8 @@ class DiffusionPolicy(BasePolicy):
     ``predict(deterministic=True)`` is a function of the weights and the observation: best of ``n_eval_candidates`` under a
     fixed bank of noise. An observation gets the same action alone and anywhere in a batch.
 
-    A subclass with another actor or other critics sets :attr:`actor_class` or :attr:`critic_class`.
+    A subclass with another actor or other critics sets :attr:`actor_class` or :attr:`critic_class`. Critics without targets
+    have none: ``actor_target`` and ``critic_target`` are the online networks then.
 
     :param observation_space: Observation space.
     :param action_space: Action space, a finite ``Box``.
@@ -71,14 +64,23 @@ class DiffusionPolicy(BasePolicy):
     :param normalize_images: Whether to divide images by 255.
     :param optimizer_class: Optimiser of actor and critics.
     :param optimizer_kwargs: Keyword arguments of the optimiser, without the learning rate.
-    :param n_critics: Number of critics; their minimum is used.
+    :param n_critics: Number of critics.
     :param share_features_extractor: Whether actor and critics share one features extractor, trained by the actor's loss.
     :param n_diffusion_steps: Number of diffusion steps T.
-    :param noise_schedule: ``"cosine"``, ``"vp"``, ``"linear"`` or a function T -> betas,
-        see :mod:`sb3_qvpo.common.noise_schedules`.
+    :param noise_schedule: ``"cosine"``, ``"vp"``, ``"linear"``, ``"karras"``, a function T -> betas or a list of T noise
+        levels, see :mod:`sb3_qvpo.common.noise_schedules`.
     :param time_embedding_dim: Size of the time embedding, even and at least 4.
     :param n_sampling_steps: Reverse steps of every sample, 1 ... T: fewer steps than are trained, evenly spaced. T if None.
-    :param sampling_eta: Noise of the reverse steps, in [0, 1]: 1 for the paper's (DDPM), 0 for none after the start (DDIM).
+    :param sampling_eta: Noise of the reverse steps of ``"ddpm"``, in [0, 1]: 1 for the paper's, 0 for none after the start.
+    :param sampler: ``"ddpm"`` (the paper's), ``"ddim"`` or ``"dpm++"``,
+        see :class:`~sb3_qvpo.common.diffusion.GaussianDiffusion`.
+    :param prediction: What the network predicts: ``"noise"`` (the paper's) or ``"v"``.
+    :param critic_type: ``"twin"`` for clipped double Q-learning, ``"crossq"`` for
+        :class:`~sb3_qvpo.common.critics.BatchNormCritic`, ``"quantile"`` for
+        :class:`~sb3_qvpo.common.critics.QuantileCritic`.
+    :param critic_activation_fn: Activation function of the critics, ``activation_fn`` if None.
+    :param n_quantiles: M, quantiles of each critic with ``critic_type="quantile"``.
+    :param top_quantiles_to_drop_per_net: d, largest quantiles left out of the target with ``critic_type="quantile"``.
     :param n_behavior_candidates: K_b, candidates of the behaviour policy (Algorithm 1, line 2).
     :param n_eval_candidates: K, candidates of deterministic predictions (Sec. 5.1).
     :param noise_bank_seed: Seed of the noise of deterministic predictions.
@@ -94,7 +96,7 @@ class DiffusionPolicy(BasePolicy):
     actor_class: ClassVar[type[DiffusionActor]] = FastActor
     """Class of the actor and its target."""
     critic_class: ClassVar[type[CandidateCritic]] = FastCritic
-    """Class of the critics and their targets."""
+    """Class of the critics and their targets, unless ``critic_type`` names another."""
 
     n_behavior_candidates = PolicyCount()
     """K_b, best of this many candidates in ``predict(deterministic=False)``; can be changed at any time."""
@@ -116,10 +118,16 @@ class DiffusionPolicy(BasePolicy):
         n_critics: int = 2,
         share_features_extractor: bool = False,
         n_diffusion_steps: int = 20,
-        noise_schedule: str | NoiseSchedule = "cosine",
+        noise_schedule: str | NoiseSchedule | Sequence[float] = "cosine",
         time_embedding_dim: int = 32,
         n_sampling_steps: int | None = None,
         sampling_eta: float = 1.0,
+        sampler: str = "ddpm",
+        prediction: str = "noise",
+        critic_type: str = "twin",
+        critic_activation_fn: type[nn.Module] | None = None,
+        n_quantiles: int = 25,
+        top_quantiles_to_drop_per_net: int = 2,
         n_behavior_candidates: int = 4,
         n_eval_candidates: int = 32,
         noise_bank_seed: int = 0,
@@ -130,6 +138,13 @@ class DiffusionPolicy(BasePolicy):
         check_class("features_extractor_class", features_extractor_class, BaseFeaturesExtractor)
         check_class("optimizer_class", optimizer_class, th.optim.Optimizer)
         check_class("activation_fn", activation_fn, nn.Module)
+        critic_activation_fn = critic_activation_fn or activation_fn
+        check_class("critic_activation_fn", critic_activation_fn, nn.Module)
+        check_choice("critic_type", critic_type, CRITICS)
+        if critic_type != "twin" and type(self).critic_class is not DiffusionPolicy.critic_class:
+            raise ValueError(
+                f"critic_type must be left out: {type(self).__name__} has critics of its own, got {critic_type!r}"
+            )
         net_arch = [256, 256] if net_arch is None else net_arch
         check_net_arch(net_arch)
         super().__init__(
@@ -158,27 +173,29 @@ class DiffusionPolicy(BasePolicy):
         self.normalized_observations = normalized_observations
 
         actor_arch, critic_arch = get_actor_critic_arch(net_arch)
-        common_kwargs = dict(
-            observation_space=observation_space,
-            action_space=action_space,
-            activation_fn=activation_fn,
-            normalize_images=normalize_images,
-        )
+        common_kwargs = dict(observation_space=observation_space, action_space=action_space, normalize_images=normalize_images)
         self.actor_kwargs = dict(
             common_kwargs,
             net_arch=actor_arch,
+            activation_fn=activation_fn,
             n_diffusion_steps=n_diffusion_steps,
             noise_schedule=noise_schedule,
             time_embedding_dim=time_embedding_dim,
             n_sampling_steps=n_sampling_steps,
             sampling_eta=sampling_eta,
+            sampler=sampler,
+            prediction=prediction,
         )
         self.critic_kwargs = dict(
             common_kwargs,
             net_arch=critic_arch,
+            activation_fn=critic_activation_fn,
             n_critics=n_critics,
             share_features_extractor=share_features_extractor,
         )
+        self._critic_class = type(self).critic_class if critic_type == "twin" else CRITICS[critic_type]
+        if critic_type == "quantile":
+            self.critic_kwargs.update(n_quantiles=n_quantiles, top_quantiles_to_drop_per_net=top_quantiles_to_drop_per_net)
         self._build(lr_schedule)
 
     def _build(self, lr_schedule: Schedule) -> None:
@@ -187,16 +204,21 @@ class DiffusionPolicy(BasePolicy):
 
         :param lr_schedule: Learning rate schedule; its first value is used until training sets the rate.
         """
+        shared, has_targets = self.share_features_extractor, self._critic_class.has_targets
         self.actor = self.make_actor()
-        self.actor_target = self.make_actor()
-        shared = self.share_features_extractor
+        if has_targets:
+            self.actor_target = self.make_actor()
         self.critic = self.make_critic(self.actor.features_extractor if shared else None)
-        self.critic_target = self.make_critic(self.actor_target.features_extractor if shared else None)
-        self.actor_target.load_state_dict(self.actor.state_dict())
-        self.critic_target.load_state_dict(self.critic.state_dict())
-        # Targets stay in evaluation mode: set_training_mode() below never touches them
-        self.actor_target.set_training_mode(False)
-        self.critic_target.set_training_mode(False)
+        if has_targets:
+            self.critic_target = self.make_critic(self.actor_target.features_extractor if shared else None)
+            self.actor_target.load_state_dict(self.actor.state_dict())
+            self.critic_target.load_state_dict(self.critic.state_dict())
+            # Targets stay in evaluation mode: set_training_mode() below never touches them
+            self.actor_target.set_training_mode(False)
+            self.critic_target.set_training_mode(False)
+        else:
+            # Past torch's own list of modules, so that a state dict has each weight once
+            vars(self).update(actor_target=self.actor, critic_target=self.critic)
 
         learning_rate = lr_schedule(1)
         self.actor.optimizer = self._make_optimizer(list(self.actor.parameters()), learning_rate)
@@ -224,7 +246,7 @@ class DiffusionPolicy(BasePolicy):
         :param features_extractor: Features extractor to share; a new one is created if None.
         :return: The critics, on the device of this policy.
         """
-        return self.critic_class(**self._update_features_extractor(self.critic_kwargs, features_extractor)).to(self.device)
+        return self._critic_class(**self._update_features_extractor(self.critic_kwargs, features_extractor)).to(self.device)
 
     def critic_parameters(self, critic: CandidateCritic) -> list[nn.Parameter]:
         """
@@ -260,6 +282,7 @@ class DiffusionPolicy(BasePolicy):
         noise: th.Tensor | int,
         of: Literal["online", "target"] = "online",
         for_training: bool = False,
+        only_to_choose: bool = False,
     ) -> ScoredCandidates:
         """
         Draw candidates from the actor and let the critics score them. Each observation is encoded once.
@@ -270,12 +293,15 @@ class DiffusionPolicy(BasePolicy):
         :param noise: What :meth:`draw_noise` returned: noise of shape (N, B, K, A), or K if it is drawn here.
         :param of: Whose candidates: the online networks' or the targets'.
         :param for_training: Whether the candidates only serve an update, see :meth:`DiffusionActor.sample_candidates`.
+        :param only_to_choose: Whether the scores only serve the choice of one candidate. A single one gets the score 0 then.
         :return: The critics' features, shape (B, S), the candidates, (B, K, A), and their scores, (B, K).
         """
         actor, critic = self._networks(of)
 
         def scored(features: th.Tensor, critic_features: th.Tensor, noise: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
             candidates = actor.sample_candidates(features, noise, for_training)
+            if only_to_choose and candidates.shape[1] == 1:
+                return candidates, candidates.new_zeros(candidates.shape[:2])
             return candidates, critic.score(critic_features, candidates)
 
         with evaluation_mode(actor, critic):
@@ -290,6 +316,18 @@ class DiffusionPolicy(BasePolicy):
             if len(parts) == 1:
                 return ScoredCandidates(critic_features, *parts[0])
             return ScoredCandidates(critic_features, *map(th.cat, zip(*parts, strict=True)))
+
+    def improve_best(self, scored: ScoredCandidates, n_steps: int, step_length: float) -> ScoredCandidates:
+        """
+        Add candidates: some gradient steps of fixed length from the best one, each towards higher values.
+
+        :param scored: Candidates of the online actor, K for each state.
+        :param n_steps: m, gradient steps.
+        :param step_length: Euclidean length of each step, in units of actions in [-1, 1].
+        :return: K + m candidates for each state, and their scores.
+        """
+        with evaluation_mode(self.critic):
+            return improve_best_candidate(scored, self.critic, n_steps, step_length)
 
     def draw_noise(self, n_states: int, n_candidates: int) -> th.Tensor | int:
         """
@@ -363,10 +401,12 @@ class DiffusionPolicy(BasePolicy):
         """
         Polyak step ``target <- (1 - tau) target + tau online`` for actor and critics. Running statistics are copied.
 
-        A shared features extractor moves once, with the actor.
+        A shared features extractor moves once, with the actor. Without targets there is nothing to do.
 
         :param tau: Step size in [0, 1].
         """
+        if self.critic_target is self.critic:
+            return
         # All tensors in one call: what SB3's polyak_update() does one by one
         average = get_ema_multi_avg_fn(1 - tau)  # type: ignore[no-untyped-call]  # torch leaves it untyped
         average(list(self.actor_target.parameters()), list(self.actor.parameters()), 0)

@@ -11,12 +11,15 @@ argument or variable        symbol              meaning
 ``n_train_candidates``      N_d                 samples of which the best is trained on
 ``n_uniform_actions``       N_e                 uniform actions in the entropy term
 ``ent_coef``                omega_ent           weight of the entropy term
+``n_improvement_steps``     m                   gradient steps on the best of them (not in the paper)
+``improvement_step``        eta                 length of such a step, over sqrt(A) (not in the paper)
 ``weights``                 omega_eq(s, a_i)    Q-weights of the candidates
 ``best_actions``            a_max               the candidate trained on
 ``denoising_losses``        norm in (6), (10)   ``mean over dimensions of (epsilon - epsilon_theta)^2``
 ==========================  ==================  =====================================================
 """
 
+import math
 import warnings
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple, TypeVar
@@ -27,7 +30,7 @@ from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, PyTorchObs, ReplayBufferSamples, Schedule
 
-from sb3_qvpo.common.arguments import parse_schedule
+from sb3_qvpo.common.arguments import check_count, check_interval, parse_schedule
 from sb3_qvpo.common.candidates import candidate_std, critic_contrast
 from sb3_qvpo.common.off_policy_algorithm import DiffusionOffPolicyAlgorithm, Metrics
 from sb3_qvpo.common.policies import DiffusionPolicy
@@ -88,11 +91,18 @@ class QVPO(DiffusionOffPolicyAlgorithm):
     :param n_train_candidates: N_d, candidates of each state of which the best is trained on (Algorithm 1, lines 5-7),
         at least 1, with ``"qadv"`` at least 2.
     :param n_uniform_actions: N_e, uniform actions of each state in the entropy term (Algorithm 1, line 8), at least 1.
-    :param q_weighting: omega_eq: ``"qadv"`` (Eq. 9), ``"qcut"`` (Sec. 4.2) or a function from values (B, N_d) to weights
-        (B, N_d) of at least 0. A function is tried on construction and at the start of each ``learn()``.
+    :param q_weighting: omega_eq: ``"qadv"`` (Eq. 9), ``"qadv_normalized"`` (Eq. 9 in units of the deviation of each state's
+        values), ``"qcut"`` (Sec. 4.2) or a function from values (B, N_d) to weights (B, N_d) of at least 0. A function is
+        tried on construction and at the start of each ``learn()``.
     :param n_diffusion_steps: T, steps of the diffusion, at least 1.
     :param policy_delay: Update actor and targets every this many critic updates.
     :param max_grad_norm: Largest Euclidean norm of the gradients of actor and of critics; None for no clipping.
+    :param critic_type: ``"twin"`` for clipped double Q-learning with target networks (Sec. 5.1); ``"crossq"`` for critics with
+        batch normalisation and without targets; ``"quantile"`` for truncated quantiles. See
+        :mod:`sb3_qvpo.common.critics`.
+    :param n_improvement_steps: m, gradient steps on the best of the N_d candidates. Each of its m results is a candidate too.
+        0, the paper's choice, for none.
+    :param improvement_step: eta, length of such a step in units of sqrt(A), above 0. Each dimension moves by about eta.
     :param use_sde: Must be False: gSDE belongs to Gaussian policies. Accepted, like the next two, only so that scripts written
         for SAC run unchanged.
     :param sde_sample_freq: Has no effect without gSDE.
@@ -148,6 +158,9 @@ class QVPO(DiffusionOffPolicyAlgorithm):
         n_diffusion_steps: int = 20,
         policy_delay: int = 1,
         max_grad_norm: float | None = None,
+        critic_type: str = "twin",
+        n_improvement_steps: int = 0,
+        improvement_step: float = 0.1,
         use_sde: bool = False,
         sde_sample_freq: int = -1,
         use_sde_at_warmup: bool = False,
@@ -169,6 +182,7 @@ class QVPO(DiffusionOffPolicyAlgorithm):
             n_eval_candidates=n_eval_candidates,
             policy_delay=policy_delay,
             max_grad_norm=max_grad_norm,
+            critic_type=critic_type,
             use_sde=use_sde,
             sde_sample_freq=sde_sample_freq,
             use_sde_at_warmup=use_sde_at_warmup,
@@ -196,6 +210,8 @@ class QVPO(DiffusionOffPolicyAlgorithm):
         self.n_train_candidates = n_train_candidates
         self.n_uniform_actions = n_uniform_actions
         self.q_weighting = q_weighting
+        self.n_improvement_steps = n_improvement_steps
+        self.improvement_step = improvement_step
 
         if _init_setup_model:
             self._setup_model()
@@ -248,14 +264,18 @@ class QVPO(DiffusionOffPolicyAlgorithm):
         with th.no_grad():
             # The K_t-efficient target policy takes its best candidate, chosen and valued by the same critics
             next_candidates = self.policy.score_candidates(
-                batch.next_observations, target_noise, of="target", for_training=True
+                batch.next_observations,
+                target_noise,
+                of="target",
+                for_training=True,
+                only_to_choose=not self.critic.bootstraps_from_scores,
             )
-            next_values = self.critic_target.bootstrap(*next_candidates)
-            # n-step buffers hand out gamma^n of each transition
-            discounts = self.gamma if batch.discounts is None else batch.discounts
-            target_q_values = batch.rewards + (1 - batch.dones) * discounts * next_values
-
-        q_values = self.critic(batch.observations, batch.actions)
+        q_values, next_values = self.critic.transition_values(
+            batch.observations, batch.actions, batch.next_observations, next_candidates, self.critic_target
+        )
+        # n-step buffers hand out gamma^n of each transition
+        discounts = self.gamma if batch.discounts is None else batch.discounts
+        target_q_values = batch.rewards + (1 - batch.dones) * discounts * next_values
         loss = self.critic.loss(q_values, target_q_values)
         metrics = {"critic_loss": loss, "q_value": self.critic.aggregate(th.stack(q_values).detach()).mean()}
         return loss, metrics
@@ -273,7 +293,11 @@ class QVPO(DiffusionOffPolicyAlgorithm):
         """
         with th.no_grad():
             # Line 5: N_d samples of the policy for each state, valued by the minimum over critics
-            _, candidates, q_values = self.policy.score_candidates(observations, noise.chain, for_training=True)
+            scored = self.policy.score_candidates(observations, noise.chain, for_training=True)
+            if self.n_improvement_steps:
+                step_length = self.improvement_step * math.sqrt(self.actor.action_dim)
+                scored = self.policy.improve_best(scored, self.n_improvement_steps, step_length)
+            _, candidates, q_values = scored
             # Line 6: weights, Eq. 9 (or Sec. 4.2)
             weights = self._q_weighting(q_values)
             # Line 7: only the sample with the largest weight is trained on
@@ -322,6 +346,8 @@ class QVPO(DiffusionOffPolicyAlgorithm):
 
     def _resolve_arguments(self) -> None:
         super()._resolve_arguments()
+        self.n_improvement_steps = check_count("n_improvement_steps", self.n_improvement_steps, 0)
+        check_interval("improvement_step", self.improvement_step, 0, math.inf, low_allowed=False)
         self._q_weighting: QWeighting = resolve_q_weighting(self.q_weighting, self.n_train_candidates, self.device)
         if isinstance(self.ent_coef, str) and self.ent_coef.startswith("auto"):
             raise ValueError(

@@ -48,7 +48,26 @@ def qcut(q_values: th.Tensor, epsilon: float = QCUT_EPSILON) -> th.Tensor:
     return th.zeros_like(q_values).scatter(1, best, th.where(best_values >= 0, best_values, epsilon))
 
 
-Q_WEIGHTINGS: dict[str, QWeighting] = {"qadv": qadv, "qcut": qcut}
+def qadv_normalized(q_values: th.Tensor) -> th.Tensor:
+    """
+    Advantage weights in units of the state's own spread: ``max(Q(s, a) - V(s), 0) / deviation over the candidates of Q``.
+
+    With Eq. 9 a state counts by how much its candidates differ in value, so states with steep critics decide the batch. Here
+    each state counts alike. Where all candidates are worth the same, the weights are 0.
+
+    :param q_values: Values of the candidates, shape (B, K).
+    :return: Weights of shape (B, K), in [0, sqrt(K - 1)].
+    """
+    # Values that differ by rounding errors alone must not count as much as others
+    scale = q_values.abs().amax(dim=1, keepdim=True) * SMALLEST_SPREAD
+    deviations = q_values.std(dim=1, keepdim=True, correction=0).maximum(scale.clamp(min=th.finfo(q_values.dtype).tiny))
+    return qadv(q_values) / deviations
+
+
+SMALLEST_SPREAD = 1e-6
+"""Deviation of a state's values, relative to the largest, below which they count as equal: float32 rounds at 1e-7."""
+
+Q_WEIGHTINGS: dict[str, QWeighting] = {"qadv": qadv, "qadv_normalized": qadv_normalized, "qcut": qcut}
 """The weightings that can be asked for by name."""
 
 
@@ -58,7 +77,7 @@ def resolve_q_weighting(
     """
     The weighting function for a name, or the function itself after a trial.
 
-    :param q_weighting: ``"qadv"``, ``"qcut"`` or a function from values (B, K) to weights (B, K).
+    :param q_weighting: ``"qadv"``, ``"qadv_normalized"``, ``"qcut"`` or a function from values (B, K) to weights (B, K).
     :param n_train_candidates: N_d, the K it will see.
     :param device: Where the values will be.
     :return: The function.
@@ -69,10 +88,10 @@ def resolve_q_weighting(
         if q_weighting not in Q_WEIGHTINGS:
             known = ", ".join(repr(name) for name in Q_WEIGHTINGS)
             raise ValueError(f"q_weighting must be one of {known} or a function (B, K) -> (B, K), got {q_weighting!r}")
-        if q_weighting == "qadv" and n_train_candidates < 2:
+        if q_weighting.startswith("qadv") and n_train_candidates < 2:
             raise ValueError(
-                "n_train_candidates must be a whole number of at least 2 with q_weighting='qadv' (the advantage of a single "
-                f"action is always 0), got {n_train_candidates}"
+                f"n_train_candidates must be a whole number of at least 2 with q_weighting={q_weighting!r} (the advantage of "
+                f"a single action is always 0), got {n_train_candidates}"
             )
         return Q_WEIGHTINGS[q_weighting]
     if not callable(q_weighting):

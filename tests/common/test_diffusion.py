@@ -1,6 +1,7 @@
 """Noising, reverse chains and losses against the float64 reference, and against results that are known on paper."""
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -52,6 +53,105 @@ def test_fewer_and_less_noisy_steps(n_steps, n_sampling_steps, eta):
         if eta == 1 and n_sampling_steps == n_steps:  # two ways to the same chain
             posterior_form = reference.reverse_chain(lambda x, t: np.sin(3 * x + t), draws, betas.numpy())
             np.testing.assert_allclose(expected, posterior_form, atol=1e-9)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "karras"])
+@pytest.mark.parametrize(("n_steps", "n_sampling_steps"), [(20, 5), (20, 20), (20, 2), (20, 1), (1, 1), (5, 5)])
+def test_second_order_solver(schedule, n_steps, n_sampling_steps):
+    betas = make_betas(schedule, n_steps)
+    diffusion = GaussianDiffusion(betas, n_sampling_steps=n_sampling_steps, sampler="dpm++")
+    assert diffusion.n_noises == 1
+    noise = th.randn(1, 6, 2)
+    samples = diffusion.sample(lambda x_t, t, cond: th.sin(3 * x_t + t), None, noise)
+    steps, differences = diffusion.sampling_steps, []
+    for i in range(6):
+        draws = noise[:, i].numpy().astype(np.float64)
+        expected = reference.solver_chain(lambda x, t: np.sin(3 * x + t), draws[0], betas.numpy(), steps)
+        np.testing.assert_allclose(samples[i], expected, **TOLERANCE)
+        first_order = reference.respaced_chain(lambda x, t: np.sin(3 * x + t), draws, betas.numpy(), steps, 0.0)
+        differences.append(np.abs(expected - first_order).max())
+    # Two steps are of first order anyway: one has no step before it, the other ends without noise
+    assert (max(differences) > 1e-2) == (n_sampling_steps > 2)
+
+
+def test_ddim_has_a_name_of_its_own():
+    noise, network = th.randn(1, 3, 2), lambda x_t, t, cond: th.sin(x_t + t)
+    by_eta = GaussianDiffusion(make_betas("cosine", 6), sampling_eta=0.0).sample(network, None, noise)
+    assert th.equal(GaussianDiffusion(make_betas("cosine", 6), sampler="ddim").sample(network, None, noise), by_eta)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(sampler="euler"), "sampler must be one of 'ddpm', 'ddim', 'dpm"),
+        (dict(prediction="x0"), "prediction must be one of 'noise', 'v', got 'x0'"),
+        (dict(sampler="dpm++", sampling_eta=0.5), "sampling_eta belongs to sampler='ddpm'"),
+    ],
+)
+def test_unknown_options(arguments, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        GaussianDiffusion(make_betas("cosine", 4), **arguments)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "karras"])
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm++"])
+def test_v_prediction(schedule, sampler):
+    """A network of v and one of the noise that say the same give the same samples and, up to a factor, the same loss."""
+    betas = make_betas(schedule, 6)
+    by_noise = GaussianDiffusion(betas, sampler=sampler)
+    by_v = GaussianDiffusion(betas, prediction="v", sampler=sampler)
+    actions, noise, t = th.rand(3, 5, 2) * 2 - 1, th.randn(3, 5, 2), th.randint(6, (3, 5))
+    targets = by_v.velocity(actions, t, noise)
+    guesses = th.randn(3, 5, 2)
+    losses = by_v.loss(lambda x_t, t, cond: guesses, actions, None, t, noise)
+    for i in range(3):
+        for j in range(5):
+            a, z, step = (each[i, j].numpy().astype(np.float64) for each in (actions, noise, t))
+            v = reference.velocity(a, int(step), z, betas.numpy())
+            np.testing.assert_allclose(targets[i, j], v, **TOLERANCE)
+            assert losses[i, j].item() == pytest.approx(np.mean((v - guesses[i, j].numpy()) ** 2), rel=1e-4)
+            x_t = reference.add_noise(a, int(step), z, betas.numpy())
+            np.testing.assert_allclose(reference.noise_of_velocity(x_t, int(step), v, betas.numpy()), z, atol=1e-9)
+
+    def v_network(x_t, t, cond):
+        return th.sin(2 * x_t + t)
+
+    def noise_network(x_t, t, cond):
+        bar = reference.alpha_bar(betas.numpy(), t)
+        return math.sqrt(1 - bar) * x_t + math.sqrt(bar) * v_network(x_t, t, cond)
+
+    draws = th.randn(by_v.n_noises, 4, 2)
+    expected = by_noise.sample(noise_network, None, draws)
+    th.testing.assert_close(by_v.sample(v_network, None, draws), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "n_steps", "n_sampling_steps", "sampler", "share"),
+    [
+        ("cosine", 20, 5, "ddpm", 0.52),
+        ("cosine", 20, 20, "ddpm", 0.64),
+        ("cosine", 20, 5, "dpm++", 0.64),
+        ("karras", 5, 5, "ddpm", 0.57),
+        ("karras", 5, 5, "dpm++", 0.97),
+    ],
+)
+def test_how_much_a_sampler_narrows_what_was_learnt(schedule, n_steps, n_sampling_steps, sampler, share):
+    """
+    Width of samples over width of the data, for Gaussian actions of deviation 0.1 and the exact predictor. Every step is
+    linear then, so the width follows from the slope of the chain: of its mean for the start, of each draw for the rest.
+    """
+    betas = make_betas(schedule, n_steps)
+    diffusion = GaussianDiffusion(
+        betas, clip_denoised=False, n_sampling_steps=n_sampling_steps, sampler=sampler, prediction="v"
+    ).double()
+
+    def exact(x_t, t, cond):
+        bar = reference.alpha_bar(betas.numpy(), t)
+        gain = math.sqrt(bar) * 0.1**2 / (bar * 0.1**2 + 1 - bar)  # E[x_0 | x_t] = gain x_t, for data of mean 0
+        return (math.sqrt(bar) - gain) / math.sqrt(1 - bar) * x_t  # of v = (sqrt(bar) x_t - x_0) / sqrt(1 - bar)
+
+    slopes = diffusion.sample(exact, None, th.eye(diffusion.n_noises, dtype=th.float64).unsqueeze(-1))
+    assert float((slopes**2).sum().sqrt()) / 0.1 == pytest.approx(share, abs=5e-3)
 
 
 def test_sampling_rejects_unclear_noise():

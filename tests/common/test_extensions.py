@@ -6,15 +6,13 @@ import sys
 import gymnasium as gym
 import numpy as np
 import pytest
-import reference
 import torch as th
 from helpers import ROOT, TINY, BanditEnv, same_weights, tiny_qvpo, weights_of
 from torch import nn
 
 from sb3_qvpo import QVPO, DiffusionPolicy
 from sb3_qvpo.common.actor_critic import CandidateCritic, DiffusionActor
-from sb3_qvpo.common.diffusion import DiffusionProcess
-from sb3_qvpo.common.noise_schedules import make_betas
+from sb3_qvpo.common.critics import QuantileCritic
 from sb3_qvpo.common.off_policy_algorithm import DiffusionOffPolicyAlgorithm
 from sb3_qvpo.common.speed.networks import FastActor, FastCritic
 
@@ -59,9 +57,10 @@ def with_speed(critic):
     return type(f"Fast{critic.__name__}", (critic, FastCritic), {})
 
 
-@pytest.fixture(params=["quantile", "batch norm", "quantile, fast", "batch norm, fast"])
+@pytest.fixture(params=["quantile", "batch norm", "pessimistic", "quantile, fast", "batch norm, fast", "pessimistic, fast"])
 def policy_class(request, shown):
-    critic = shown["QuantileCritic"] if request.param.startswith("quantile") else BatchNormCritic
+    known = {"quantile": QuantileCritic, "batch norm": BatchNormCritic, "pessimistic": shown["PessimisticCritic"]}
+    critic = known[request.param.split(",")[0]]
     return type("Policy", (DiffusionPolicy,), {"critic_class": with_speed(critic) if "fast" in request.param else critic})
 
 
@@ -121,26 +120,12 @@ def test_own_critics_are_saved_and_exported(policy_class, tmp_path):
     observation = np.linspace(-1, 1, 12, dtype=np.float32).reshape(4, 3)
     actions = model.predict(observation, deterministic=True)[0]
     np.testing.assert_array_equal(loaded.predict(observation, deterministic=True)[0], actions)
-    assert not loaded.policy.compile_actions() or issubclass(policy_class.critic_class, FastCritic)
+    is_known = issubclass(policy_class.critic_class, FastCritic | QuantileCritic)
+    assert not loaded.policy.compile_actions() or is_known
     model.export(tmp_path / "policy.pt2")
     exported = th.export.load(tmp_path / "policy.pt2").module()
     np.testing.assert_allclose(exported(th.as_tensor(observation)), actions, atol=1e-5)
     loaded.learn(10, reset_num_timesteps=False)
-
-
-def test_truncated_quantiles(shown):
-    """Closed form: of 2 x 5 sorted quantiles the 2 largest are dropped; a bandit's critics learn its reward."""
-    critic_class = type("Critic", (shown["QuantileCritic"],), {"n_quantiles": 5, "n_dropped": 1})
-    policy = type("Policy", (DiffusionPolicy,), {"critic_class": critic_class})
-    model = tiny_qvpo(BanditEnv(lambda action: 3.0), policy=policy, qf_learning_rate=0.01, learning_starts=20)
-    q_values = th.tensor([[[5.0, 1.0, 4.0, 2.0, 3.0]], [[10.0, 6.0, 9.0, 7.0, 8.0]]])
-    assert model.critic.kept(q_values).tolist() == [[1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0]]
-    assert model.critic.aggregate(q_values).tolist() == [4.5]
-    model.learn(20)
-    model.train(400, batch_size=16)
-    with th.no_grad():
-        values = model.critic.score(th.zeros(1, 2), th.zeros(1, 3, 1))
-    np.testing.assert_allclose(values, 3.0, atol=0.1)
 
 
 class NormBehindCritic(CandidateCritic):
@@ -186,79 +171,10 @@ def test_running_statistics_of_a_critic_move_in_updates_only(shown):
     assert not th.equal(model.critic.q_networks[0][0].running_mean, mean)
 
 
-@pytest.mark.parametrize("n_sampling_steps", [None, 2])
-def test_a_diffusion_that_predicts_velocity(n_sampling_steps, shown, settings):
-    """With the exact velocity it is the chain with the exact noise, by the oracle; trained, it is the same fast and eager."""
-    betas = make_betas("cosine", 6)
-    bars = np.cumprod(1 - betas.double().numpy())
-    exact_noise = lambda x, t: np.sin(3 * x + t)  # noqa: E731
-
-    def velocity(x_t, t, cond):
-        """v from a noise: x_0 follows from the noise, and v from both."""
-        noise = th.as_tensor(exact_noise(x_t.double().numpy(), t))
-        x0 = (x_t.double() - np.sqrt(1 - bars[t]) * noise) / np.sqrt(bars[t])
-        return np.sqrt(bars[t]) * noise - np.sqrt(1 - bars[t]) * x0
-
-    diffusion = shown["VelocityDiffusion"](betas, n_sampling_steps=n_sampling_steps)
-    noise = th.randn(diffusion.n_noises, 4, 3)
-    samples = diffusion.sample(lambda *args: velocity(*args).float(), None, noise)
-    for i in range(4):
-        draws = noise[:, i].double().numpy()
-        steps = diffusion.sampling_steps
-        expected = reference.respaced_chain(exact_noise, draws, betas.numpy(), steps, 1.0)
-        np.testing.assert_allclose(samples[i], expected, atol=1e-4)
-    x0, t, epsilon = th.rand(5, 3) * 2 - 1, th.randint(6, (5,)), th.randn(5, 3)
-    losses = diffusion.loss(lambda x_t, t, cond: th.zeros_like(x_t), x0, None, t, epsilon)
-    for i in range(5):
-        v = np.sqrt(bars[t[i]]) * epsilon[i].numpy() - np.sqrt(1 - bars[t[i]]) * x0[i].numpy()
-        np.testing.assert_allclose(losses[i], (v**2).mean(), rtol=1e-4)
-    settings.candidate_dtype = "float32"
-    weights = []
-    for enabled in (True, False):
-        settings.enabled = enabled
-        weights.append(weights_of(tiny_qvpo(policy=shown["VelocityPolicy"], **LARGE).learn(12)))
-    for name, value in weights[0].items():
-        np.testing.assert_allclose(value, weights[1][name], atol=1e-5, err_msg=name)
-
-
-class StraightLines(DiffusionProcess):
-    """
-    A process that shares nothing with the paper's: rectified flow. ``x_t`` lies on the line from the action to the noise, and
-    the network predicts its direction.
-    """
-
-    def __init__(self, n_steps):
-        super().__init__()
-        self.n_steps, self.n_noises = n_steps, 1
-
-    def level(self, t):
-        """Share of noise at step t, 1 at the last."""
-        return (t + 1) / self.n_steps
-
-    def add_noise(self, x0, t, noise):
-        return x0 + self.level(t.unsqueeze(-1)) * (noise - x0)
-
-    def posterior(self, x0, x_t, t):
-        before = t / self.n_steps
-        return x0 + before / self.level(t) * (x_t - x0), 0.0
-
-    def sample(self, network, cond, noise):
-        x_t = noise[0]
-        for t in reversed(range(self.n_steps)):
-            x0 = (x_t - self.level(t) * network(x_t, t, cond)).clamp(-1, 1)
-            x_t, _ = self.posterior(x0, x_t, t)
-        return x_t
-
-    def loss(self, network, x0, cond, t=None, noise=None):
-        t = self.draw_timesteps(x0.shape[:-1], x0.device) if t is None else t
-        noise = th.randn_like(x0) if noise is None else noise
-        return ((noise - x0 - network(self.add_noise(x0, t, noise), t, cond)) ** 2).mean(dim=-1)
-
-
 @pytest.mark.parametrize("actor_class", [DiffusionActor, FastActor])
-def test_a_process_of_another_kind(actor_class, tmp_path, settings):
+def test_a_process_of_another_kind(actor_class, shown, tmp_path):
     """It learns to return an action that it is trained on, and is saved, exported and deterministic as any other."""
-    own = {"make_diffusion": lambda self, n_steps, *_: StraightLines(n_steps)}
+    own = {"make_diffusion": shown["StraightActor"].make_diffusion}
     policy = type("Policy", (DiffusionPolicy,), {"actor_class": type("Actor", (actor_class,), own)})
     model = tiny_qvpo(BanditEnv(action_dim=2), policy=policy, n_diffusion_steps=5, policy_kwargs=dict(net_arch=[32]))
     assert model.policy.noise_bank(4).shape == (1, 1, 4, 2)

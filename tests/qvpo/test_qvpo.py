@@ -63,6 +63,9 @@ SETTINGS = {
         policy_kwargs=dict(net_arch=[8, 8, 8], time_embedding_dim=6),
     ),
     "n-step": dict(n_steps=3),
+    "normalised weights": dict(q_weighting="qadv_normalized"),
+    "improved candidates": dict(n_improvement_steps=2, improvement_step=0.2),
+    "v and solver": dict(policy_kwargs=dict(prediction="v", sampler="dpm++")),
     "other sizes": dict(policy_kwargs=dict(net_arch=dict(pi=[9], qf=[5, 7]), n_critics=3, noise_schedule="vp"), gamma=0.9),
 }
 
@@ -72,7 +75,8 @@ def to_double(tensor):
 
 
 def weighting_of(settings):
-    named = {"qadv": reference.qadv, "qcut": lambda values: reference.qcut(values, 1e-3)}
+    named = {"qadv": reference.qadv, "qadv_normalized": reference.qadv_normalized}
+    named |= {"qcut": lambda values: reference.qcut(values, 1e-3)}
     weighting = settings.get("q_weighting", "qadv")
     return named[weighting] if isinstance(weighting, str) else lambda values: [(v - min(values)) ** 2 for v in values]
 
@@ -105,6 +109,10 @@ def test_train_step_by_step(name, env):
             adam_epsilon=1e-5,
             max_grad_norm=settings.get("max_grad_norm"),
             policy_delay=settings.get("policy_delay", 1),
+            prediction=policy_kwargs.get("prediction", "noise"),
+            solver_steps=[0, 1, 2] if policy_kwargs.get("sampler") == "dpm++" else None,
+            n_improvement_steps=settings.get("n_improvement_steps", 0),
+            improvement_step=settings.get("improvement_step"),
         ),
     )
     for _ in range(3):
@@ -265,6 +273,9 @@ ALIVE = {
     "n_diffusion_steps": (5, trained_weights),
     "policy_delay": (2, trained_weights),
     "max_grad_norm": (1e-3, trained_weights),
+    "critic_type": ("crossq", lambda model: type(model.critic)),
+    "n_improvement_steps": (2, trained_weights),
+    "improvement_step": (0.5, trained_weights),
     "use_sde": (True, None),  # refused: test below
     "sde_sample_freq": (4, None),  # without effect, like SAC's without gSDE
     "use_sde_at_warmup": (True, None),  # the same
@@ -284,6 +295,8 @@ def test_argument_is_alive(name):
     kwargs = {name: value}
     if name == "optimize_memory_usage":
         kwargs["replay_buffer_kwargs"] = dict(handle_timeout_termination=False)
+    if name == "improvement_step":
+        kwargs["n_improvement_steps"] = 1
     if name == "device":  # a device without memory: enough to see where the model would go
         kwargs["_init_setup_model"] = False
     baseline = {**kwargs, name: TINY.get(name, inspect.signature(QVPO).parameters[name].default)}

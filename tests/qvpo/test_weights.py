@@ -17,8 +17,21 @@ def test_q_weights(shift):
     for i in range(5):
         values = [float(value) for value in q_values[i]]
         np.testing.assert_allclose(w.qadv(q_values)[i], reference.qadv(values), **TOLERANCE)
+        np.testing.assert_allclose(w.qadv_normalized(q_values)[i], reference.qadv_normalized(values), **TOLERANCE)
         np.testing.assert_allclose(w.qcut(q_values)[i], reference.qcut(values, w.QCUT_EPSILON), **TOLERANCE)
         np.testing.assert_allclose(w.qcut(q_values, 0.5)[i], reference.qcut(values, 0.5), **TOLERANCE)
+
+
+def test_normalized_weights_do_not_depend_on_the_scale_of_values():
+    q_values = th.randn(6, 5).double()
+    scaled = w.qadv_normalized(q_values * th.tensor([1.0, 1e-3, 1e3, 7.0, 1.0, 1.0]).double().view(-1, 1) + 100)
+    th.testing.assert_close(scaled, w.qadv_normalized(q_values), rtol=1e-5, atol=1e-8)
+    # One candidate above all others has the largest weight there is
+    assert w.qadv_normalized(th.tensor([[0.0, 0.0, 0.0, 0.0, 5.0]])).max().item() == pytest.approx(2.0)
+    # Equal values, also up to rounding, teach nothing
+    for equal in (th.zeros(1, 4), th.full((1, 4), 1234.5), th.tensor([[1000.0, 1000.00006, 1000.0, 1000.0]])):
+        weights = w.qadv_normalized(equal)
+        assert weights.isfinite().all() and weights.max() < 0.1
 
 
 def test_the_heaviest_candidate_is_trained_on():

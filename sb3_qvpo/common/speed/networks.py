@@ -4,7 +4,7 @@ The fast actor and critics: subclasses that override the costly methods. What th
 Shapes: B batch, K candidates for each state, A action dimensions, S state features, M numbers that a critic predicts.
 """
 
-from typing import cast
+from typing import Any, cast
 
 import torch as th
 from stable_baselines3.common.type_aliases import PyTorchObs
@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from sb3_qvpo.common.actor_critic import CandidateCritic, DiffusionActor
+from sb3_qvpo.common.critics import BatchNormCritic, QuantileCritic
 from sb3_qvpo.common.diffusion import NoiseNetwork
 from sb3_qvpo.common.networks import Condition, NoisePredictor, is_traced
 from sb3_qvpo.common.speed import cpu
@@ -83,13 +84,23 @@ class FastCritic(CandidateCritic):
             results.append(hidden)
         return tuple(results)
 
+    def plain_networks(self) -> list[nn.Sequential] | None:
+        """
+        The networks as linear layers with activations between them, for rows without gradients to the parameters.
+
+        :return: One for each critic; None if a network is something else.
+        """
+        known = all(splits_into_linear_and_rest(q_network) for q_network in self.q_networks)
+        return cast(list[nn.Sequential], list(self.q_networks)) if known else None
+
     def value_candidates(self, features: th.Tensor, candidates: th.Tensor) -> th.Tensor:
         """As in :class:`CandidateCritic`."""
-        if not (is_switched_on() and all(splits_into_linear_and_rest(q_network) for q_network in self.q_networks)):
+        networks = self.plain_networks() if is_switched_on() else None
+        if networks is None:
             return super().value_candidates(features, candidates)
         n_rows = candidates.shape[0] * candidates.shape[1]
         predictions = []
-        for q_network in cast(list[nn.Sequential], self.q_networks):
+        for q_network in networks:
             first_layer, later_layers = cast(nn.Linear, q_network[0]), list(q_network)[1:]
             state_weight, action_weight = th.split(first_layer.weight, [features.shape[-1], candidates.shape[-1]], dim=1)
             state_part = F.linear(features, state_weight, first_layer.bias).unsqueeze(1)
@@ -102,6 +113,92 @@ class FastCritic(CandidateCritic):
                 hidden = layer(hidden)
             predictions.append(hidden.view(*candidates.shape[:2], hidden.shape[-1]))
         return th.stack(predictions)
+
+    def action_gradient(self, features: th.Tensor, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+        """As in :class:`CandidateCritic`. Nothing is kept for gradients of the parameters."""
+        with th.no_grad():
+            networks = self.plain_networks() if is_switched_on() else None
+        if networks is None:
+            return super().action_gradient(features, actions)
+        features = features.detach()
+        with th.enable_grad():
+            actions = actions.detach().requires_grad_()
+            predictions = th.stack([through_constants(q_network, features, actions) for q_network in networks])
+            scores = self.aggregate(predictions)
+            (gradient,) = th.autograd.grad(scores.sum(), actions)
+        return scores.detach(), gradient
+
+
+def through_constants(q_network: nn.Sequential, features: th.Tensor, actions: th.Tensor) -> th.Tensor:
+    """What a critic predicts, shape (B, M), with gradients to the actions (B, A) and none to the parameters."""
+    first_layer, *later_layers = q_network
+    weight, bias = (cast(th.Tensor, parameter).detach() for parameter in (first_layer.weight, first_layer.bias))
+    state_weight, action_weight = th.split(weight, [features.shape[-1], actions.shape[-1]], dim=1)
+    hidden = F.linear(actions, action_weight) + F.linear(features, state_weight, bias)
+    for layer in cpu.trainable_layers(later_layers, len(actions)) or later_layers:
+        if isinstance(layer, nn.Linear):
+            hidden = F.linear(hidden, layer.weight.detach(), layer.bias.detach())
+        else:
+            hidden = layer(hidden)
+    return hidden
+
+
+class FastBatchNormCritic(FastCritic, BatchNormCritic):
+    """
+    Critics with batch normalisation, faster: where candidates are scored, each norm is folded into the linear layer behind it.
+    """
+
+    def plain_networks(self) -> list[nn.Sequential] | None:
+        """As in :class:`FastCritic`: copies without norms, which follow the weights. None in training mode."""
+        if self.training or th.is_grad_enabled() or not all(can_be_folded(q_network) for q_network in self.q_networks):
+            return None
+        folded: list[nn.Sequential] | None = vars(self).get("_folded")
+        q_networks = cast(list[nn.Sequential], self.q_networks)
+        if folded is None or folded[0][0].weight.device != q_networks[0][1].weight.device:
+            # Kept, because graphs need the same memory each time. In a list, because they are no parameters
+            folded = vars(self)["_folded"] = [without_norms(q_network) for q_network in q_networks]
+        for q_network, copy in zip(q_networks, folded, strict=True):
+            fold(q_network, copy)
+        return folded
+
+
+def can_be_folded(q_network: nn.Module) -> bool:
+    """Whether a network is norm, linear layer, activation, norm, ..., linear layer, all in float32."""
+    if type(q_network) is not nn.Sequential or len(q_network) % 3 != 2:
+        return False
+    norms, linears = list(q_network)[::3], list(q_network)[1::3]
+    return (
+        all(type(norm) is nn.BatchNorm1d and norm.affine and norm.track_running_stats for norm in norms)
+        and all(type(linear) is nn.Linear and linear.bias is not None for linear in linears)
+        and all(parameter.dtype == th.float32 for parameter in q_network.parameters())
+    )
+
+
+def without_norms(q_network: nn.Sequential) -> nn.Sequential:
+    """A copy of a network without its norms, whose weights are not set yet and get no gradients."""
+    layers: list[nn.Module] = []
+    for layer in q_network:
+        if isinstance(layer, nn.Linear):
+            layers.append(nn.Linear(layer.in_features, layer.out_features, device=layer.weight.device).requires_grad_(False))
+        elif not isinstance(layer, nn.BatchNorm1d):
+            layers.append(layer)
+    return nn.Sequential(*layers)
+
+
+def fold(q_network: nn.Sequential, folded: nn.Sequential) -> None:
+    """
+    Write into the linear layers of ``folded`` what norm and linear layer do together, in evaluation mode:
+    ``W (scale (x - mean) + shift) + b = (W scale) x + (b + W (shift - scale mean))``.
+    """
+    norms, linears = cast(Any, list(q_network)[::3]), cast(Any, list(q_network)[1::3])
+    for norm, linear, result in zip(norms, linears, cast(Any, list(folded)[::2]), strict=True):
+        scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+        th.mul(linear.weight, scale, out=result.weight)
+        th.addmv(linear.bias, linear.weight, th.addcmul(norm.bias, scale, norm.running_mean, value=-1), out=result.bias)
+
+
+class FastQuantileCritic(FastCritic, QuantileCritic):
+    """Critics that predict quantiles, faster, as :class:`FastCritic`."""
 
 
 def splits_into_linear_and_rest(q_network: nn.Module) -> bool:

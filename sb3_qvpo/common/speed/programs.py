@@ -24,8 +24,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from sb3_qvpo.common.actor_critic import CandidateCritic, DiffusionActor
+from sb3_qvpo.common.critics import QuantileCritic
 from sb3_qvpo.common.diffusion import GaussianDiffusion
-from sb3_qvpo.common.networks import NoisePredictor, n_observations
+from sb3_qvpo.common.networks import NoisePredictor, evaluation_mode, n_observations
 from sb3_qvpo.common.speed import cpu
 from sb3_qvpo.common.speed.graphs import EAGER_DECISIONS, ScoringGraph, squeezed
 from sb3_qvpo.common.speed.networks import FastActor, FastCritic, is_switched_on, splits_into_linear_and_rest
@@ -33,6 +34,9 @@ from sb3_qvpo.common.speed.settings import settings
 
 LinearParameters = Sequence[tuple[th.Tensor, th.Tensor]]
 """Weights and biases of linear layers."""
+
+Activation = Callable[[th.Tensor], th.Tensor]
+"""An activation function."""
 
 NARROW, FEW_ROWS = 32, 8
 """Inputs or outputs, and rows, up to which a linear layer is part of the program and no call of a library."""
@@ -73,6 +77,27 @@ def linear_layers(modules: nn.Module | Sequence[nn.Module]) -> LinearParameters:
     return [(layer.weight, layer.bias) for layer in cast(Sequence[nn.Module], modules) if isinstance(layer, nn.Linear)]
 
 
+def through(hidden: th.Tensor, layers: LinearParameters, activation: Activation) -> th.Tensor:
+    """Rows through activation, linear layer, activation, ..., linear layer."""
+    for weight, bias in layers:
+        hidden = linear(activation(hidden), weight, bias)
+    return hidden
+
+
+def activation_of(network: nn.Sequential) -> Activation:
+    """The activation behind the first layer, if there is one."""
+    activation = network[1] if len(network) > 1 else nn.Identity()
+    return mish if type(activation) is nn.Mish else activation.forward
+
+
+def plain_networks(critic: CandidateCritic) -> list[nn.Sequential] | None:
+    """The critics' networks as linear layers and activations, None if they are something else."""
+    if isinstance(critic, FastCritic):
+        return critic.plain_networks()
+    known = all(splits_into_linear_and_rest(q_network) for q_network in critic.q_networks)
+    return cast(list[nn.Sequential], list(critic.q_networks)) if known else None
+
+
 class ScoringProgram:
     """
     The candidates of one state and their scores, compiled.
@@ -82,8 +107,9 @@ class ScoringProgram:
 
     def __init__(self, actor: DiffusionActor, critic: CandidateCritic):
         self.actor, self.critic = actor, critic
-        activation = actor.noise_predictor.time_mlp[1]
-        self.activation: Callable[[th.Tensor], th.Tensor] = mish if type(activation) is nn.Mish else activation.forward
+        self.activation = activation_of(actor.noise_predictor.time_mlp)
+        networks = plain_networks(critic)
+        self.critic_activation = activation_of(networks[0]) if networks else self.activation
         # A code object of its own, because torch compiles only a few programs for each
         function = FunctionType(ScoringProgram._score.__code__.replace(), globals())
         options: dict[str, Any] = {"cpp_wrapper": True}
@@ -100,7 +126,7 @@ class ScoringProgram:
         predictor = self.actor.noise_predictor
         time_layers = linear_layers(predictor.time_mlp)
         actor_layers = linear_layers([predictor.first_layer, *cast(Any, predictor.later_layers)])
-        critic_layers = [linear_layers(q_network) for q_network in self.critic.q_networks]
+        critic_layers = [linear_layers(q_network) for q_network in plain_networks(self.critic) or []]
         arguments = (actor_features, critic_features, noise, predictor.time_features, time_layers, actor_layers, critic_layers)
         with cpu.OneDnnProducts() if noise.shape[2] >= SMALLEST_ONEDNN else nullcontext():
             scored: tuple[th.Tensor, th.Tensor] = self.program(*arguments)
@@ -119,24 +145,19 @@ class ScoringProgram:
         (first_weight, first_bias), *later_layers = actor_layers
         sizes = self.actor.noise_predictor.split_sizes
         action_weight, time_weight, state_weight = th.split(first_weight, sizes, dim=1)
-        embedding = self._through(linear(time_features, *time_layers[0]), time_layers[1:])
+        embedding = through(linear(time_features, *time_layers[0]), time_layers[1:], self.activation)
         biases = linear(embedding, time_weight, linear(actor_features, state_weight, first_bias).squeeze(0))
 
         def network(x_t: th.Tensor, t: int, cond: None) -> th.Tensor:
-            return self._through(linear(x_t, action_weight, biases[t]), later_layers)
+            return through(linear(x_t, action_weight, biases[t]), later_layers, self.activation)
 
         candidates = self.actor.diffusion.sample(network, None, noise.squeeze(1))
         q_values = []
         for (weight, bias), *layers in critic_layers:
             state_weight, action_weight = th.split(weight, [critic_features.shape[1], candidates.shape[1]], dim=1)
             hidden = linear(candidates, action_weight, linear(critic_features, state_weight, bias).squeeze(0))
-            q_values.append(self._through(hidden, layers))
+            q_values.append(through(hidden, layers, self.critic_activation))
         return candidates.unsqueeze(0), self.critic.aggregate(th.stack(q_values)).unsqueeze(0)
-
-    def _through(self, hidden: th.Tensor, layers: LinearParameters) -> th.Tensor:
-        for weight, bias in layers:
-            hidden = linear(self.activation(hidden), weight, bias)
-        return hidden
 
 
 Program = ScoringProgram | ScoringGraph
@@ -276,11 +297,11 @@ class Programs:
         """A program if the networks allow one. None, with a warning, if it fails."""
         actor, critic = policy.actor, policy.critic
         try:
-            if not (are_known_networks(actor, critic) or (is_on_gpu(actor) and not automatic)):
-                return None
-            if not (is_on_gpu(actor) or actor.device.type == "cpu"):
-                return None
-            with th.inference_mode(False), th.no_grad():
+            with evaluation_mode(actor, critic), th.inference_mode(False), th.no_grad():
+                if not (are_known_networks(actor, critic) or (is_on_gpu(actor) and not automatic)):
+                    return None
+                if not (is_on_gpu(actor) or actor.device.type == "cpu"):
+                    return None
                 return checked_program(actor, critic, n_candidates, trusted=automatic)
         except Exception as error:  # whatever a compiler or a graph can fail with, training and decisions go on
             warn_of_eager_decisions(error, is_on_gpu(actor))
@@ -309,14 +330,15 @@ def are_known_networks(actor: DiffusionActor, critic: CandidateCritic) -> bool:
     or another type than float32 could change it.
     """
     later_layers = list(actor.noise_predictor.later_layers)
-    if not all(splits_into_linear_and_rest(q_network) for q_network in critic.q_networks):
+    networks = plain_networks(critic)
+    if networks is None:
         return False
-    in_critics = [list(cast(nn.Sequential, q_network)) for q_network in critic.q_networks]
+    in_critics = [list(q_network) for q_network in networks]
     layers = [later_layers, *(each[1:] for each in in_critics)]
     known = {
         type(actor).sample_candidates: (DiffusionActor.sample_candidates, FastActor.sample_candidates),
         type(critic).value_candidates: (CandidateCritic.value_candidates, FastCritic.value_candidates),
-        type(critic).aggregate: (CandidateCritic.aggregate,),
+        type(critic).aggregate: (CandidateCritic.aggregate, QuantileCritic.aggregate),
         type(critic).score: (CandidateCritic.score,),
     }
     return (
@@ -325,7 +347,7 @@ def are_known_networks(actor: DiffusionActor, critic: CandidateCritic) -> bool:
         and type(actor.noise_predictor) is NoisePredictor
         and actor.noise_predictor.first_layer.weight.dtype == th.float32
         and all(cpu.is_plain_mlp(each) for each in layers)
-        and all(cast(nn.Linear, each[-1]).out_features == 1 for each in in_critics)
+        and all(len(each) < 2 or type(each[1]) is type(in_critics[0][1]) for each in in_critics)
         and not any(list(layer.parameters()) for each in layers for layer in each[::2])
         and not any(
             module._forward_hooks or module._forward_pre_hooks for root in (actor, critic) for module in root.modules()
