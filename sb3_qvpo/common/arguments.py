@@ -194,3 +194,17 @@ def _parse_schedule_string(name: str, value: str) -> float | LinearSchedule:
             f"with FRACTION in (0, 1], got {value!r}"
         ) from None
     return LinearSchedule(start, end, fraction)
+
+
+def check_finite_observation(name: str, value: Any) -> None:
+    """
+    Check an observation, or one part of it. SB3 takes arrays, lists and tensors.
+
+    :raises ValueError: If a number of it is not finite.
+    """
+    try:
+        array = np.asarray(value)
+    except ValueError:
+        return  # what SB3 has a message for, such as a tuple of observation and info
+    if np.issubdtype(array.dtype, np.floating) and not np.isfinite(array).all():
+        raise ValueError(f"{name} must be finite, got {array[~np.isfinite(array)].flat[0]}")

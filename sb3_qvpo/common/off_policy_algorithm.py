@@ -1,8 +1,7 @@
 """
 The base of every algorithm that trains a :class:`DiffusionPolicy` off-policy.
 
-It checks arguments, lets candidate counts change, sets learning rates, and runs updates as graphs on a GPU. Its metrics do not
-stall an accelerator.
+It checks arguments, lets candidate counts change, sets learning rates, and runs updates as graphs on a GPU.
 
 A subclass sets its own arguments, calls ``_setup_model()``, and writes ``train()``: losses, steps through ``_optimize()``, and
 metrics. ``docs/development.md`` has an example.
@@ -20,7 +19,6 @@ import numpy as np
 import torch as th
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.logger import KVWriter, Logger
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.save_util import load_from_zip_file
@@ -46,26 +44,6 @@ FIXED = "policy.fixed"
 
 NORMALIZED = "normalized_observations"
 """Its entry that says whether a ``VecNormalize`` normalised the observations."""
-
-
-class MeansAtDumps(KVWriter):
-    """
-    Adds the means of the training metrics whenever the log is written, and starts new ones. SB3 is not alone in writing it: a
-    callback that evaluates does so in the middle of an episode.
-    """
-
-    def __init__(self, algorithm: "DiffusionOffPolicyAlgorithm"):
-        self.algorithm = algorithm
-
-    def write(self, key_values: dict[str, Any], key_excluded: dict[str, tuple[str, ...]], step: int = 0) -> None:
-        """Comes before the formats that write, which get the same dictionaries."""
-        means = self.algorithm._metric_means()
-        key_values.update(means)
-        key_excluded.update(dict.fromkeys(means, ()))
-        self.algorithm._metric_sums.clear()
-
-    def close(self) -> None:
-        """Nothing is open."""
 
 
 class DiffusionOffPolicyAlgorithm(GuardedOffPolicyAlgorithm):
@@ -303,6 +281,7 @@ class DiffusionOffPolicyAlgorithm(GuardedOffPolicyAlgorithm):
     def _begin_updates(self) -> None:
         """What comes before the first update of ``train()``: the mode of the networks, the learning rates."""
         self.policy.set_training_mode(True)
+        self._drop_logged_metrics()
         # Looked up here, because lr_schedule is a public attribute that scripts replace
         learning_rate = self._value_now("learning_rate", self.lr_schedule)
         qf_learning_rate = self._value_now("qf_learning_rate", self._qf_lr_schedule or self.lr_schedule)
@@ -367,7 +346,7 @@ class DiffusionOffPolicyAlgorithm(GuardedOffPolicyAlgorithm):
         for count in state["compiled"]:
             self.policy.programs.compile(self.policy, count, count in state.get("compiled_for_predictions", ()))
 
-    # Metrics: summed on the device, read back when they are logged
+    # Metrics: summed on the device, read back once for each call of train()
 
     def _add_metrics(self, metrics: Metrics) -> None:
         for name, value in metrics.items():
@@ -375,38 +354,24 @@ class DiffusionOffPolicyAlgorithm(GuardedOffPolicyAlgorithm):
             self._metric_sums[name] = (total + value.detach(), count + 1)
 
     def _log_updates(self) -> None:
-        """Log at the end of ``train()``. Reading numbers back stalls an accelerator, so metrics wait for the dump there."""
+        """Record the means of all metrics since the log was last written, reading their numbers back at once."""
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
-        if self.device.type == "cpu":
-            for name, mean in self._metric_means().items():
-                self.logger.record(name, mean)
+        if self._metric_sums:
+            means = th.stack([total / count for total, count in self._metric_sums.values()]).tolist()
+            for name, mean in zip(self._metric_sums, means, strict=True):
+                self.logger.record(f"train/{name}", mean)
 
-    def _metric_means(self) -> dict[str, float]:
-        """The means since the last dump of the log, reading all numbers back at once."""
-        if not self._metric_sums:
-            return {}
-        means = th.stack([total / count for total, count in self._metric_sums.values()]).tolist()
-        return {f"train/{name}": mean for name, mean in zip(self._metric_sums, means, strict=True)}
+    def _drop_logged_metrics(self) -> None:
+        """Start new means if the log has been written. Callbacks may do that, in the middle of an episode."""
+        recorded = getattr(self.logger, "name_to_value", None)
+        if recorded is not None and "train/n_updates" not in recorded:
+            self._metric_sums.clear()
 
     def dump_logs(self) -> None:
-        """Write the log. :class:`MeansAtDumps` adds the means of the training metrics since it was last written."""
+        """Write the log."""
         super().dump_logs()
-        self._metric_sums.clear()  # a logger that is switched off writes nothing
+        self._metric_sums.clear()
         warn_of_busy_cores()
-
-    def set_logger(self, logger: Logger) -> None:
-        """
-        Use a logger of one's own.
-
-        :param logger: The logger.
-        """
-        super().set_logger(logger)
-        self._add_means_to_dumps()
-
-    def _add_means_to_dumps(self) -> None:
-        formats = self.logger.output_formats
-        if not any(isinstance(each, MeansAtDumps) and each.algorithm is self for each in formats):
-            formats.insert(0, MeansAtDumps(self))
 
     # Starting
 
@@ -432,9 +397,7 @@ class DiffusionOffPolicyAlgorithm(GuardedOffPolicyAlgorithm):
         self._metric_sums.clear()
         vec_normalize = self.get_vec_normalize_env()
         self.policy.normalized_observations = vec_normalize is not None and vec_normalize.norm_obs
-        result = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
-        self._add_means_to_dumps()
-        return result
+        return super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
 
     def _warn_of_few_updates(self) -> None:
         if self.n_envs > 1 and self.gradient_steps == 1 and not self._warned_of_few_updates:

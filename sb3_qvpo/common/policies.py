@@ -21,6 +21,7 @@ from stable_baselines3.common.vec_env import VecNormalize
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from sb3_qvpo.common import arguments
 from sb3_qvpo.common.actor_critic import CandidateCritic, DiffusionActor
 from sb3_qvpo.common.arguments import PolicyCount, check_choice, check_class, check_count, check_net_arch
 from sb3_qvpo.common.candidates import ScoredCandidates, best_candidate, improve_best_candidate
@@ -462,11 +463,8 @@ class DiffusionPolicy(BasePolicy):
         :raises ValueError: If a number of the observation is not finite.
         """
         for name, part in observation.items() if isinstance(observation, dict) else [("observation", observation)]:
-            is_floating = isinstance(part, np.ndarray) and np.issubdtype(part.dtype, np.floating)
-            if is_floating and not np.isfinite(part).all():
-                bad = part[~np.isfinite(part)].flat[0]
-                what = f"observation[{name!r}]" if isinstance(observation, dict) else name
-                raise ValueError(f"{what} must be finite, got {bad}")
+            what = f"observation[{name!r}]" if isinstance(observation, dict) else name
+            arguments.check_finite_observation(what, part)
         return super().predict(observation, state, episode_start, deterministic)
 
     def unscale_action(self, scaled_action: np.ndarray) -> np.ndarray:

@@ -54,7 +54,8 @@ class GuardedOffPolicyAlgorithm(OffPolicyAlgorithm):
     max_grad_norm: float | None
 
     def _setup_model(self) -> None:
-        self._warm_up_end: int | None = None
+        self._warm_up_end: int | None = None  # of the current learn(), None for SB3's own rule
+        self._warm_up_left: int | None = None  # the step at which updates may begin, over several learn()
         self._steps_at_start: int | None = None
         self._first_timestep = 0  # of the current learn(), which an interruption does not end
         self._resumed_random_states: RandomStates | None = None
@@ -63,7 +64,14 @@ class GuardedOffPolicyAlgorithm(OffPolicyAlgorithm):
         super()._setup_model()
 
     def _excluded_save_params(self) -> list[str]:
-        not_saved = ["_finite_guard", "_warm_up_end", "_first_timestep", "_steps_at_start", "_resumed_random_states"]
+        not_saved = [
+            "_finite_guard",
+            "_warm_up_end",
+            "_warm_up_left",
+            "_first_timestep",
+            "_steps_at_start",
+            "_resumed_random_states",
+        ]
         not_saved += ["_statistics", "start_time"]
         return [*super()._excluded_save_params(), *not_saved]
 
@@ -76,6 +84,8 @@ class GuardedOffPolicyAlgorithm(OffPolicyAlgorithm):
     @learning_starts.setter
     def learning_starts(self, value: int) -> None:
         self.__dict__["learning_starts"] = value
+        # Whoever sets it means it, also while training continues
+        self._warm_up_end, self._warm_up_left = None, value
 
     def _optimize(self, optimizer: th.optim.Optimizer, loss_name: str, loss: th.Tensor) -> None:
         """
@@ -86,6 +96,8 @@ class GuardedOffPolicyAlgorithm(OffPolicyAlgorithm):
         :param loss: The loss, a scalar.
         """
         optimizer.zero_grad()
+        if not loss.requires_grad:  # all of its networks are frozen
+            return
         loss.backward()  # type: ignore[no-untyped-call]  # torch leaves Tensor.backward untyped
         self._finite_guard.step(optimizer, loss_name, loss, self.max_grad_norm)
 
@@ -137,7 +149,7 @@ class GuardedOffPolicyAlgorithm(OffPolicyAlgorithm):
         :raises OSError: If writing fails. A previous file is intact then.
         """
         random_states = self._resumed_random_states or get_random_states(self.action_space)
-        run = {"warm_up_end": self._warm_up_end, "first_timestep": self._first_timestep, **self._process_state()}
+        run = {"warm_up_end": self._warm_up_left, "first_timestep": self._first_timestep, **self._process_state()}
         write_checkpoint(self, path, {"random_states": random_states, **run})
 
     @classmethod
@@ -205,7 +217,7 @@ class GuardedOffPolicyAlgorithm(OffPolicyAlgorithm):
             with archive.open("replay_buffer.pkl") as member:
                 model.load_replay_buffer(io.BufferedReader(cast(Any, member)), truncate_last_traj=False)
             run = unpickle(archive, "run")
-        model._resumed_random_states, model._warm_up_end = run["random_states"], run["warm_up_end"]
+        model._resumed_random_states, model._warm_up_left = run["random_states"], run["warm_up_end"]
         model._first_timestep = run["first_timestep"]
         model._restore_process_state(run)
         cut_last_episode(cast(ReplayBuffer, model.replay_buffer))
@@ -269,6 +281,8 @@ class GuardedOffPolicyAlgorithm(OffPolicyAlgorithm):
                 )
             raise
         self._warm_up_end = None
+        if self._warm_up_left is not None and self.num_timesteps >= self._warm_up_left:
+            self._warm_up_left = None
         return self
 
     def set_random_seed(self, seed: int | None = None) -> None:
@@ -339,27 +353,32 @@ class GuardedOffPolicyAlgorithm(OffPolicyAlgorithm):
             self._resumed_random_states = None
             self._reseed_environments()
         self._statistics = normalization_statistics(self._vec_normalize_env)
+        if (reset_num_timesteps or self._last_obs is None) and self.replay_buffer is not None:
+            cut_last_episode(self.replay_buffer)  # SB3 is about to reset the environments
         result = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
         self._steps_at_start = self.num_timesteps
         if not is_resumed:
             self._first_timestep = self.num_timesteps
         first_obs = self._last_obs if self._vec_normalize_env is None else self._last_original_obs
         self._check_finite("observation", cast(np.ndarray, first_obs))
-        self._warm_up_end = self._warm_up_end_at_start(reset_num_timesteps)
+        if reset_num_timesteps and self._warm_up_left != self.__dict__["learning_starts"]:
+            self._warm_up_left = None  # the end of a refill, in steps that are no longer counted
+        self._warm_up_end = self._warm_up_end_at_start()
         return result
 
-    def _warm_up_end_at_start(self, reset_num_timesteps: bool) -> int | None:
+    def _warm_up_end_at_start(self) -> int | None:
         """The step at which updates begin in this ``learn()``. None for SB3's own rule, ``learning_starts``."""
-        if self._warm_up_end is not None and not reset_num_timesteps and self.num_timesteps < self._warm_up_end:
-            return self._warm_up_end  # interrupted during the refill that is started below: keep its end
+        if self._warm_up_left is not None and self.num_timesteps < self._warm_up_left:
+            return self._warm_up_left  # set by the user, or a refill that is started below and was interrupted
+        learning_starts = cast(int, self.__dict__["learning_starts"])  # not the property, which may return the end of a refill
         buffer_is_empty = cast(ReplayBuffer, self.replay_buffer).size() == 0
         if not buffer_is_empty and self._n_updates > 0:
             # SB3 would act at random again, because learn() counts from 0. But the buffer is not empty
             return 0
         if buffer_is_empty and self.num_timesteps > 0:
-            # SB3 would update from a nearly empty buffer, because the count is beyond learning_starts. Not the property, which
-            # may return the end of an earlier refill
-            return self.num_timesteps + cast(int, self.__dict__["learning_starts"])
+            # SB3 would update from a nearly empty buffer, because the count is beyond learning_starts
+            self._warm_up_left = self.num_timesteps + learning_starts
+            return self._warm_up_left
         return None
 
     def _store_transition(

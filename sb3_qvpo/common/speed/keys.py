@@ -25,7 +25,8 @@ NO_SETTINGS = TORCHS_OWN | {"_noise_bank", "_folded", "programs"}
 RUN_STATE = frozenset({
     # The position of a run
     "num_timesteps", "_num_timesteps_at_start", "_total_timesteps", "_current_progress_remaining", "_n_updates", "_n_calls",
-    "_episode_num", "_first_timestep", "_steps_at_start", "_warm_up_end", "start_time", "learning_starts", "train_freq",
+    "_episode_num", "_first_timestep", "_steps_at_start", "_warm_up_end", "_warm_up_left", "start_time",
+    "learning_starts", "train_freq",
     # What a run collects and reports
     "env", "_last_obs", "_last_original_obs", "_last_episode_starts", "_vec_normalize_env", "replay_buffer", "action_noise",
     "ep_info_buffer", "ep_success_buffer", "_logger", "_custom_logger", "_metric_sums", "_statistics",

@@ -12,7 +12,7 @@ update reads. So graphs are keyed by all attributes that could be a setting, see
 
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import torch as th
 from stable_baselines3.common.buffers import ReplayBuffer
@@ -193,13 +193,14 @@ class UpdateRunner:
         return self._run(model, update_of_tensors, arguments, kind, lambda: update(batch, *arguments[: len(numbers)]))
 
     def _hyperparameters(self) -> Hashable:
-        return tuple(
+        groups = [group for optimizer in self.steppers or [] for group in optimizer.param_groups]
+        numbers = tuple(
             (name, frozen(value))
-            for optimizer in cast(list[th.optim.Optimizer], self.steppers)
-            for group in optimizer.param_groups
+            for group in groups
             for name, value in group.items()
             if name not in ("params", "lr") and not isinstance(value, th.Tensor)
         )
+        return numbers, tuple(parameter.requires_grad for group in groups for parameter in group["params"])
 
     def _run(
         self,
