@@ -30,6 +30,7 @@ LAYERS = [
     "qvpo.weights qvpo.policies",
     "qvpo.qvpo",
     "qvpo",
+    "presets",
     "zoo sb3_qvpo",
 ]
 """The house from bottom to top. A module imports from the lines above its own, and from no other of this package."""

@@ -1,0 +1,39 @@
+"""
+Complete settings, to be handed to an algorithm: ``QVPO("MlpPolicy", env, **presets.small)``.
+
+A setting that is not named keeps the default of the class, which is the paper's. To change one, write
+``QVPO("MlpPolicy", env, **{**presets.small, "batch_size": 256})``. RL Zoo's files in ``hyperparams/`` hold the same numbers.
+"""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+from torch import nn
+
+small: Mapping[str, Any] = MappingProxyType(
+    dict(
+        learning_rate=1e-3,
+        learning_starts=500,
+        batch_size=128,
+        critic_type="crossq",
+        q_weighting="qadv_normalized",
+        policy_delay=3,
+        n_target_candidates=1,
+        n_train_candidates=8,
+        n_uniform_actions=2,
+        n_improvement_steps=2,
+        policy_kwargs=dict(
+            net_arch=[64, 64],
+            critic_activation_fn=nn.ReLU,
+            optimizer_kwargs=dict(betas=(0.5, 0.999)),
+            n_sampling_steps=5,
+            sampler="dpm++",
+            prediction="v",
+        ),
+    )
+)
+"""
+For tasks with a few action dimensions, such as Pendulum-v1: critics with batch normalisation and without targets, eight
+candidates of which the best follows the critics' gradient, weights in units of each state's spread.
+"""
