@@ -10,12 +10,12 @@ import matplotlib.pyplot as plt
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 
-from sb3_qvpo import QVPO
+from sb3_qvpo import QVPO, presets
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--timesteps", type=float, default=4_000, help="environment steps")
+    parser.add_argument("--timesteps", type=float, default=5_000, help="environment steps")
     parser.add_argument("--episodes", type=int, default=20, help="evaluation episodes for each number of candidates")
     parser.add_argument("--candidates", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32])
     arguments = parser.parse_args()
@@ -23,14 +23,8 @@ def main() -> None:
     model = QVPO(
         "MlpPolicy",
         "Pendulum-v1",
-        learning_rate=1e-3,
-        learning_starts=500,
-        batch_size=128,
-        tau=0.01,
+        **presets.small,
         gamma=0.98,
-        n_train_candidates=16,
-        n_diffusion_steps=5,
-        policy_kwargs=dict(net_arch=[64, 64]),
         seed=0,
     ).learn(arguments.timesteps)
 

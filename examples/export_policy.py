@@ -12,26 +12,20 @@ import onnxruntime
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecNormalize
 
-from sb3_qvpo import QVPO
+from sb3_qvpo import QVPO, presets
 
 
 def main() -> float:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--timesteps", type=float, default=6_000, help="environment steps")
+    parser.add_argument("--timesteps", type=float, default=5_000, help="environment steps")
     parser.add_argument("--episodes", type=int, default=20, help="episodes to drive")
     arguments = parser.parse_args()
 
     model = QVPO(
         "MlpPolicy",
         VecNormalize(make_vec_env("Pendulum-v1"), norm_reward=False),
-        learning_rate=1e-3,
-        learning_starts=500,
-        batch_size=128,
-        tau=0.01,
+        **presets.small,
         gamma=0.98,
-        n_train_candidates=16,
-        n_diffusion_steps=5,
-        policy_kwargs=dict(net_arch=[64, 64]),
         seed=0,
     )
     model.learn(arguments.timesteps)

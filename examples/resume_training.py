@@ -11,12 +11,12 @@ from pathlib import Path
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 
-from sb3_qvpo import QVPO, ResumableCheckpointCallback
+from sb3_qvpo import QVPO, ResumableCheckpointCallback, presets
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--timesteps", type=int, default=6_000, help="environment steps in all")
+    parser.add_argument("--timesteps", type=int, default=5_000, help="environment steps in all")
     parser.add_argument("--save-freq", type=int, default=1_000, help="steps between two checkpoints")
     arguments = parser.parse_args()
 
@@ -29,14 +29,8 @@ def main() -> None:
         model = QVPO(
             "MlpPolicy",
             "Pendulum-v1",
-            learning_rate=1e-3,
-            learning_starts=500,
-            batch_size=128,
-            tau=0.01,
+            **presets.small,
             gamma=0.98,
-            n_train_candidates=16,
-            n_diffusion_steps=5,
-            policy_kwargs=dict(net_arch=[64, 64]),
             seed=0,
         )
 

@@ -9,12 +9,12 @@ import argparse
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 
-from sb3_qvpo import QVPO
+from sb3_qvpo import QVPO, presets
 
 
 def main() -> float:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--timesteps", type=float, default=6_000, help="environment steps")
+    parser.add_argument("--timesteps", type=float, default=5_000, help="environment steps")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
 
@@ -22,14 +22,8 @@ def main() -> float:
     model = QVPO(
         "MlpPolicy",
         "Pendulum-v1",
-        learning_rate=1e-3,
-        learning_starts=500,
-        batch_size=128,
-        tau=0.01,
+        **presets.small,
         gamma=0.98,
-        n_train_candidates=16,
-        n_diffusion_steps=5,
-        policy_kwargs=dict(net_arch=[64, 64]),
         seed=arguments.seed,
     )
     model.learn(arguments.timesteps, progress_bar=True)

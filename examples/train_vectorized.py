@@ -10,12 +10,12 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecNormalize
 
-from sb3_qvpo import QVPO
+from sb3_qvpo import QVPO, presets
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--timesteps", type=float, default=6_000, help="environment steps, over all copies")
+    parser.add_argument("--timesteps", type=float, default=5_000, help="environment steps, over all copies")
     parser.add_argument("--n-envs", type=int, default=8)
     arguments = parser.parse_args()
 
@@ -25,14 +25,8 @@ def main() -> None:
         "MlpPolicy",
         env,
         gradient_steps=-1,
-        learning_rate=1e-3,
-        learning_starts=500,
-        batch_size=128,
-        tau=0.01,
+        **presets.small,
         gamma=0.98,
-        n_train_candidates=16,
-        n_diffusion_steps=5,
-        policy_kwargs=dict(net_arch=[64, 64]),
         seed=0,
     )
     model.learn(arguments.timesteps)

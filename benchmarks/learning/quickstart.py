@@ -1,5 +1,5 @@
 """
-Does the quick start succeed for every seed? Pendulum-v1 with ``presets.small`` and gamma 0.98, as in README and ``make train``.
+Does the quick start succeed for every seed? Pendulum-v1 with ``presets.small`` and gamma 0.98, as ``make train`` has it.
 
 ``python benchmarks/learning/quickstart.py [--seeds 0 1 ...]`` takes about two minutes for each of twenty seeds, on one thread.
 Seeds that are in the CSV file are skipped. ``--settings version_0.1`` takes the settings of that version instead, whose seeds

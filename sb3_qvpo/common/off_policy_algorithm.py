@@ -156,6 +156,8 @@ class DiffusionOffPolicyAlgorithm(GuardedOffPolicyAlgorithm):
                 f"policy must be a name or a subclass of DiffusionPolicy, got {self.policy_class.__name__}: a policy (or a "
                 "saved model) of another algorithm cannot be used"
             )
+        if "policy" in vars(self) and self.critic_type != self.policy.critic_type:
+            raise ValueError(f"critic_type is fixed by the policy, {self.policy.critic_type!r}, got {self.critic_type!r}")
         arguments.check_no_sde(self.use_sde, self.policy_kwargs)
         for name in self._count_arguments:
             setattr(self, name, arguments.check_count(name, getattr(self, name)))

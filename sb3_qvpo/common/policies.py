@@ -194,6 +194,7 @@ class DiffusionPolicy(BasePolicy):
             n_critics=n_critics,
             share_features_extractor=share_features_extractor,
         )
+        self.critic_type = critic_type
         self._critic_class = type(self).critic_class if critic_type == "twin" else CRITICS[critic_type]
         if critic_type == "quantile":
             self.critic_kwargs.update(n_quantiles=n_quantiles, top_quantiles_to_drop_per_net=top_quantiles_to_drop_per_net)

@@ -342,13 +342,21 @@ def test_bad_critic_types(policy, critic_type, message):
         tiny_qvpo(policy=OwnPolicy if policy == "own" else policy, critic_type=critic_type)
 
 
+def test_the_type_is_fixed_with_the_policy():
+    model = tiny_qvpo().learn(6)
+    model.critic_type = "crossq"
+    with pytest.raises(ValueError, match="critic_type is fixed by the policy, 'twin', got 'crossq'"):
+        model.learn(6)
+    model.critic_type = "twin"
+    model.learn(6)
+
+
 @pytest.mark.parametrize("name", ["crossq", "quantile"])
 def test_whole_updates_fast_and_eager(name, settings):
     """
     With improved candidates and few sampling steps, as presets have them. Plain gradient steps, because the bias before a norm
     has no gradient but rounding errors, which Adam would make as large as any other. One update at a time, because after some
-    a rounding error decides between two candidates of nearly the same value. Weights as in the paper, because normalising
-    magnifies rounding errors where values hardly differ.
+    a rounding error decides between two candidates of nearly the same value.
     """
     settings.candidate_dtype = "float32"
     for seed in range(3):

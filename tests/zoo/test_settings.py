@@ -1,6 +1,8 @@
 """The settings files: their values are the sources', and RL Zoo builds a model from every entry."""
 
+import inspect
 import re
+from types import MappingProxyType
 
 import gymnasium as gym
 import numpy as np
@@ -12,7 +14,7 @@ from rl_zoo3.exp_manager import ExperimentManager
 from run import ALGOS
 from stable_baselines3.common.utils import LinearSchedule
 
-from sb3_qvpo import QVPO, zoo
+from sb3_qvpo import QVPO, presets, zoo
 
 CONFIGS = {
     name: yaml.safe_load((ROOT / "hyperparams" / f"{name}.yml").read_text()) for name in ("qvpo", "qvpo_official", "qvpo_fast")
@@ -50,6 +52,36 @@ def test_every_value_has_its_source():
     for line in (ROOT / "hyperparams" / "qvpo.yml").read_text().splitlines():
         if re.match(r"  \w+: ", line) and not line.startswith("  policy: "):
             assert re.search(r"# \[(paper|code|zoo|study|guess)\]", line), line
+
+
+def completed(settings):
+    """With the defaults of the class for all that is not named."""
+    defaults = {name: parameter.default for name, parameter in inspect.signature(QVPO).parameters.items()}
+    return {name: settings.get(name, default) for name, default in defaults.items()}
+
+
+@pytest.mark.parametrize(("preset", "config", "entry", "own"), [("small", "qvpo", "Pendulum-v1", {"gamma"})])
+def test_a_preset_and_its_file_are_the_same(preset, config, entry, own):
+    """The preset says nothing of what belongs to the task."""
+    values = {name: value for name, value in CONFIGS[config][entry].items() if name not in {"n_timesteps", "policy", *own}}
+    values["policy_kwargs"] = eval(values["policy_kwargs"], {"nn": th.nn})  # RL Zoo's way of writing them
+    assert completed(values) == completed(getattr(presets, preset))
+
+
+PRESETS = [name for name, value in vars(presets).items() if isinstance(value, MappingProxyType)]
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_build_models_and_cannot_be_changed(name):
+    settings = getattr(presets, name)
+    model = QVPO("MlpPolicy", "Pendulum-v1", **{**settings, "buffer_size": 50, "learning_starts": 5, "batch_size": 8})
+    model.learn(12)
+    with pytest.raises(TypeError):
+        settings["gamma"] = 0.5
+    assert (QVPO("MlpPolicy", "Pendulum-v1", **settings, gamma=0.98, buffer_size=10).gamma, "gamma" in settings) == (
+        0.98,
+        False,
+    )
 
 
 class FakeFetch(gym.Env):

@@ -126,7 +126,8 @@ class ScoringProgram:
         predictor = self.actor.noise_predictor
         time_layers = linear_layers(predictor.time_mlp)
         actor_layers = linear_layers([predictor.first_layer, *cast(Any, predictor.later_layers)])
-        critic_layers = [linear_layers(q_network) for q_network in plain_networks(self.critic) or []]
+        with evaluation_mode(self.critic):
+            critic_layers = [linear_layers(q_network) for q_network in plain_networks(self.critic) or []]
         arguments = (actor_features, critic_features, noise, predictor.time_features, time_layers, actor_layers, critic_layers)
         with cpu.OneDnnProducts() if noise.shape[2] >= SMALLEST_ONEDNN else nullcontext():
             scored: tuple[th.Tensor, th.Tensor] = self.program(*arguments)

@@ -43,8 +43,8 @@ def no_compiler(monkeypatch):
     monkeypatch.setattr(ScoringProgram, "__call__", fail)
 
 
-def model_with(seed=0, env="Pendulum-v1", **policy_kwargs):
-    model = tiny_qvpo(env, n_diffusion_steps=3, seed=seed, policy_kwargs=policy_kwargs)
+def model_with(seed=0, env="Pendulum-v1", critic_type="twin", **policy_kwargs):
+    model = tiny_qvpo(env, n_diffusion_steps=3, seed=seed, critic_type=critic_type, policy_kwargs=policy_kwargs)
     for parameter in model.policy.parameters():  # away from the initial zeros of the biases
         parameter.data.add_(0.05 * th.randn_like(parameter))
     return model
@@ -80,6 +80,11 @@ CASES = {
         9,
         dict(net_arch=[48], activation_fn=nn.SiLU, n_sampling_steps=2, sampling_eta=0.0, share_features_extractor=True),
     ),
+    "norms, two activations, v and solver": (
+        4,
+        dict(critic_type="crossq", net_arch=[64, 64], critic_activation_fn=nn.ReLU, prediction="v", sampler="dpm++"),
+    ),
+    "quantiles": (4, dict(critic_type="quantile", net_arch=[64, 64])),
 }
 
 
