@@ -11,6 +11,31 @@ from typing import Any
 
 from torch import nn
 
+fast: Mapping[str, Any] = MappingProxyType(
+    dict(
+        learning_rate=1e-3,
+        learning_starts=5_000,
+        critic_type="crossq",
+        q_weighting="qadv_normalized",
+        policy_delay=3,
+        n_target_candidates=1,
+        n_train_candidates=2,
+        n_uniform_actions=2,
+        n_improvement_steps=2,
+        policy_kwargs=dict(
+            critic_activation_fn=nn.ReLU,
+            optimizer_kwargs=dict(betas=(0.5, 0.999)),
+            n_sampling_steps=5,
+            sampler="dpm++",
+            prediction="v",
+        ),
+    )
+)
+"""
+For MuJoCo and tasks like it, on a CPU: critics with batch normalisation and without targets, two candidates of which the
+better one follows the critics' gradient, weights in units of each state's spread, five steps of a second-order solver.
+"""
+
 small: Mapping[str, Any] = MappingProxyType(
     dict(
         learning_rate=1e-3,

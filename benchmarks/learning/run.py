@@ -25,6 +25,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,9 @@ from evaluation import keep_lines, lines_of
 sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks/ is no package
 
 from timing import commit, processor
+from torch import nn
+
+from sb3_qvpo import presets
 
 HERE = Path(__file__).parent
 CHECKPOINT, EVALUATIONS = "run.zip", "evaluations.jsonl"
@@ -68,7 +72,33 @@ EIGHT: dict[str, Any] = {"n_train_candidates": 8, "n_uniform_actions": 2, "ent_c
 FAST: dict[str, Any] = {**EIGHT, "policy_delay": 2}
 """``hyperparams/qvpo_fast.yml``."""
 
+
+def in_zoo(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a preset as RL Zoo reads them: ``policy_kwargs`` as text, classes by their names."""
+    policy_kwargs = ", ".join(
+        f"{name}={f'nn.{value.__name__}' if isinstance(value, type) else repr(value)}"
+        for name, value in settings["policy_kwargs"].items()
+    )
+    return {**settings, "policy_kwargs": f"dict({policy_kwargs})"}
+
+
+def preset(policy_kwargs: dict[str, Any] | None = None, **changes: Any) -> tuple[str, dict[str, Any]]:
+    """``presets.fast`` with some settings changed."""
+    kwargs = {**presets.fast["policy_kwargs"], **(policy_kwargs or {})}
+    return "qvpo", in_zoo({**presets.fast, **changes, "policy_kwargs": kwargs})
+
+
 ALGOS: dict[str, tuple[str, dict[str, Any]]] = {
+    "preset_fast": preset(),
+    # What each part of it earns
+    "preset_fast_qadv": preset(q_weighting="qadv"),
+    "preset_fast_no_improvement": preset(n_improvement_steps=0, n_train_candidates=8),
+    "preset_fast_twin": preset(critic_type="twin", policy_kwargs=dict(critic_activation_fn=nn.Mish)),
+    "preset_fast_noise": preset(policy_kwargs=dict(prediction="noise")),
+    "preset_fast_ddpm": preset(policy_kwargs=dict(sampler="ddpm")),
+    "preset_fast_karras": preset(n_diffusion_steps=5, policy_kwargs=dict(noise_schedule="karras")),
+    "preset_fast_nd8": preset(n_train_candidates=8),
+    "crossq_256": ("crossq", dict(policy_kwargs="dict(net_arch=dict(pi=[256, 256], qf=[256, 256]))")),
     "qvpo": ("qvpo", {}),
     "qvpo_ddpm5": ("qvpo", {**FEWER, **steps(5)}),
     **{f"qvpo_ddim{n}": ("qvpo", {**FEWER, **steps(n, 0.0)}) for n in (5, 10)},

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import bench_action
 import bench_learn
+import bench_step
 import bench_update
 import numpy as np
 import pytest
@@ -128,8 +129,8 @@ QUICK = ("--quick", "--repeats", "2", "--threads", "1", "--csv")
 
 @pytest.mark.parametrize(
     "benchmark",
-    [pytest.param(bench_update, marks=pytest.mark.slow), bench_action, bench_learn],
-    ids=["bench_update", "bench_action", "bench_learn"],
+    [pytest.param(bench_update, marks=pytest.mark.slow), bench_action, bench_learn, bench_step],
+    ids=["bench_update", "bench_action", "bench_learn", "bench_step"],
 )
 def test_benchmark(benchmark, tmp_path, monkeypatch):
     """Without what takes long: one process for the reference in each setting, two measured memories, and the compiler."""

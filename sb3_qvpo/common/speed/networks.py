@@ -180,7 +180,7 @@ def without_norms(q_network: nn.Sequential) -> nn.Sequential:
     for layer in q_network:
         if isinstance(layer, nn.Linear):
             # Initialising it would draw random numbers, and a run would depend on when it is made
-            linear = nn.utils.skip_init(nn.Linear, layer.in_features, layer.out_features, device=layer.weight.device)
+            linear = nn.Linear(layer.in_features, layer.out_features, device="meta").to_empty(device=layer.weight.device)
             layers.append(linear.requires_grad_(False))
         elif not isinstance(layer, nn.BatchNorm1d):
             layers.append(layer)

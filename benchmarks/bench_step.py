@@ -1,0 +1,62 @@
+"""
+Processor time of an environment step, environment, action and update together: a preset beside SB3's and sb3-contrib's
+algorithms, in turn, with their settings of RL Zoo for MuJoCo.
+
+``python benchmarks/bench_step.py [--threads 1] [--repeats 7]``; needs ``pip install ".[mujoco,zoo]"``. CrossQ has critics of
+256 units, as all others here; sb3-contrib's default is 1024. ``ratio`` is over CrossQ's time in the same repeat. Actions are
+eager: long runs compile them, which these steps are too few for.
+"""
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from sb3_contrib import TQC, CrossQ
+from stable_baselines3 import SAC, TD3
+from timing import Rows, parse_arguments, ratio, report, summary
+
+sys.path.insert(0, str(Path(__file__).parent / "learning"))  # is no package
+
+from run import FAST
+
+from sb3_qvpo import QVPO, presets
+
+SMALL_CRITICS = dict(policy_delay=3, learning_rate=1e-3, policy_kwargs=dict(net_arch=dict(pi=[256, 256], qf=[256, 256])))
+MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "CrossQ-256": (CrossQ, SMALL_CRITICS),
+    "presets.fast": (QVPO, dict(presets.fast)),
+    "QVPO, 8 candidates in 5 steps, delay 2": (QVPO, FAST),
+    "SAC": (SAC, {}),
+    "TD3": (TD3, {}),
+    "TQC": (TQC, {}),
+}
+
+
+def main() -> None:
+    arguments = parse_arguments(str(__doc__), "step")
+    n_steps, repeats = (20, 1) if arguments.quick else (100, arguments.repeats)
+    small = dict(batch_size=16) if arguments.quick else {}
+    rows: Rows = []
+    for env_name in ("HalfCheetah-v5", "Humanoid-v5"):
+        same = dict(learning_starts=100, buffer_size=10_000, seed=0, device=arguments.device, **small)
+        models = {
+            name: algorithm("MlpPolicy", env_name, **{**settings, **same}) for name, (algorithm, settings) in MODELS.items()
+        }
+        times: dict[str, list[float]] = {name: [] for name in models}
+        for model in models.values():
+            model.learn(130)
+        for _ in range(repeats):
+            for name, model in models.items():
+                start = time.process_time()
+                model.learn(n_steps, reset_num_timesteps=False)
+                times[name].append(1e3 * (time.process_time() - start) / n_steps)
+        rows += [
+            {"env": env_name, "setting": name, **summary(each), **ratio(each, times["CrossQ-256"])}
+            for name, each in times.items()
+        ]
+    report(rows, arguments)
+
+
+if __name__ == "__main__":
+    main()
