@@ -18,7 +18,7 @@ NAMES = {
     "qvpo_ddim5_delay2": "N_d 16, 5 DDIM steps, policy_delay 2",
     "qvpo_ddpm5_delay2": "N_d 16, 5 DDPM steps, policy_delay 2",
     "qvpo_ddpm5_nd8": "N_d 8, 5 DDPM steps, N_e 2 with ent_coef 0.05",
-    "qvpo_ddpm5_nd8_delay2": "N_d 8, 5 DDPM steps, N_e 2 with ent_coef 0.05, policy_delay 2: `qvpo_fast.yml`",
+    "qvpo_ddpm5_nd8_delay2": "N_d 8, 5 DDPM steps, N_e 2 with ent_coef 0.05, policy_delay 2: `qvpo_fast.yml` (0.1)",
     "qvpo_ddpm5_nd8_delay2_batch128": "N_d 8, 5 DDPM steps, N_e 2 with ent_coef 0.05, policy_delay 2, batch_size 128",
     "qvpo_ddpm5_nd8_delay2_tau0.01": "N_d 8, 5 DDPM steps, N_e 2 with ent_coef 0.05, policy_delay 2, tau 0.01",
     "qvpo_ddpm5_nd8_delay2_lr1e-3": "N_d 8, 5 DDPM steps, N_e 2 with ent_coef 0.05, policy_delay 2, learning_rate 1e-3",
@@ -43,7 +43,7 @@ NAMES = {
     **{f"fast_T{T}_ent{c}": f"T {T}, ent_coef {c}" for T in (5, 10, 20) for c in ("0.0", "0.05") if (T, c) != (20, "0.05")},
     **{f"fast_Kb{b}_Kt{t}": f"K_b {b}, K_t {t}" for b, t in ((1, 1), (4, 1), (4, 2), (4, 4), (20, 2))},
     "fast_qcut": "qcut",
-    "fast_official": "the authors' settings, otherwise as `qvpo_fast.yml`",
+    "fast_official": "the authors' settings, otherwise as `qvpo_fast.yml` (0.1)",
 }
 """What a setting is called in tables, in their order; in legends with QVPO before it, from the colon on."""
 THRESHOLDS = {

@@ -60,7 +60,10 @@ def completed(settings):
     return {name: settings.get(name, default) for name, default in defaults.items()}
 
 
-@pytest.mark.parametrize(("preset", "config", "entry", "own"), [("small", "qvpo", "Pendulum-v1", {"gamma"})])
+OF_PRESETS = [("small", "qvpo", "Pendulum-v1", {"gamma"}), *(("fast", "qvpo_fast", name, set()) for name in FAST)]
+
+
+@pytest.mark.parametrize(("preset", "config", "entry", "own"), OF_PRESETS)
 def test_a_preset_and_its_file_are_the_same(preset, config, entry, own):
     """The preset says nothing of what belongs to the task."""
     values = {name: value for name, value in CONFIGS[config][entry].items() if name not in {"n_timesteps", "policy", *own}}
@@ -149,13 +152,10 @@ def test_every_entry_builds_a_model(config, name, tmp_path, monkeypatch):
     assert model.policy.n_diffusion_steps == entry["n_diffusion_steps"]
 
 
-def test_the_fast_settings_change_the_cost_only():
-    """And are those of the learning curves."""
-    changed = dict(n_train_candidates=8, policy_delay=2, policy_kwargs="dict(n_sampling_steps=5)")
-    changed |= dict(n_uniform_actions=2, ent_coef=0.05)  # a fifth as many, of five times the weight
-    for name, entry in FAST.items():
-        assert entry == {**PAPER[name], **changed}, name
-    assert ALGOS["qvpo_ddpm5_nd8_delay2"] == ("qvpo", {**changed, "policy_kwargs": dict(n_sampling_steps=5, sampling_eta=1.0)})
+def test_the_settings_of_the_learning_curves():
+    """Those of presets and of the authors."""
+    settings = ALGOS["preset_fast"][1]
+    assert {**settings, "policy_kwargs": eval(settings["policy_kwargs"], {"nn": th.nn})} == dict(presets.fast)
     official = ALGOS["fast_official"][1]
     for name in ("learning_rate", "qf_learning_rate", "max_grad_norm", "n_target_candidates", "ent_coef"):
         assert official[name] == OFFICIAL["HalfCheetah-v5"][name], name
