@@ -245,3 +245,31 @@ def test_the_page_of_results_shows_what_the_csv_files_say(tmp_path, monkeypatch)
             assert old.text["Description"] == new.text["Description"], f"{name} is older than its rows: make report"
         else:
             assert old.n_frames == new.n_frames, name
+
+
+def quickstart(settings, step):
+    """Returns of all seeds after a step."""
+    rows = csv.DictReader((LEARNING / "quickstart.csv").open())
+    return [float(row["mean_return"]) for row in rows if (row["algo"], row["step"]) == (settings, str(step))]
+
+
+def quickstart_cells(settings, step):
+    """The cells of a row of the table on the page about results."""
+    values = quickstart(settings, step)
+    if not values:
+        return "- | -"
+    spread = f"{max(values):.0f}, {np.median(values):.0f}, {min(values):.0f}"
+    return f"{spread} | {sum(value < -200 for value in values)} of {len(values)}"
+
+
+def test_what_is_said_of_the_quick_start():
+    """20 of 20 seeds succeed; the range is that of the file, wherever it is said."""
+    returns = quickstart("small", 5_000)
+    said = f"{max(returns):.0f} to {min(returns):.0f}"
+    assert len(returns) == 20 and min(returns) > -160
+    for file in ("README.md", "docs/quickstart.md", "examples/train_pendulum.py", "CHANGELOG.md"):
+        assert said in (ROOT / file).read_text(), file
+    page = (ROOT / "docs" / "results.md").read_text()
+    for step in (2_000, 3_000, 4_000, 5_000, 6_000):
+        cells = " | ".join(quickstart_cells(settings, step) for settings in ("small", "version_0.1"))
+        assert f"| {step // 1000} 000 | {cells} |" in page

@@ -15,6 +15,7 @@ import gymnasium as gym
 import numpy as np
 import precision
 import pytest
+import quickstart
 import run as learning_curves
 import torch as th
 import toy_tasks
@@ -44,6 +45,20 @@ def test_learning_with_both_types_of_candidates(tmp_path, monkeypatch):
     random, trained_on = [[row["mean_return"] for row in rows if row["step"] == step] for step in ("300", "600")]
     assert random[0] == random[1], "no update yet, and evaluations take float32"
     assert trained_on[0] != trained_on[1]
+
+
+def test_the_study_of_the_quick_start(tmp_path, monkeypatch):
+    """Both settings; seeds that are in the file are skipped."""
+    monkeypatch.setattr(gym.registry["Pendulum-v1"], "max_episode_steps", 3)
+    file = tmp_path / "quickstart.csv"
+    for settings in ("small", "version_0.1", "small"):
+        options = ("--seeds", "7", "--steps", "20", "--eval-freq", "10", "--csv", file, "--settings", settings)
+        output_of(quickstart.main, "quickstart.py", *options)
+    rows = list(csv.DictReader(file.open()))
+    assert [(row["algo"], row["step"]) for row in rows] == [
+        (name, n) for name in ("small", "version_0.1") for n in ("10", "20")
+    ]
+    assert all(float(row["worst_return"]) <= float(row["mean_return"]) < 0 for row in rows)
 
 
 def test_evaluations_are_repeatable_and_leave_training_alone(tmp_path):

@@ -142,10 +142,10 @@ def test_make_train_from_the_wheel(distributions, tmp_path):
     zoo = ("--algo", "qvpo", "--env", "Pendulum-v1")
     run([python, "-m", "rl_zoo3.train", *zoo, "-P", "--seed", "0"], tmp_path)
     data = saved_data(tmp_path / "logs/qvpo/Pendulum-v1_1/Pendulum-v1.zip")
-    assert (data["num_timesteps"], data["_n_updates"]) == (6000, 5500)
+    assert (data["num_timesteps"], data["_n_updates"]) == (5000, 4500)
     output = run([python, "-m", "rl_zoo3.enjoy", *zoo, "-f", "logs", "--no-render", "-n", "4000"], tmp_path)
     mean = float(re.search(r"20 Episodes\nMean reward: (-[\d.]+)", output).group(1))
-    assert mean > -250  # measured: -148 over three seeds
+    assert mean > -250  # twenty seeds: -141 to -152, benchmarks/learning/quickstart.csv
 
 
 @pytest.mark.slow
