@@ -77,6 +77,14 @@ CASES = {
     "schedules": dict(learning_rate="lin_1e-3", qf_learning_rate=lambda p: 1e-3 * p, ent_coef="lin_0.5"),
     "dictionaries": dict(env=DictEnv(), policy="MultiInputPolicy"),
     "n-step": dict(n_steps=3),
+    "norms and gradients of actions": dict(
+        critic_type="crossq",
+        n_improvement_steps=2,
+        n_target_candidates=2,
+        policy_delay=2,
+        policy_kwargs=dict(net_arch=[8], prediction="v", sampler="dpm++", optimizer_kwargs=dict(eps=1e-3)),
+    ),
+    "quantiles": dict(critic_type="quantile"),
 }
 
 
