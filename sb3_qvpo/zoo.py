@@ -59,15 +59,16 @@ class InZoo(DiffusionOffPolicyAlgorithm):
         """
         if "custom_objects" in kwargs:
             return super().load(path, *args, **{"buffer_size": 1, "optimize_memory_usage": False, **kwargs})
+        asked_for = {name: kwargs.pop(name) for name in ("n_diffusion_steps", "critic_type") if name in kwargs}
         if is_checkpoint(path):
-            resumed = cls.resume(path, *args, **kwargs)
-            resumed._resumed = True
-            return resumed
-        asked_for = kwargs.pop("n_diffusion_steps", None)
-        model = super().load(path, *args, **kwargs)
-        if asked_for not in (None, model.n_diffusion_steps):
-            saved = model.n_diffusion_steps
-            warnings.warn(f"n_diffusion_steps stays {saved}, as in the saved model; {asked_for} was asked for", stacklevel=2)
+            model = cls.resume(path, *args, **kwargs)
+            model._resumed = True
+        else:
+            model = super().load(path, *args, **kwargs)
+        for name, value in asked_for.items():
+            saved = getattr(model, name)
+            if value != saved:
+                warnings.warn(f"{name} stays {saved}, as in the saved model; {value} was asked for", stacklevel=2)
         return model
 
     def load_replay_buffer(self, path: Any, truncate_last_traj: bool = True) -> None:

@@ -12,6 +12,7 @@ argument or variable                    symbol                  meaning
 ======================================  ======================  ===========================================
 """
 
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, ClassVar, cast
 
@@ -24,6 +25,7 @@ from torch.nn import functional as F
 from sb3_qvpo.common.actor_critic import CandidateCritic
 from sb3_qvpo.common.arguments import check_count
 from sb3_qvpo.common.candidates import ScoredCandidates, best_candidate
+from sb3_qvpo.common.networks import evaluation_mode
 
 
 def join_observations(first: PyTorchObs, second: PyTorchObs) -> PyTorchObs:
@@ -81,7 +83,8 @@ class BatchNormCritic(CandidateCritic):
         :param scores: Scores of these candidates, shape (B, K), by which one is chosen.
         :return: Values of shape (B, 1).
         """
-        return self.score(features, best_candidate(candidates, scores).unsqueeze(1))
+        with evaluation_mode(self):
+            return self.score(features, best_candidate(candidates, scores).unsqueeze(1))
 
     def transition_values(
         self,
@@ -92,7 +95,8 @@ class BatchNormCritic(CandidateCritic):
         target: CandidateCritic,
     ) -> tuple[tuple[th.Tensor, ...], th.Tensor]:
         """
-        Predictions for (s, a) and values of (s', a') in one pass. In training mode it moves the running statistics.
+        Predictions for (s, a) and values of (s', a') in one pass. In training mode it moves the running statistics, those of
+        frozen critics apart, and none to a number that is not finite.
 
         :param observation: B observations s.
         :param actions: Actions a of the buffer, shape (B, A).
@@ -102,7 +106,14 @@ class BatchNormCritic(CandidateCritic):
         :return: Predictions of each critic, shape (B, 1), with gradients; and ``min_c Q_c(s', a')``, (B, 1), without.
         """
         next_actions = best_candidate(next_candidates.candidates, next_candidates.scores)
-        both = self(join_observations(observation, next_observation), th.cat([actions, next_actions]))
+        is_frozen = not any(parameter.requires_grad for net in self.q_networks for parameter in net.parameters())
+        statistics = [buffer for net in self.q_networks for buffer in net.buffers() if buffer.is_floating_point()]
+        before = [buffer.clone() for buffer in statistics]
+        with evaluation_mode(self) if is_frozen else nullcontext():
+            both = self(join_observations(observation, next_observation), th.cat([actions, next_actions]))
+        for buffer, old in zip(statistics, before, strict=True):
+            # Past the check of autograd: the gradient needs the statistics of the batch, not these
+            buffer.data.copy_(th.where(buffer.isfinite(), buffer, old))
         q_values, next_q_values = zip(*(predictions.chunk(2) for predictions in both), strict=True)
         return q_values, self.aggregate(th.stack(next_q_values).detach()).unsqueeze(1)
 

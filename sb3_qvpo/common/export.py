@@ -97,7 +97,7 @@ class Decision(nn.Module):
         """
         Actions of shape (B, ...) in the action space, for B observations that are not normalised.
 
-        Standard normal noise has shape (T, B, K, A), or (T, 1, K, A) for the same noise in each row, with any K. It is the
+        Standard normal noise has shape (N, B, K, A), or (T, 1, K, A) for the same noise in each row, with any K. It is the
         noise bank of deterministic predictions if None.
         """
         observation = self._normalize(observation)
@@ -252,9 +252,12 @@ def _to_onnx(decision: Decision) -> bytes:
         del node.metadata_props[:]
         node.doc_string = ""
     _name_axes(model.graph)
-    n_steps, _, n_candidates, _ = decision.noise_bank.shape
+    n_noises, _, n_candidates, _ = decision.noise_bank.shape
     properties = dict(
-        n_diffusion_steps=n_steps, n_eval_candidates=n_candidates, vec_normalize=len(decision.normalizations) > 0
+        n_diffusion_steps=decision.policy.n_diffusion_steps,
+        n_noises=n_noises,
+        n_eval_candidates=n_candidates,
+        vec_normalize=len(decision.normalizations) > 0,
     )
     onnx.helper.set_model_props(model, {key: str(value) for key, value in properties.items()})
     model.producer_name, model.producer_version = "sb3_qvpo", ""

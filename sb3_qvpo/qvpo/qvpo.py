@@ -92,8 +92,8 @@ class QVPO(DiffusionOffPolicyAlgorithm):
         at least 1, with ``"qadv"`` at least 2.
     :param n_uniform_actions: N_e, uniform actions of each state in the entropy term (Algorithm 1, line 8), at least 1.
     :param q_weighting: omega_eq: ``"qadv"`` (Eq. 9), ``"qadv_normalized"`` (Eq. 9 in units of the deviation of each state's
-        values), ``"qcut"`` (Sec. 4.2) or a function from values (B, N_d) to weights (B, N_d) of at least 0. A function is
-        tried on construction and at the start of each ``learn()``.
+        values), ``"qcut"`` (Sec. 4.2) or a function from values (B, N_d + m) to weights of at least 0, of the same shape. A
+        function is tried on construction and at the start of each ``learn()``.
     :param n_diffusion_steps: T, steps of the diffusion, at least 1.
     :param policy_delay: Update actor and targets every this many critic updates.
     :param max_grad_norm: Largest Euclidean norm of the gradients of actor and of critics; None for no clipping.
@@ -263,12 +263,10 @@ class QVPO(DiffusionOffPolicyAlgorithm):
         """
         with th.no_grad():
             # The K_t-efficient target policy takes its best candidate, chosen and valued by the same critics
+            # Named only where it matters, because policies of users may not know it
+            options = {} if self.critic.bootstraps_from_scores else {"only_to_choose": True}
             next_candidates = self.policy.score_candidates(
-                batch.next_observations,
-                target_noise,
-                of="target",
-                for_training=True,
-                only_to_choose=not self.critic.bootstraps_from_scores,
+                batch.next_observations, target_noise, of="target", for_training=True, **options
             )
         q_values, next_values = self.critic.transition_values(
             batch.observations, batch.actions, batch.next_observations, next_candidates, self.critic_target
@@ -348,7 +346,9 @@ class QVPO(DiffusionOffPolicyAlgorithm):
         super()._resolve_arguments()
         self.n_improvement_steps = check_count("n_improvement_steps", self.n_improvement_steps, 0)
         check_interval("improvement_step", self.improvement_step, 0, math.inf, low_allowed=False)
-        self._q_weighting: QWeighting = resolve_q_weighting(self.q_weighting, self.n_train_candidates, self.device)
+        self._q_weighting: QWeighting = resolve_q_weighting(
+            self.q_weighting, self.n_train_candidates, self.device, self.n_improvement_steps
+        )
         if isinstance(self.ent_coef, str) and self.ent_coef.startswith("auto"):
             raise ValueError(
                 f"ent_coef must be a number, a schedule or a string such as 'lin_0.02_0.002_0.9', got {self.ent_coef!r}: it "

@@ -72,23 +72,28 @@ Q_WEIGHTINGS: dict[str, QWeighting] = {"qadv": qadv, "qadv_normalized": qadv_nor
 
 
 def resolve_q_weighting(
-    q_weighting: str | Callable[[th.Tensor], th.Tensor], n_train_candidates: int, device: th.device | str = "cpu"
+    q_weighting: str | Callable[[th.Tensor], th.Tensor],
+    n_train_candidates: int,
+    device: th.device | str = "cpu",
+    n_improvement_steps: int = 0,
 ) -> QWeighting:
     """
     The weighting function for a name, or the function itself after a trial.
 
     :param q_weighting: ``"qadv"``, ``"qadv_normalized"``, ``"qcut"`` or a function from values (B, K) to weights (B, K).
-    :param n_train_candidates: N_d, the K it will see.
+    :param n_train_candidates: N_d.
     :param device: Where the values will be.
+    :param n_improvement_steps: m; K is N_d + m.
     :return: The function.
     :raises ValueError: For an unknown name, ``qadv`` with fewer than two candidates, or a function whose weights have
         another shape, are negative or not finite.
     """
+    n_candidates = n_train_candidates + n_improvement_steps
     if isinstance(q_weighting, str):
         if q_weighting not in Q_WEIGHTINGS:
             known = ", ".join(repr(name) for name in Q_WEIGHTINGS)
             raise ValueError(f"q_weighting must be one of {known} or a function (B, K) -> (B, K), got {q_weighting!r}")
-        if q_weighting.startswith("qadv") and n_train_candidates < 2:
+        if q_weighting.startswith("qadv") and n_candidates < 2:
             raise ValueError(
                 f"n_train_candidates must be a whole number of at least 2 with q_weighting={q_weighting!r} (the advantage of "
                 f"a single action is always 0), got {n_train_candidates}"
@@ -96,7 +101,7 @@ def resolve_q_weighting(
         return Q_WEIGHTINGS[q_weighting]
     if not callable(q_weighting):
         raise ValueError(f"q_weighting must be a name or a function (B, K) -> (B, K), got {q_weighting!r}")
-    trial = th.linspace(-1, 1, 2 * n_train_candidates, device=device).reshape(2, n_train_candidates)
+    trial = th.linspace(-1, 1, 2 * n_candidates, device=device).reshape(2, n_candidates)
     weights = q_weighting(trial)
     if weights.shape != trial.shape or not bool(((weights >= 0) & weights.isfinite()).all()):
         raise ValueError(

@@ -25,15 +25,18 @@ def test_counts_below_one_are_refused(name, value):
 
 BAD = [
     (dict(n_train_candidates=1), "n_train_candidates must be .* at least 2 with q_weighting='qadv' .*, got 1"),
-    (dict(q_weighting="best"), "q_weighting must be one of 'qadv', 'qcut' or a function .*, got 'best'"),
+    (dict(q_weighting="best"), "q_weighting must be one of 'qadv', 'qadv_normalized', 'qcut' or a function .*, got 'best'"),
     (dict(q_weighting=3), "q_weighting must be a name or a function"),
     (dict(q_weighting=lambda q: q.mean(dim=1)), r"q_weighting must return .* shape of its input, \(2, 4\), got shape \(2,\)"),
     (dict(q_weighting=lambda q: q), "q_weighting must return finite weights of at least 0"),
     (
         dict(policy_kwargs=dict(noise_schedule="square")),
-        "noise_schedule must be one of 'cosine', 'vp', 'linear' .*'square'",
+        "noise_schedule must be one of 'cosine', 'vp', 'linear', 'karras', a function .*'square'",
     ),
-    (dict(policy_kwargs=dict(noise_schedule=3)), "noise_schedule must be a name or a function"),
+    (
+        dict(policy_kwargs=dict(noise_schedule=3)),
+        "noise_schedule must be a name, a function .* or a list of noise levels, got 3",
+    ),
     (dict(policy_kwargs=dict(noise_schedule=lambda n: th.ones(n))), r"noise_schedule must return 3 values in \(0, 1\)"),
     (dict(policy_kwargs=dict(noise_schedule=lambda n: th.full((n + 1,), 0.1))), "noise_schedule must return 3 values"),
     (dict(policy_kwargs=dict(time_embedding_dim=5)), "time_embedding_dim must be an even number of at least 4, got 5"),

@@ -1,7 +1,9 @@
 """Critics beside the paper's: batch-normalised ones without targets, and quantiles. Against the reference, fast and eager."""
 
+import contextlib
 import copy
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import gymnasium as gym
 import numpy as np
@@ -25,7 +27,7 @@ from sb3_qvpo import QVPO, DiffusionPolicy
 from sb3_qvpo.common.actor_critic import CandidateCritic
 from sb3_qvpo.common.candidates import ScoredCandidates
 from sb3_qvpo.common.critics import BatchNormCritic, QuantileCritic
-from sb3_qvpo.common.speed.networks import FastBatchNormCritic, FastQuantileCritic, can_be_folded
+from sb3_qvpo.common.speed.networks import FastBatchNormCritic, FastCritic, FastQuantileCritic, can_be_folded
 
 RELU = dict(net_arch=[8, 8], critic_activation_fn=nn.ReLU)
 
@@ -149,25 +151,80 @@ def test_scores_use_running_statistics(n_states, settings):
     np.testing.assert_allclose(results[0].scores[0], values, **TOLERANCE)
 
 
-def test_folded_networks_follow_the_weights(settings):
-    """The copies without norms are made once, and filled each time."""
+def test_folded_networks_follow_the_model(settings):
+    """Its weights, and a layer that is replaced; and they are no part of it."""
     model = crossq(BanditEnv())
-    observation, noise = th.randn(4, 2), th.randn(3, 4, 5, 1)
+    observation, noise, results = th.randn(4, 2), th.randn(3, 4, 5, 1), []
+    for change in (
+        lambda: model.learn(20),
+        lambda: [setattr(q_network, "2", nn.Tanh()) for q_network in model.critic.q_networks],
+    ):
+        change()
+        for settings.enabled in (False, True):
+            with th.no_grad():
+                results.append(model.policy.score_candidates(observation, noise).scores)
+        np.testing.assert_allclose(results[-1], results[-2], **TOLERANCE)
+    assert not th.equal(results[1], results[3])
+    assert model.policy.state_dict().keys() == crossq(BanditEnv()).policy.state_dict().keys()
+
+
+def test_decisions_in_inference_mode_leave_the_model_usable():
+    model = crossq(BanditEnv())
+    observation = np.zeros((3, 2), np.float32)
+    with th.inference_mode():
+        first, _ = model.predict(observation, deterministic=True)
+    np.testing.assert_array_equal(model.predict(observation, deterministic=True)[0], first)
+    model.learn(12)
+
+
+def test_threads_score_at_the_same_time():
+    model = crossq(BanditEnv(), policy_kwargs=dict(net_arch=[64, 64], critic_activation_fn=nn.ReLU))
     model.policy.set_training_mode(False)
+    features, candidates = th.randn(8, 2), th.rand(8, 4, 1)
     with th.no_grad():
-        first = model.policy.score_candidates(observation, noise).scores
-        address = model.critic.plain_networks()[0][0].weight.data_ptr()
-    model.learn(20)
-    with th.no_grad():
-        second = model.policy.score_candidates(observation, noise).scores
-        model.policy.set_training_mode(False)
-        assert model.critic.plain_networks()[0][0].weight.data_ptr() == address
-        settings.enabled = False
-        eager = model.policy.score_candidates(observation, noise).scores
-    assert not th.equal(first, second)
-    np.testing.assert_allclose(second, eager, **TOLERANCE)
-    # Neither saved nor parameters
-    assert not any("_folded" in name for name in [*model.policy.state_dict(), *dict(model.policy.named_parameters())])
+        expected = model.critic.score(features, candidates)
+
+    def agree(_):
+        with th.no_grad():
+            return all(th.equal(model.critic.score(features, candidates), expected) for _ in range(200))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(agree, range(4)))
+
+
+def test_frozen_critics_keep_their_statistics():
+    model = crossq(CountdownEnv()).learn(10)
+    model.critic.requires_grad_(False)
+    before = {name: buffer.clone() for name, buffer in model.critic.named_buffers()}
+    model.learn(10, reset_num_timesteps=False)
+    assert all(th.equal(before[name], buffer) for name, buffer in model.critic.named_buffers())
+    model.critic.requires_grad_(True)
+    model.learn(10, reset_num_timesteps=False)
+    assert not all(th.equal(before[name], buffer) for name, buffer in model.critic.named_buffers())
+
+
+def test_statistics_stay_finite():
+    """Observations whose square is not finite: the statistics are not poisoned, so the model stays of use."""
+    model = crossq(CountdownEnv(), learning_starts=100).learn(20)
+    model.replay_buffer.observations[:20] = 1e25
+    with contextlib.suppress(ValueError):
+        model.train(2, 8)
+    assert all(buffer.isfinite().all() for buffer in model.critic.buffers())
+
+
+def test_gradients_climb_what_scores_say():
+    """A subclass that values candidates in a way of its own."""
+
+    class Mine(FastCritic):
+        def value_candidates(self, features, candidates):
+            values = super().value_candidates(features, candidates)
+            return values - 100 * (candidates**2).sum(-1, keepdim=True)
+
+    model = tiny_qvpo(BanditEnv(), policy=type("Policy", (DiffusionPolicy,), {"critic_class": Mine}))
+    features, actions = th.randn(4, 2), th.rand(4, 1)
+    scores, gradients = model.critic.action_gradient(features, actions)
+    th.testing.assert_close(scores, model.critic.score(features, actions.unsqueeze(1)).squeeze(1).detach())
+    assert (gradients.abs() > 10 * actions.abs()).all()
 
 
 @pytest.mark.parametrize("activation_fn", [nn.ReLU, nn.Mish])
@@ -354,9 +411,9 @@ def test_the_type_is_fixed_with_the_policy():
 @pytest.mark.parametrize("name", ["crossq", "quantile"])
 def test_whole_updates_fast_and_eager(name, settings):
     """
-    With improved candidates and few sampling steps, as presets have them. Plain gradient steps, because the bias before a norm
-    has no gradient but rounding errors, which Adam would make as large as any other. One update at a time, because after some
-    a rounding error decides between two candidates of nearly the same value.
+    With improved candidates and few sampling steps, as presets have them. Plain gradient steps, because Adam makes rounding
+    errors in small gradients large. One update at a time, because after some a rounding error decides between two candidates
+    of nearly the same value.
     """
     settings.candidate_dtype = "float32"
     for seed in range(3):
@@ -390,6 +447,10 @@ def test_bootstrap_of_normalized_critics_is_the_value_of_the_choice():
     model = crossq(BanditEnv())
     model.critic.set_training_mode(False)
     features, candidates = th.randn(3, 2), th.rand(3, 5, 1)
+    before = weights_of(model)
     with th.no_grad():
         scored = ScoredCandidates(features, candidates, model.critic.score(features, candidates))
-        assert th.allclose(model.critic.bootstrap(*scored).squeeze(1), scored.scores.max(dim=1).values)
+        for training in (False, True):
+            model.critic.set_training_mode(training)
+            assert th.allclose(model.critic.bootstrap(*scored).squeeze(1), scored.scores.max(dim=1).values)
+    assert same_weights(before, weights_of(model)) and model.critic.training

@@ -3,6 +3,7 @@
 import time
 
 import pytest
+import torch as th
 import yaml
 from helpers import ROOT
 from stable_baselines3.common.env_util import make_vec_env
@@ -12,7 +13,7 @@ from sb3_qvpo import QVPO
 
 SETTINGS = yaml.safe_load((ROOT / "hyperparams" / "qvpo.yml").read_text())["Pendulum-v1"]
 POLICY, N_TIMESTEPS = SETTINGS.pop("policy"), SETTINGS.pop("n_timesteps")
-SETTINGS["policy_kwargs"] = eval(SETTINGS["policy_kwargs"])  # RL Zoo's way of writing them
+SETTINGS["policy_kwargs"] = eval(SETTINGS["policy_kwargs"], {"nn": th.nn})  # RL Zoo's way of writing them
 
 
 @pytest.mark.slow

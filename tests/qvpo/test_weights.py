@@ -34,6 +34,15 @@ def test_normalized_weights_do_not_depend_on_the_scale_of_values():
         assert weights.isfinite().all() and weights.max() < 0.1
 
 
+def test_a_function_is_tried_on_as_many_values_as_it_will_see():
+    """Improved candidates are among them."""
+    for_four = lambda q: q.softmax(dim=1) * th.ones(4)  # noqa: E731
+    with pytest.raises(RuntimeError):
+        tiny_qvpo(n_train_candidates=4, n_improvement_steps=2, q_weighting=for_four)
+    tiny_qvpo(n_train_candidates=2, n_improvement_steps=2, q_weighting=for_four).learn(8)
+    tiny_qvpo(n_train_candidates=1, n_improvement_steps=1).learn(8)  # the advantage of two is well defined
+
+
 def test_the_heaviest_candidate_is_trained_on():
     candidates = th.arange(4.0).view(1, 4, 1)
     q_values = th.tensor([[-3.0, -1.0, -2.0, -4.0]])

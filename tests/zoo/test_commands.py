@@ -66,7 +66,7 @@ def saved_settings(folder, env):
 def test_train_saves_model_config_and_buffer(pendulum):
     data = saved_data(pendulum / "Pendulum-v1.zip")
     assert (data["num_timesteps"], data["_n_updates"]) == (520, 20)  # 500 steps of warm-up
-    assert saved_settings(pendulum, "Pendulum-v1")["n_train_candidates"] == 16
+    assert saved_settings(pendulum, "Pendulum-v1")["n_train_candidates"] == 8
     assert (pendulum / "replay_buffer.pkl").is_file()
 
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import rl_zoo3
 import torch as th
-from helpers import TINY, tiny_qvpo
+from helpers import TINY, CountdownEnv, tiny_qvpo
 from stable_baselines3 import HerReplayBuffer
 from stable_baselines3.common.envs import BitFlippingEnv
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
@@ -124,3 +124,15 @@ def test_continuing_writes_its_own_tensorboard_folder(tmp_path):
     assert model.num_timesteps == 16
     files = sorted(path.parent.name for path in (tmp_path / "tb").glob("*/*tfevents*"))
     assert files == ["QVPO_1", "QVPO_2", "QVPO_3"]
+
+
+def test_what_is_fixed_stays_the_models(tmp_path):
+    """RL Zoo hands on all settings of the task's entry, which may have other critics than the saved model."""
+    tiny = {"learning_starts": 5, "batch_size": 8, "buffer_size": 100, "n_diffusion_steps": 3, "n_train_candidates": 4}
+    zoo.ZooQVPO("MlpPolicy", CountdownEnv(), **tiny).learn(10).save(tmp_path / "model")
+    with pytest.warns(UserWarning, match="critic_type stays twin, as in the saved model; crossq was asked for"):
+        model = zoo.ZooQVPO.load(tmp_path / "model", env=CountdownEnv(), critic_type="crossq", n_diffusion_steps=3)
+    model.learn(10)
+    model.save_checkpoint(tmp_path / "run.zip")
+    with pytest.warns(UserWarning, match="n_diffusion_steps stays 3"):
+        zoo.ZooQVPO.load(tmp_path / "run.zip", env=CountdownEnv(), n_diffusion_steps=20).learn(10)

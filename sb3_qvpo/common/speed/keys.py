@@ -17,7 +17,7 @@ from sb3_qvpo.common.speed.settings import settings
 TORCHS_OWN = frozenset(vars(nn.Module())) - {"training"}
 """Attributes that torch gives each module. :class:`TensorAddresses` watches the tensors and modules in them."""
 
-NO_SETTINGS = TORCHS_OWN | {"_noise_bank", "_folded", "programs"}
+NO_SETTINGS = TORCHS_OWN | {"_noise_bank", "programs"}
 """Attributes of modules that no update reads."""
 
 

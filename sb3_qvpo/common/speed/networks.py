@@ -116,8 +116,10 @@ class FastCritic(CandidateCritic):
 
     def action_gradient(self, features: th.Tensor, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
         """As in :class:`CandidateCritic`. Nothing is kept for gradients of the parameters."""
+        own = type(self)
+        is_known = own.score is CandidateCritic.score and own.value_candidates is FastCritic.value_candidates
         with th.no_grad():
-            networks = self.plain_networks() if is_switched_on() else None
+            networks = self.plain_networks() if is_switched_on() and is_known else None
         if networks is None:
             return super().action_gradient(features, actions)
         features = features.detach()
@@ -149,17 +151,11 @@ class FastBatchNormCritic(FastCritic, BatchNormCritic):
     """
 
     def plain_networks(self) -> list[nn.Sequential] | None:
-        """As in :class:`FastCritic`: copies without norms, which follow the weights. None in training mode."""
+        """As in :class:`FastCritic`: new networks without norms. None in training mode."""
         if self.training or th.is_grad_enabled() or not all(can_be_folded(q_network) for q_network in self.q_networks):
             return None
-        folded: list[nn.Sequential] | None = vars(self).get("_folded")
-        q_networks = cast(list[nn.Sequential], self.q_networks)
-        if folded is None or folded[0][0].weight.device != q_networks[0][1].weight.device:
-            # Kept, because graphs need the same memory each time. In a list, because they are no parameters
-            folded = vars(self)["_folded"] = [without_norms(q_network) for q_network in q_networks]
-        for q_network, copy in zip(q_networks, folded, strict=True):
-            fold(q_network, copy)
-        return folded
+        # Made each time: several threads may decide at once, and what inference mode makes is of no use outside it
+        return [folded(cast(nn.Sequential, q_network)) for q_network in self.q_networks]
 
 
 def can_be_folded(q_network: nn.Module) -> bool:
@@ -174,29 +170,32 @@ def can_be_folded(q_network: nn.Module) -> bool:
     )
 
 
-def without_norms(q_network: nn.Sequential) -> nn.Sequential:
-    """A copy of a network without its norms, whose weights are not set yet and get no gradients."""
+def folded(q_network: nn.Sequential) -> nn.Sequential:
+    """
+    A network without its norms, whose linear layers do what norm and linear layer do together in evaluation mode:
+    ``W (scale (x - mean) + shift) + b = (W scale) x + (b + W (shift - scale mean))``.
+    """
     layers: list[nn.Module] = []
-    for layer in q_network:
-        if isinstance(layer, nn.Linear):
-            # Initialising it would draw random numbers, and a run would depend on when it is made
-            linear = nn.Linear(layer.in_features, layer.out_features, device="meta").to_empty(device=layer.weight.device)
-            layers.append(linear.requires_grad_(False))
-        elif not isinstance(layer, nn.BatchNorm1d):
-            layers.append(layer)
+    for norm, linear, *activation in triples_of_layers(q_network):
+        scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+        shift = th.addcmul(norm.bias, scale, norm.running_mean, value=-1)
+        layers += [linear_of(linear.weight * scale, th.addmv(linear.bias, linear.weight, shift)), *activation]
     return nn.Sequential(*layers)
 
 
-def fold(q_network: nn.Sequential, folded: nn.Sequential) -> None:
-    """
-    Write into the linear layers of ``folded`` what norm and linear layer do together, in evaluation mode:
-    ``W (scale (x - mean) + shift) + b = (W scale) x + (b + W (shift - scale mean))``.
-    """
-    norms, linears = cast(Any, list(q_network)[::3]), cast(Any, list(q_network)[1::3])
-    for norm, linear, result in zip(norms, linears, cast(Any, list(folded)[::2]), strict=True):
-        scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
-        th.mul(linear.weight, scale, out=result.weight)
-        th.addmv(linear.bias, linear.weight, th.addcmul(norm.bias, scale, norm.running_mean, value=-1), out=result.bias)
+def triples_of_layers(q_network: nn.Sequential) -> list[list[Any]]:
+    """Norm, linear layer and activation, again and again; the last has no activation."""
+    layers = list(q_network)
+    return [layers[i : i + 3] for i in range(0, len(layers), 3)]
+
+
+def linear_of(weight: th.Tensor, bias: th.Tensor) -> nn.Linear:
+    """A linear layer with given weights. Initialising one would draw random numbers, and take longer."""
+    linear = nn.Linear.__new__(nn.Linear)
+    nn.Module.__init__(linear)
+    linear.out_features, linear.in_features = weight.shape
+    linear.weight, linear.bias = (nn.Parameter(tensor, requires_grad=False) for tensor in (weight, bias))
+    return linear
 
 
 class FastQuantileCritic(FastCritic, QuantileCritic):
