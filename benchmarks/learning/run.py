@@ -70,7 +70,7 @@ EIGHT: dict[str, Any] = {"n_train_candidates": 8, "n_uniform_actions": 2, "ent_c
 """Half as many candidates again. A fifth of the uniform actions, each with five times the weight: the same in total."""
 
 FAST: dict[str, Any] = {**EIGHT, "policy_delay": 2}
-"""``hyperparams/qvpo_fast.yml``."""
+"""``hyperparams/qvpo_fast.yml`` of version 0.1."""
 
 
 def in_zoo(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -86,9 +86,10 @@ CASES = {
     ),
     "quantiles": (4, dict(critic_type="quantile", net_arch=[64, 64])),
 }
+RARE = {"quantiles"}
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if name in RARE else ()) for name in CASES])
 def test_compiled_actions_are_the_eager_ones(name):
     """With the same noise; after an update, too; and nothing is compiled again."""
     n_candidates, policy_kwargs = CASES[name]
