@@ -322,6 +322,7 @@ def test_quantile_target_and_loss():
     assert float(model.critic.loss(tuple(predicted), wanted)) == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_quantiles_of_a_known_distribution():
     """Rewards from a normal distribution, one step an episode: the quantiles become its quantiles, the score its mean."""
     rewards = np.random.default_rng(0)

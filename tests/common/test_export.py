@@ -175,6 +175,7 @@ def test_the_file_describes_itself_and_nothing_else(exported):
     assert {node.domain for node in content.graph.node} <= {"", "pkg.onnxscript.torch_lib"}
     assert {entry.key: entry.value for entry in content.metadata_props} == {
         "n_diffusion_steps": "3",
+        "n_noises": "3",
         "n_eval_candidates": "4",
         "vec_normalize": "False",
     }
