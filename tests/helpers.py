@@ -17,6 +17,7 @@ from stable_baselines3 import HerReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import BitFlippingEnv, FakeImageEnv, IdentityEnvBox, SimpleMultiObsEnv
+from stable_baselines3.common.logger import KVWriter
 from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_qvpo import QVPO, DiffusionPolicy
@@ -288,6 +289,22 @@ def actor_parameters(actor):
 def critics_to_numpy(critic):
     """A CandidateCritic in the reference's form: a list of layers for each critic."""
     return [layers_to_numpy(q_network) for q_network in critic.q_networks]
+
+
+# Logs
+
+
+class Recorder(KVWriter):
+    """Keeps what is logged."""
+
+    def __init__(self):
+        self.rows = []
+
+    def write(self, key_values, key_excluded, step=0):
+        self.rows.append(dict(key_values))
+
+    def close(self):
+        pass
 
 
 # Comparisons

@@ -10,13 +10,10 @@ import argparse
 import time
 from pathlib import Path
 
-import gymnasium as gym
 import numpy as np
 import torch as th
-from quickstart import SETTINGS
+from quickstart import SETTINGS, returns_of
 from run import append, read, setup
-from stable_baselines3.common.evaluation import evaluate_policy
-from stable_baselines3.common.monitor import Monitor
 
 from sb3_qvpo import QVPO
 from sb3_qvpo.common.speed.settings import settings
@@ -40,9 +37,7 @@ def main() -> None:
             model = QVPO("MlpPolicy", "Pendulum-v1", **SETTINGS["version_0.1"], seed=seed, device="cpu")
             for step in range(arguments.eval_freq, arguments.steps + 1, arguments.eval_freq):
                 model.learn(arguments.eval_freq, reset_num_timesteps=False)
-                env = Monitor(gym.make("Pendulum-v1"))
-                env.reset(seed=1000)  # the same starts for all
-                returns, _ = evaluate_policy(model, env, 20, return_episode_rewards=True)
+                returns = returns_of(model)
                 rows.append(
                     {
                         **{"task": "Pendulum-v1", "algo": dtype, "seed": seed, "step": step, "last_step": arguments.steps},

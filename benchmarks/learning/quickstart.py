@@ -29,6 +29,14 @@ SETTINGS = {
 }
 
 
+def returns_of(model: QVPO) -> list[float]:
+    """Returns of 20 episodes, with the same starts for all models."""
+    env = Monitor(gym.make("Pendulum-v1"))
+    env.reset(seed=1000)
+    returns, _ = evaluate_policy(model, env, 20, return_episode_rewards=True)
+    return returns
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", nargs="+", type=int, default=list(range(20)))
@@ -49,9 +57,7 @@ def main() -> None:
             start = time.process_time()
             model.learn(arguments.eval_freq, reset_num_timesteps=False)
             trained += time.process_time() - start
-            env = Monitor(gym.make("Pendulum-v1"))
-            env.reset(seed=1000)  # the same starts for all
-            returns, _ = evaluate_policy(model, env, 20, return_episode_rewards=True)
+            returns = returns_of(model)
             rows.append(
                 {
                     **{"task": "Pendulum-v1", "algo": arguments.settings, "seed": seed, "step": step},

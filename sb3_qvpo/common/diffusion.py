@@ -77,7 +77,7 @@ class DiffusionProcess(nn.Module, ABC):
         """
         Refuse weights that were trained with something else fixed.
 
-        :param state: What :meth:`fixed_state` returned where the weights were trained. Names may be missing.
+        :param state: What :meth:`fixed_state` returned where the weights were trained. Names may be missing, and others there.
         :raises RuntimeError: If it does not fit. Nothing is checked here.
         """
 
@@ -267,6 +267,7 @@ class GaussianDiffusion(DiffusionProcess):
             "x0_coef": betas * previous_alpha_bars.sqrt() / (1 - alpha_bars),
             "x_t_coef": (1 - previous_alpha_bars) * alphas.sqrt() / (1 - alpha_bars),
             "posterior_std": (betas * (1 - previous_alpha_bars) / (1 - alpha_bars)).sqrt(),
+            "extrapolation": th.zeros_like(betas),
         }
         if len(self.sampling_steps) < self.n_steps or sampling_eta < 1:
             coefficients.update(respaced_coefficients(alpha_bars, self.sampling_steps, sampling_eta))
@@ -387,7 +388,7 @@ class GaussianDiffusion(DiffusionProcess):
         """
         if len(noise) != self.n_noises:
             raise ValueError(f"noise must have {self.n_noises} entries, one for each step that adds noise, got {len(noise)}")
-        extrapolation = self._numbers.get("extrapolation", [0.0] * self.n_steps)
+        extrapolation = self._numbers["extrapolation"]
         x_t, *step_noise = noise.unbind()
         x0_before = x_t  # its factor is 0
         for t, z in zip_longest(reversed(self.sampling_steps), step_noise):

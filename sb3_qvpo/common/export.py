@@ -97,7 +97,7 @@ class Decision(nn.Module):
         """
         Actions of shape (B, ...) in the action space, for B observations that are not normalised.
 
-        Standard normal noise has shape (N, B, K, A), or (T, 1, K, A) for the same noise in each row, with any K. It is the
+        Standard normal noise has shape (N, B, K, A), or (N, 1, K, A) for the same noise in each row, with any K. It is the
         noise bank of deterministic predictions if None.
         """
         observation = self._normalize(observation)

@@ -235,7 +235,7 @@ class DiffusionOffPolicyAlgorithm(GuardedOffPolicyAlgorithm):
             forget_graphs(optimizer)
         self._update_runner.forget()  # its graphs write to the optimisers' old state
         try:
-            self.actor.diffusion.check_fixed_state({name: value for name, value in fixed.items() if name != NORMALIZED})
+            self.actor.diffusion.check_fixed_state(fixed)
             super().set_parameters(parameters, exact_match, device)
         except Exception as error:  # whatever is wrong, the model must be as it was
             try:

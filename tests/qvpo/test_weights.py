@@ -36,7 +36,10 @@ def test_normalized_weights_do_not_depend_on_the_scale_of_values():
 
 def test_a_function_is_tried_on_as_many_values_as_it_will_see():
     """Improved candidates are among them."""
-    for_four = lambda q: q.softmax(dim=1) * th.ones(4)  # noqa: E731
+
+    def for_four(q_values):
+        return q_values.softmax(dim=1) * th.ones(4)
+
     with pytest.raises(RuntimeError):
         tiny_qvpo(n_train_candidates=4, n_improvement_steps=2, q_weighting=for_four)
     tiny_qvpo(n_train_candidates=2, n_improvement_steps=2, q_weighting=for_four).learn(8)

@@ -3,9 +3,9 @@
 import time
 
 import pytest
-from helpers import CountdownEnv, tiny_qvpo
+from helpers import CountdownEnv, Recorder, tiny_qvpo
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.logger import HParam, KVWriter, Logger
+from stable_baselines3.common.logger import HParam, Logger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 
@@ -31,19 +31,6 @@ def test_tensorboard_folders_and_contents(tmp_path):
     assert {"train/actor_loss", "train/critic_loss", "rollout/ep_rew_mean"} <= set(events.Tags()["scalars"])
     assert [event.value for event in events.Scalars("rollout/ep_rew_mean")][:5] == [4.0] * 5
     assert "_hparams_/session_start_info" in events.summary_metadata
-
-
-class Recorder(KVWriter):
-    """Keeps what is logged."""
-
-    def __init__(self):
-        self.rows = []
-
-    def write(self, key_values, key_excluded, step=0):
-        self.rows.append(dict(key_values))
-
-    def close(self):
-        pass
 
 
 def recorded_qvpo(env, **kwargs):

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
-from helpers import BanditEnv, CountdownEnv, same_weights, tiny_qvpo, weights_of
+from helpers import BanditEnv, CountdownEnv, Recorder, same_weights, tiny_qvpo, weights_of
 from stable_baselines3 import SAC, HerReplayBuffer
 from stable_baselines3.common.callbacks import ConvertCallback
 from stable_baselines3.common.envs import BitFlippingEnv
-from stable_baselines3.common.logger import KVWriter, Logger, TensorBoardOutputFormat
+from stable_baselines3.common.logger import Logger, TensorBoardOutputFormat
 
 from sb3_qvpo import QVPO
 from sb3_qvpo.zoo import ZooQVPO
@@ -23,45 +23,32 @@ CONTINUE = dict(reset_num_timesteps=False)
 # Loggers are the user's
 
 
-class Kept(KVWriter):
-    """Keeps what is written."""
-
-    def __init__(self):
-        self.dumps = []
-
-    def write(self, key_values, key_excluded, step=0):
-        self.dumps.append(dict(key_values))
-
-    def close(self):
-        """Nothing is open."""
-
-
 def test_output_formats_are_those_that_were_asked_for(tmp_path):
     """As in SB3: none, or TensorBoard's first, or a sequence of one's own."""
     assert tiny_qvpo().learn(4).logger.output_formats == []
     model = tiny_qvpo(tensorboard_log=str(tmp_path)).learn(4)
     assert [type(each) for each in model.logger.output_formats] == [TensorBoardOutputFormat]
-    kept, model = Kept(), tiny_qvpo(CountdownEnv())
+    kept, model = Recorder(), tiny_qvpo(CountdownEnv())
     model.set_logger(Logger(None, (kept,)))
     model.learn(20, log_interval=1)
-    assert {"train/critic_loss", "train/actor_loss"} <= kept.dumps[-1].keys()
+    assert {"train/critic_loss", "train/actor_loss"} <= kept.rows[-1].keys()
 
 
 def test_models_that_share_a_logger_log_their_own_losses():
     """The first one's losses are in the millions. It is freed, too, although the logger lives."""
-    kept = Kept()
+    kept = Recorder()
     logger = Logger(None, [kept])
     first = tiny_qvpo(BanditEnv(lambda action: 5_000.0))
     second = tiny_qvpo(BanditEnv(lambda action: 0.1))
     third = SAC("MlpPolicy", BanditEnv(lambda action: 0.1), learning_starts=5, batch_size=8, device="cpu", seed=0)
     for model in (first, second, third):
         model.set_logger(logger)
-        n_before = len(kept.dumps)
+        n_before = len(kept.rows)
         model.learn(23, log_interval=5)
-        losses = [dump["train/critic_loss"] for dump in kept.dumps[n_before:] if "train/critic_loss" in dump]
+        losses = [dump["train/critic_loss"] for dump in kept.rows[n_before:] if "train/critic_loss" in dump]
         # The first entry may hold what the model before recorded and did not write, as with SB3's own algorithms
         assert len(losses) >= 2 and all((loss > 1e5) == (model is first) for loss in losses[1:])
-    assert not {"train/weight", "train/candidate_std"} & kept.dumps[-1].keys(), "SAC has no such metrics"
+    assert not {"train/weight", "train/candidate_std"} & kept.rows[-1].keys(), "SAC has no such metrics"
     reference = weakref.ref(first)
     del first, model
     gc.collect()
@@ -96,12 +83,12 @@ class Delegating(Logger):
 
 
 def test_loggers_of_other_classes():
-    own, kept = OwnLogger(), Kept()
+    own, kept = OwnLogger(), Recorder()
     for logger in (own, Delegating(Logger(None, [kept]))):
         model = tiny_qvpo(CountdownEnv())
         model.set_logger(logger)
         model.learn(22, log_interval=1)
-    assert own.seen["train/critic_loss"] > 0 and "train/critic_loss" in kept.dumps[-1]
+    assert own.seen["train/critic_loss"] > 0 and "train/critic_loss" in kept.rows[-1]
 
 
 def test_losses_can_be_read_in_a_callback():

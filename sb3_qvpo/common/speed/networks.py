@@ -4,6 +4,7 @@ The fast actor and critics: subclasses that override the costly methods. What th
 Shapes: B batch, K candidates for each state, A action dimensions, S state features, M numbers that a critic predicts.
 """
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch as th
@@ -90,8 +91,7 @@ class FastCritic(CandidateCritic):
 
         :return: One for each critic; None if a network is something else.
         """
-        known = all(splits_into_linear_and_rest(q_network) for q_network in self.q_networks)
-        return cast(list[nn.Sequential], list(self.q_networks)) if known else None
+        return plain_or_none(self.q_networks)
 
     def value_candidates(self, features: th.Tensor, candidates: th.Tensor) -> th.Tensor:
         """As in :class:`CandidateCritic`."""
@@ -200,6 +200,12 @@ def linear_of(weight: th.Tensor, bias: th.Tensor) -> nn.Linear:
 
 class FastQuantileCritic(FastCritic, QuantileCritic):
     """Critics that predict quantiles, faster, as :class:`FastCritic`."""
+
+
+def plain_or_none(q_networks: Sequence[nn.Module]) -> list[nn.Sequential] | None:
+    """The networks themselves if each of them splits into linear layers and activations, else None."""
+    known = all(splits_into_linear_and_rest(q_network) for q_network in q_networks)
+    return cast(list[nn.Sequential], list(q_networks)) if known else None
 
 
 def splits_into_linear_and_rest(q_network: nn.Module) -> bool:

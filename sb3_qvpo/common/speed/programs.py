@@ -29,7 +29,7 @@ from sb3_qvpo.common.diffusion import GaussianDiffusion
 from sb3_qvpo.common.networks import NoisePredictor, evaluation_mode, n_observations
 from sb3_qvpo.common.speed import cpu
 from sb3_qvpo.common.speed.graphs import EAGER_DECISIONS, ScoringGraph, squeezed
-from sb3_qvpo.common.speed.networks import FastActor, FastCritic, is_switched_on, splits_into_linear_and_rest
+from sb3_qvpo.common.speed.networks import FastActor, FastCritic, is_switched_on, plain_or_none
 from sb3_qvpo.common.speed.settings import settings
 
 LinearParameters = Sequence[tuple[th.Tensor, th.Tensor]]
@@ -92,10 +92,7 @@ def activation_of(network: nn.Sequential) -> Activation:
 
 def plain_networks(critic: CandidateCritic) -> list[nn.Sequential] | None:
     """The critics' networks as linear layers and activations, None if they are something else."""
-    if isinstance(critic, FastCritic):
-        return critic.plain_networks()
-    known = all(splits_into_linear_and_rest(q_network) for q_network in critic.q_networks)
-    return cast(list[nn.Sequential], list(critic.q_networks)) if known else None
+    return critic.plain_networks() if isinstance(critic, FastCritic) else plain_or_none(critic.q_networks)
 
 
 class ScoringProgram:
