@@ -73,3 +73,25 @@ def test_evaluation_mode_restores_each_mode():
         fail()
     assert first.training
     assert not second.training
+
+
+def test_evaluation_mode_restores_each_layer():
+    """One that is frozen inside a network stays so, one that does more in train() does it, and compiled modules follow."""
+    calls = []
+
+    class Recorder(th.nn.Linear):
+        def train(self, mode=True):
+            calls.append(mode)
+            return super().train(mode)
+
+    scripted = th.jit.script(th.nn.Dropout(0.5))
+    network = th.nn.Sequential(th.nn.BatchNorm1d(3), th.nn.Dropout(), Recorder(3, 3), scripted)
+    network[0].eval()
+    calls.clear()
+    x = th.ones(64, 3)
+    with evaluation_mode(network):
+        assert not any(layer.training for layer in network.modules())
+        assert th.equal(scripted(x), x)
+    assert [layer.training for layer in network] == [False, True, True, True]
+    assert calls == [False, True]
+    assert not th.equal(scripted(x), x)

@@ -52,20 +52,44 @@ TOO_BUSY = 1.5
 # What an MLP looks like
 
 
-def is_plain_mlp(layers: Sequence[nn.Module]) -> bool:
+class ConstantLinear:
+    """
+    A linear layer with given weights. It is no module, because making one takes longer than computing its weights.
+
+    :param weight: Shape (outputs, inputs).
+    :param bias: Shape (outputs,).
+    """
+
+    def __init__(self, weight: th.Tensor, bias: th.Tensor):
+        self.weight, self.bias = weight, bias
+        self.out_features, self.in_features = weight.shape
+
+    def __call__(self, x: th.Tensor) -> th.Tensor:
+        """Outputs of shape (R, outputs) for rows of shape (R, inputs)."""
+        return F.linear(x, self.weight, self.bias)
+
+
+LINEAR = (nn.Linear, ConstantLinear)
+"""Types of linear layers."""
+
+Layers = Sequence[Any]
+"""Linear layers and activations in turn, the first and the last of them linear; or those behind the first."""
+
+
+def is_plain_mlp(layers: Layers) -> bool:
     """Whether the layers behind a first linear one are activation, linear layer, activation, ..., linear layer."""
-    linear = [type(layer) is nn.Linear and layer.bias is not None for layer in layers]
+    linear = [type(layer) in LINEAR and layer.bias is not None for layer in layers]
     return len(layers) >= 2 and linear == [i % 2 == 1 for i in range(len(layers))]
 
 
-def cpu_path_exists(layers: Sequence[nn.Module], device: th.device) -> bool:
+def cpu_path_exists(layers: Layers, device: th.device) -> bool:
     """Whether this module serves the layers behind a first linear one: on the CPU, without gradients, for a plain MLP."""
     return device.type == "cpu" and not th.is_grad_enabled() and is_plain_mlp(layers)
 
 
-def worth_blocking(layers: Sequence[nn.Module], n_rows: int, device: th.device) -> bool:
+def worth_blocking(layers: Layers, n_rows: int, device: th.device) -> bool:
     """True if the fast path exists here and there are enough rows to pay for it."""
-    return cpu_path_exists(layers, device) and n_rows * cast(nn.Linear, layers[1]).in_features >= SMALLEST_SIZE
+    return cpu_path_exists(layers, device) and n_rows * int(layers[1].in_features) >= SMALLEST_SIZE
 
 
 # The process
@@ -230,9 +254,9 @@ class TrainableMish(th.autograd.Function):
         return cast(th.Tensor, derivative * gradient)
 
 
-def trainable_layers(layers: Sequence[nn.Module], n_rows: int) -> Sequence[Callable[[th.Tensor], th.Tensor]] | None:
+def trainable_layers(layers: Layers, n_rows: int) -> Sequence[Any] | None:
     """Layers for a loss, with :class:`TrainableMish` for Mish. None if that does not pay."""
-    widths = [layer.out_features for layer in layers if isinstance(layer, nn.Linear) and layer.weight.device.type == "cpu"]
+    widths = [layer.out_features for layer in layers if isinstance(layer, LINEAR) and layer.weight.device.type == "cpu"]
     has_mish = any(type(layer) is nn.Mish for layer in layers)
     if not (settings.enabled and has_mish and widths and n_rows * max(widths) >= SMALLEST_SIZE):
         return None
@@ -251,7 +275,7 @@ class FastLayers:
     before it change their sign. ``sign`` is that of the network's first layer.
     """
 
-    def __init__(self, layers: Sequence[nn.Module], dtype: th.dtype, scratch: Scratch, vectorized: bool = True):
+    def __init__(self, layers: Layers, dtype: th.dtype, scratch: Scratch, vectorized: bool = True):
         self.dtype = dtype
         self.scratch = scratch
         is_mish = [vectorized and type(activation) is nn.Mish for activation in layers[::2]]
@@ -260,7 +284,7 @@ class FastLayers:
             for mish, activation in zip(is_mish, layers[::2], strict=True)
         ]
         self.sign, *signs = [-1 if mish else 1 for mish in is_mish] + [1]
-        linears = cast(Sequence[nn.Linear], layers[1::2])
+        linears = layers[1::2]
         self.weights = [_signed(sign, layer.weight.detach()) for sign, layer in zip(signs, linears, strict=True)]
         self.biases = [_signed(sign, layer.bias.detach()) for sign, layer in zip(signs, linears, strict=True)]
         for i in range(len(self.weights) - 1):
@@ -350,13 +374,13 @@ def sample_for_one_state(
 
 
 @OneDnnProducts()
-def value_in_blocks(q_network: nn.Sequential, state_part: th.Tensor, candidates: th.Tensor) -> th.Tensor:
+def value_in_blocks(layers: Layers, state_part: th.Tensor, candidates: th.Tensor) -> th.Tensor:
     """
     What one critic predicts for candidates (B, K, A), in float32, shape (B, K, M). The state part of its first layer, with the
     bias, has shape (B, 1, H).
     """
     n_states, n_candidates, action_dim = candidates.shape
-    first_layer, *later_modules = cast(Any, q_network)
+    first_layer, *later_modules = layers
     width = first_layer.out_features
     scratch = Scratch()
     later_layers = FastLayers(later_modules, th.float32, scratch)

@@ -85,11 +85,11 @@ class FastCritic(CandidateCritic):
             results.append(hidden)
         return tuple(results)
 
-    def plain_networks(self) -> list[nn.Sequential] | None:
+    def plain_networks(self) -> list[cpu.Layers] | None:
         """
         The networks as linear layers with activations between them, for rows without gradients to the parameters.
 
-        :return: One for each critic; None if a network is something else.
+        :return: The layers of each critic; None if a network is something else.
         """
         return plain_or_none(self.q_networks)
 
@@ -100,12 +100,11 @@ class FastCritic(CandidateCritic):
             return super().value_candidates(features, candidates)
         n_rows = candidates.shape[0] * candidates.shape[1]
         predictions = []
-        for q_network in networks:
-            first_layer, later_layers = cast(nn.Linear, q_network[0]), list(q_network)[1:]
+        for first_layer, *later_layers in networks:
             state_weight, action_weight = th.split(first_layer.weight, [features.shape[-1], candidates.shape[-1]], dim=1)
             state_part = F.linear(features, state_weight, first_layer.bias).unsqueeze(1)
             if first_layer.weight.dtype == th.float32 and cpu.worth_blocking(later_layers, n_rows, features.device):
-                predictions.append(cpu.value_in_blocks(q_network, state_part, candidates))
+                predictions.append(cpu.value_in_blocks([first_layer, *later_layers], state_part, candidates))
                 continue
             # Rows, as the eager critics have them: a layer may treat other axes in a way of its own
             hidden = (F.linear(candidates, action_weight) + state_part).flatten(0, 1)
@@ -131,14 +130,14 @@ class FastCritic(CandidateCritic):
         return scores.detach(), gradient
 
 
-def through_constants(q_network: nn.Sequential, features: th.Tensor, actions: th.Tensor) -> th.Tensor:
+def through_constants(layers: cpu.Layers, features: th.Tensor, actions: th.Tensor) -> th.Tensor:
     """What a critic predicts, shape (B, M), with gradients to the actions (B, A) and none to the parameters."""
-    first_layer, *later_layers = q_network
-    weight, bias = (cast(th.Tensor, parameter).detach() for parameter in (first_layer.weight, first_layer.bias))
+    first_layer, *later_layers = layers
+    weight, bias = first_layer.weight.detach(), first_layer.bias.detach()
     state_weight, action_weight = th.split(weight, [features.shape[-1], actions.shape[-1]], dim=1)
     hidden = F.linear(actions, action_weight) + F.linear(features, state_weight, bias)
     for layer in cpu.trainable_layers(later_layers, len(actions)) or later_layers:
-        if isinstance(layer, nn.Linear):
+        if isinstance(layer, cpu.LINEAR):
             hidden = F.linear(hidden, layer.weight.detach(), layer.bias.detach())
         else:
             hidden = layer(hidden)
@@ -150,8 +149,8 @@ class FastBatchNormCritic(FastCritic, BatchNormCritic):
     Critics with batch normalisation, faster: where candidates are scored, each norm is folded into the linear layer behind it.
     """
 
-    def plain_networks(self) -> list[nn.Sequential] | None:
-        """As in :class:`FastCritic`: new networks without norms. None in training mode."""
+    def plain_networks(self) -> list[cpu.Layers] | None:
+        """As in :class:`FastCritic`: new layers, without norms. None in training mode."""
         if self.training or th.is_grad_enabled() or not all(can_be_folded(q_network) for q_network in self.q_networks):
             return None
         # Made each time: several threads may decide at once, and what inference mode makes is of no use outside it
@@ -170,17 +169,17 @@ def can_be_folded(q_network: nn.Module) -> bool:
     )
 
 
-def folded(q_network: nn.Sequential) -> nn.Sequential:
+def folded(q_network: nn.Sequential) -> cpu.Layers:
     """
-    A network without its norms, whose linear layers do what norm and linear layer do together in evaluation mode:
+    The layers of a network without its norms. Its linear layers do what norm and linear layer do together in evaluation mode:
     ``W (scale (x - mean) + shift) + b = (W scale) x + (b + W (shift - scale mean))``.
     """
-    layers: list[nn.Module] = []
+    layers: list[Any] = []
     for norm, linear, *activation in triples_of_layers(q_network):
         scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
         shift = th.addcmul(norm.bias, scale, norm.running_mean, value=-1)
-        layers += [linear_of(linear.weight * scale, th.addmv(linear.bias, linear.weight, shift)), *activation]
-    return nn.Sequential(*layers)
+        layers += [cpu.ConstantLinear(linear.weight * scale, th.addmv(linear.bias, linear.weight, shift)), *activation]
+    return layers
 
 
 def triples_of_layers(q_network: nn.Sequential) -> list[list[Any]]:
@@ -189,23 +188,14 @@ def triples_of_layers(q_network: nn.Sequential) -> list[list[Any]]:
     return [layers[i : i + 3] for i in range(0, len(layers), 3)]
 
 
-def linear_of(weight: th.Tensor, bias: th.Tensor) -> nn.Linear:
-    """A linear layer with given weights. Initialising one would draw random numbers, and take longer."""
-    linear = nn.Linear.__new__(nn.Linear)
-    nn.Module.__init__(linear)
-    linear.out_features, linear.in_features = weight.shape
-    linear.weight, linear.bias = (nn.Parameter(tensor, requires_grad=False) for tensor in (weight, bias))
-    return linear
-
-
 class FastQuantileCritic(FastCritic, QuantileCritic):
     """Critics that predict quantiles, faster, as :class:`FastCritic`."""
 
 
-def plain_or_none(q_networks: Sequence[nn.Module]) -> list[nn.Sequential] | None:
-    """The networks themselves if each of them splits into linear layers and activations, else None."""
+def plain_or_none(q_networks: Sequence[nn.Module]) -> list[cpu.Layers] | None:
+    """The layers of the networks if each of them splits into linear layers and activations, else None."""
     known = all(splits_into_linear_and_rest(q_network) for q_network in q_networks)
-    return cast(list[nn.Sequential], list(q_networks)) if known else None
+    return [list(cast(nn.Sequential, q_network)) for q_network in q_networks] if known else None
 
 
 def splits_into_linear_and_rest(q_network: nn.Module) -> bool:

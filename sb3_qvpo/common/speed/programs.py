@@ -72,9 +72,9 @@ def linear(x: th.Tensor, weight: th.Tensor, bias: th.Tensor) -> th.Tensor:
     return F.linear(x, weight, bias)
 
 
-def linear_layers(modules: nn.Module | Sequence[nn.Module]) -> LinearParameters:
-    """Weights and biases of the linear layers among modules, in their order."""
-    return [(layer.weight, layer.bias) for layer in cast(Sequence[nn.Module], modules) if isinstance(layer, nn.Linear)]
+def linear_layers(layers: nn.Module | cpu.Layers) -> LinearParameters:
+    """Weights and biases of the linear layers among some layers, in their order."""
+    return [(layer.weight, layer.bias) for layer in cast(cpu.Layers, layers) if isinstance(layer, cpu.LINEAR)]
 
 
 def through(hidden: th.Tensor, layers: LinearParameters, activation: Activation) -> th.Tensor:
@@ -84,13 +84,13 @@ def through(hidden: th.Tensor, layers: LinearParameters, activation: Activation)
     return hidden
 
 
-def activation_of(network: nn.Sequential) -> Activation:
+def activation_of(layers: nn.Sequential | cpu.Layers) -> Activation:
     """The activation behind the first layer, if there is one."""
-    activation = network[1] if len(network) > 1 else nn.Identity()
+    activation = cast(nn.Module, layers[1]) if len(layers) > 1 else nn.Identity()
     return mish if type(activation) is nn.Mish else activation.forward
 
 
-def plain_networks(critic: CandidateCritic) -> list[nn.Sequential] | None:
+def plain_networks(critic: CandidateCritic) -> list[cpu.Layers] | None:
     """The critics' networks as linear layers and activations, None if they are something else."""
     return critic.plain_networks() if isinstance(critic, FastCritic) else plain_or_none(critic.q_networks)
 
