@@ -228,9 +228,11 @@ def test_gradients_climb_what_scores_say():
 
 
 @pytest.mark.parametrize("activation_fn", [nn.ReLU, nn.Mish])
-def test_gradients_of_actions(activation_fn, settings):
+@pytest.mark.parametrize("critic_type", ["twin", "crossq", "quantile"])
+def test_gradients_of_actions(critic_type, activation_fn, settings):
     """Fast and eager, with running statistics, and no gradient for a parameter."""
-    model = crossq(BanditEnv(action_dim=2), policy_kwargs=dict(net_arch=[32, 32], critic_activation_fn=activation_fn))
+    policy_kwargs = dict(net_arch=[32, 32], critic_activation_fn=activation_fn)
+    model = shaken(tiny_qvpo(BanditEnv(action_dim=2), critic_type=critic_type, policy_kwargs=policy_kwargs))
     model.critic.set_training_mode(False)
     features, actions, results = th.randn(20, 2), th.rand(20, 2) * 2 - 1, []
     for settings.enabled in (False, True):
