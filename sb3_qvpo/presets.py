@@ -18,12 +18,13 @@ fast: Mapping[str, Any] = MappingProxyType(
         critic_type="crossq",
         q_weighting="qadv_normalized",
         policy_delay=3,
-        n_target_candidates=1,
+        n_target_candidates=4,
         n_train_candidates=2,
         n_uniform_actions=2,
         n_improvement_steps=2,
+        improvement_step=0.3,
         policy_kwargs=dict(
-            critic_activation_fn=nn.ReLU,
+            activation_fn=nn.ReLU,
             optimizer_kwargs=dict(betas=(0.5, 0.999)),
             n_sampling_steps=5,
             sampler="dpm++",
@@ -33,7 +34,8 @@ fast: Mapping[str, Any] = MappingProxyType(
 )
 """
 For MuJoCo and tasks like it, on a CPU: critics with batch normalisation and without targets, two candidates of which the
-better one follows the critics' gradient, weights in units of each state's spread, five steps of a second-order solver.
+better one follows the critics' gradient, weights in units of each state's spread, a few steps of a second-order solver. The TD
+target takes the best of four candidates, because a single one is worse than what the policy does.
 """
 
 small: Mapping[str, Any] = MappingProxyType(

@@ -479,6 +479,7 @@ class Learner:
         actions, weights, contrasts, spreads = [], [], [], []
         for i, state in enumerate(states):
             candidates = draw_candidates(self.actor, state, noise["chain"][:, i], *self.chain)  # line 5
+            spreads.append(np.mean(np.std(candidates, axis=0)))
             if self.settings.get("n_improvement_steps"):
                 best, _ = best_of_k(self.critics, state, candidates)
                 length = self.settings["improvement_step"] * math.sqrt(len(best))
@@ -490,7 +491,6 @@ class Learner:
             omega_ent = self.settings["ent_coef"] * omega[best]  # line 8
             weights.append([omega[best]] + [omega_ent] * len(noise["uniform_actions"][i]))
             contrasts.append(max(values) - np.mean(values))
-            spreads.append(np.mean(np.std(candidates, axis=0)))
         loss, entropy_loss, gradients = weighted_loss(  # line 9
             self.actor, states, np.array(actions), np.array(weights), noise["timesteps"], noise["denoising"],
             self.settings["betas"], self.prediction,

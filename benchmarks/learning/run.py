@@ -72,6 +72,12 @@ EIGHT: dict[str, Any] = {"n_train_candidates": 8, "n_uniform_actions": 2, "ent_c
 FAST: dict[str, Any] = {**EIGHT, "policy_delay": 2}
 """``hyperparams/qvpo_fast.yml`` of version 0.1."""
 
+CROSSQ_256: dict[str, Any] = dict(policy_kwargs="dict(net_arch=dict(pi=[256, 256], qf=[256, 256]))")
+"""sb3-contrib's CrossQ with networks as wide as all others here; its critics have 1024 units by default."""
+
+MISH: dict[str, Any] = dict(activation_fn=nn.Mish, critic_activation_fn=nn.ReLU)
+"""The paper's activation in the actor."""
+
 
 def in_zoo(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings of a preset as RL Zoo reads them: ``policy_kwargs`` as text, classes by their names."""
@@ -93,12 +99,19 @@ ALGOS: dict[str, tuple[str, dict[str, Any]]] = {
     # What each part of it earns
     "preset_fast_qadv": preset(q_weighting="qadv"),
     "preset_fast_no_improvement": preset(n_improvement_steps=0, n_train_candidates=8),
-    "preset_fast_twin": preset(critic_type="twin", policy_kwargs=dict(critic_activation_fn=nn.Mish)),
+    "preset_fast_twin": preset(critic_type="twin"),
     "preset_fast_noise": preset(policy_kwargs=dict(prediction="noise")),
     "preset_fast_ddpm": preset(policy_kwargs=dict(sampler="ddpm")),
     "preset_fast_karras": preset(n_diffusion_steps=5, policy_kwargs=dict(noise_schedule="karras")),
     "preset_fast_nd8": preset(n_train_candidates=8),
-    "crossq_256": ("crossq", dict(policy_kwargs="dict(net_arch=dict(pi=[256, 256], qf=[256, 256]))")),
+    "preset_fast_kt1": preset(n_target_candidates=1),
+    "preset_fast_eta0.1": preset(improvement_step=0.1),
+    "preset_fast_mish": preset(policy_kwargs=MISH),
+    "preset_fast_kt1_eta0.1_mish": preset(n_target_candidates=1, improvement_step=0.1, policy_kwargs=MISH),
+    "preset_fast_3steps": preset(policy_kwargs=dict(n_sampling_steps=3)),
+    "crossq_256": ("crossq", CROSSQ_256),
+    # Without the bonus for a policy that stays random: what it does to CrossQ
+    "crossq_256_no_entropy": ("crossq", {**CROSSQ_256, "ent_coef": 1e-4}),
     "qvpo": ("qvpo", {}),
     "qvpo_ddpm5": ("qvpo", {**FEWER, **steps(5)}),
     **{f"qvpo_ddim{n}": ("qvpo", {**FEWER, **steps(n, 0.0)}) for n in (5, 10)},

@@ -292,6 +292,7 @@ class QVPO(DiffusionOffPolicyAlgorithm):
         with th.no_grad():
             # Line 5: N_d samples of the policy for each state, valued by the minimum over critics
             scored = self.policy.score_candidates(observations, noise.chain, for_training=True)
+            spread = candidate_std(scored.candidates)
             if self.n_improvement_steps:
                 step_length = self.improvement_step * math.sqrt(self.actor.action_dim)
                 scored = self.policy.improve_best(scored, self.n_improvement_steps, step_length)
@@ -313,7 +314,7 @@ class QVPO(DiffusionOffPolicyAlgorithm):
             "entropy_loss": entropy_loss,
             "weight": best_weights.mean(),
             "critic_contrast": critic_contrast(q_values),
-            "candidate_std": candidate_std(candidates),
+            "candidate_std": spread,
         }
         return loss, metrics
 
