@@ -104,7 +104,7 @@ ALGOS: dict[str, tuple[str, dict[str, Any]]] = {
     "preset_fast_ddpm": preset(policy_kwargs=dict(sampler="ddpm")),
     "preset_fast_karras": preset(n_diffusion_steps=5, policy_kwargs=dict(noise_schedule="karras")),
     "preset_fast_nd8": preset(n_train_candidates=8),
-    "preset_fast_kt1": preset(n_target_candidates=1),
+    **{f"preset_fast_kt{k}": preset(n_target_candidates=k) for k in (1, 2)},
     "preset_fast_eta0.1": preset(improvement_step=0.1),
     "preset_fast_mish": preset(policy_kwargs=MISH),
     "preset_fast_kt1_eta0.1_mish": preset(n_target_candidates=1, improvement_step=0.1, policy_kwargs=MISH),
