@@ -203,3 +203,19 @@ class QuantileCritic(CandidateCritic):
         huber = F.huber_loss(errors, th.zeros_like(errors), reduction="none")
         asymmetric = (fractions - (errors.detach() < 0).to(fractions)).abs() * huber
         return asymmetric.mean(dim=(0, 2, 3)).sum()
+
+
+def quantile_options(critic_type: str, options: dict[str, int | None]) -> dict[str, int]:
+    """
+    The arguments of :class:`QuantileCritic` that were given.
+
+    :param critic_type: Which critics a policy has.
+    :param options: Arguments by name, None for those that were not given.
+    :return: Those that are not None.
+    :raises ValueError: If there are any, and the critics have no quantiles.
+    """
+    given = {name: value for name, value in options.items() if value is not None}
+    if given and critic_type != "quantile":
+        name, value = next(iter(given.items()))
+        raise ValueError(f"{name} must be left out with critic_type={critic_type!r}, which has no quantiles, got {value!r}")
+    return given

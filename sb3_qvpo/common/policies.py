@@ -25,6 +25,7 @@ from sb3_qvpo.common import arguments
 from sb3_qvpo.common.actor_critic import CandidateCritic, DiffusionActor
 from sb3_qvpo.common.arguments import PolicyCount, check_choice, check_class, check_count, check_net_arch
 from sb3_qvpo.common.candidates import ScoredCandidates, best_candidate, improve_best_candidate
+from sb3_qvpo.common.critics import quantile_options
 from sb3_qvpo.common.export import export_policy
 from sb3_qvpo.common.networks import evaluation_mode, is_traced, n_observations, split_rows
 from sb3_qvpo.common.noise_schedules import FixedSchedule, NoiseSchedule, make_betas
@@ -80,8 +81,9 @@ class DiffusionPolicy(BasePolicy):
         :class:`~sb3_qvpo.common.critics.BatchNormCritic`, ``"quantile"`` for
         :class:`~sb3_qvpo.common.critics.QuantileCritic`.
     :param critic_activation_fn: Activation function of the critics, ``activation_fn`` if None.
-    :param n_quantiles: M, quantiles of each critic with ``critic_type="quantile"``.
-    :param top_quantiles_to_drop_per_net: d, largest quantiles left out of the target with ``critic_type="quantile"``.
+    :param n_quantiles: M, quantiles of each critic, only with ``critic_type="quantile"``. 25 if None.
+    :param top_quantiles_to_drop_per_net: d, largest quantiles left out of the target, only with ``critic_type="quantile"``. 2
+        if None.
     :param n_behavior_candidates: K_b, candidates of the behaviour policy (Algorithm 1, line 2).
     :param n_eval_candidates: K, candidates of deterministic predictions (Sec. 5.1).
     :param noise_bank_seed: Seed of the noise of deterministic predictions.
@@ -127,8 +129,8 @@ class DiffusionPolicy(BasePolicy):
         prediction: str = "noise",
         critic_type: str = "twin",
         critic_activation_fn: type[nn.Module] | None = None,
-        n_quantiles: int = 25,
-        top_quantiles_to_drop_per_net: int = 2,
+        n_quantiles: int | None = None,
+        top_quantiles_to_drop_per_net: int | None = None,
         n_behavior_candidates: int = 4,
         n_eval_candidates: int = 32,
         noise_bank_seed: int = 0,
@@ -196,8 +198,8 @@ class DiffusionPolicy(BasePolicy):
         )
         self.critic_type = critic_type
         self._critic_class = type(self).critic_class if critic_type == "twin" else CRITICS[critic_type]
-        if critic_type == "quantile":
-            self.critic_kwargs.update(n_quantiles=n_quantiles, top_quantiles_to_drop_per_net=top_quantiles_to_drop_per_net)
+        quantiles = dict(n_quantiles=n_quantiles, top_quantiles_to_drop_per_net=top_quantiles_to_drop_per_net)
+        self.critic_kwargs.update(quantile_options(critic_type, quantiles))
         self._build(lr_schedule)
 
     def _build(self, lr_schedule: Schedule) -> None:

@@ -361,6 +361,14 @@ def test_bad_quantiles(kwargs, message):
         tiny_qvpo(critic_type="quantile", policy_kwargs=dict(net_arch=[4], **kwargs))
 
 
+@pytest.mark.parametrize("critic_type", ["twin", "crossq"])
+@pytest.mark.parametrize("name", ["n_quantiles", "top_quantiles_to_drop_per_net"])
+def test_other_critics_have_no_quantiles(critic_type, name):
+    """An argument that would have no effect is refused."""
+    with pytest.raises(ValueError, match=f"{name} must be left out with critic_type='{critic_type}', .* got 3"):
+        tiny_qvpo(critic_type=critic_type, policy_kwargs={name: 3})
+
+
 # Both, wherever a policy is used
 
 MODELS = {"crossq": crossq, "quantile": lambda *args, **kw: quantile_model(*args)}
