@@ -32,9 +32,10 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, PyTorch
 
 from sb3_qvpo.common.arguments import check_count, check_interval, parse_schedule
 from sb3_qvpo.common.candidates import candidate_std, critic_contrast
-from sb3_qvpo.common.off_policy_algorithm import DiffusionOffPolicyAlgorithm, Metrics
+from sb3_qvpo.common.off_policy_algorithm import Metrics
 from sb3_qvpo.common.policies import DiffusionPolicy
-from sb3_qvpo.qvpo.policies import CnnPolicy, MlpPolicy, MultiInputPolicy
+from sb3_qvpo.common.policy_aliases import CnnPolicy, MlpPolicy, MultiInputPolicy
+from sb3_qvpo.common.td_algorithm import CandidateTDAlgorithm
 from sb3_qvpo.qvpo.weights import QWeighting, add_uniform_actions, resolve_q_weighting, select_training_actions
 
 SelfQVPO = TypeVar("SelfQVPO", bound="QVPO")
@@ -56,7 +57,7 @@ class ActorNoise(NamedTuple):
     denoising: th.Tensor
 
 
-class QVPO(DiffusionOffPolicyAlgorithm):
+class QVPO(CandidateTDAlgorithm):
     """
     Q-weighted Variational Policy Optimization: a diffusion policy trained online and off-policy.
 
@@ -123,12 +124,11 @@ class QVPO(DiffusionOffPolicyAlgorithm):
         "MultiInputPolicy": MultiInputPolicy,
     }
     _count_arguments: ClassVar[tuple[str, ...]] = (
-        *DiffusionOffPolicyAlgorithm._count_arguments,
-        "n_target_candidates",
+        *CandidateTDAlgorithm._count_arguments,
         "n_train_candidates",
         "n_uniform_actions",
     )
-    _not_read_by_updates: ClassVar[frozenset[str]] = DiffusionOffPolicyAlgorithm._not_read_by_updates | {"_ent_coef_schedule"}
+    _not_read_by_updates: ClassVar[frozenset[str]] = CandidateTDAlgorithm._not_read_by_updates | {"_ent_coef_schedule"}
 
     def __init__(
         self,
@@ -179,6 +179,7 @@ class QVPO(DiffusionOffPolicyAlgorithm):
             qf_learning_rate=qf_learning_rate,
             n_diffusion_steps=n_diffusion_steps,
             n_behavior_candidates=n_behavior_candidates,
+            n_target_candidates=n_target_candidates,
             n_eval_candidates=n_eval_candidates,
             policy_delay=policy_delay,
             max_grad_norm=max_grad_norm,
@@ -206,7 +207,6 @@ class QVPO(DiffusionOffPolicyAlgorithm):
             seed=seed,
         )
         self.ent_coef = ent_coef
-        self.n_target_candidates = n_target_candidates
         self.n_train_candidates = n_train_candidates
         self.n_uniform_actions = n_uniform_actions
         self.q_weighting = q_weighting
@@ -240,43 +240,11 @@ class QVPO(DiffusionOffPolicyAlgorithm):
 
         self._log_updates()
 
-    def _update_critics(self, batch: ReplayBufferSamples) -> Metrics:
-        target_noise = self.policy.draw_noise(len(batch.rewards), self.n_target_candidates)
-        loss, metrics = self._critic_loss(batch, target_noise)
-        self._optimize(self.critic.optimizer, "critic_loss", loss)
-        return metrics
-
     def _update_policy(self, batch: ReplayBufferSamples, ent_coef: float | th.Tensor) -> Metrics:
         loss, metrics = self._actor_loss(batch.observations, ent_coef, self._draw_actor_noise(len(batch.rewards)))
         self._optimize(self.actor.optimizer, "actor_loss", loss)
         self.policy.update_targets(self.tau)
         return metrics
-
-    def _critic_loss(self, batch: ReplayBufferSamples, target_noise: th.Tensor | int) -> tuple[th.Tensor, Metrics]:
-        """
-        Algorithm 1, lines 10-11: ``y = r + gamma^n (1 - done) max_i min_c Q'_c(s', a'_i)`` over K_t candidates a'_i of the
-        target actor, and ``sum over critics of mean (Q_c(s, a) - y)^2``.
-
-        :param batch: Transitions.
-        :param target_noise: Noise of the target actor's chains, shape (N, B, K_t, A), or K_t if it is drawn here.
-        :return: The loss and its metrics.
-        """
-        with th.no_grad():
-            # The K_t-efficient target policy takes its best candidate, chosen and valued by the same critics
-            # Named only where it matters, because policies of users may not know it
-            options = {} if self.critic.bootstraps_from_scores else {"only_to_choose": True}
-            next_candidates = self.policy.score_candidates(
-                batch.next_observations, target_noise, of="target", for_training=True, **options
-            )
-        q_values, next_values = self.critic.transition_values(
-            batch.observations, batch.actions, batch.next_observations, next_candidates, self.critic_target
-        )
-        # n-step buffers hand out gamma^n of each transition
-        discounts = self.gamma if batch.discounts is None else batch.discounts
-        target_q_values = batch.rewards + (1 - batch.dones) * discounts * next_values
-        loss = self.critic.loss(q_values, target_q_values)
-        metrics = {"critic_loss": loss, "q_value": self.critic.aggregate(th.stack(q_values).detach()).mean()}
-        return loss, metrics
 
     def _actor_loss(
         self, observations: PyTorchObs, ent_coef: float | th.Tensor, noise: ActorNoise
