@@ -1,5 +1,6 @@
 """
-Complete settings, to be handed to an algorithm: ``QVPO("MlpPolicy", env, **presets.small)``.
+Complete settings, to be handed to an algorithm: ``QVPO("MlpPolicy", env, **presets.small)``. Those called ``sdac`` are for
+SDAC, the others for QVPO.
 
 A setting that is not named keeps the default of the class, which is the paper's. To change one, write
 ``QVPO("MlpPolicy", env, **{**presets.small, "batch_size": 256})``. RL Zoo's files in ``hyperparams/`` hold the same numbers.
@@ -63,4 +64,30 @@ small: Mapping[str, Any] = MappingProxyType(
 """
 For tasks with a few action dimensions, such as Pendulum-v1: critics with batch normalisation and without targets, eight
 candidates of which the best follows the critics' gradient, weights in units of each state's spread.
+"""
+
+sdac: Mapping[str, Any] = MappingProxyType(
+    dict(
+        learning_rate=1e-3,
+        learning_starts=5_000,
+        critic_type="crossq",
+        policy_delay=3,
+        temperature=0.2,
+        q_scaling="spread",
+        proposal_actions="replay",
+        n_reverse_samples=16,
+        n_behavior_candidates=4,
+        n_target_candidates=4,
+        policy_kwargs=dict(
+            activation_fn=nn.ReLU,
+            optimizer_kwargs=dict(betas=(0.5, 0.999)),
+            n_sampling_steps=5,
+            sampler="dpm++",
+            prediction="v",
+        ),
+    )
+)
+"""
+For :class:`~sb3_qvpo.sdac.sdac.SDAC` on MuJoCo and tasks like it, on a CPU: the critics and the sampler of :data:`fast`. The
+temperature is in units of the values' spread; a larger one keeps more actions and costs return.
 """

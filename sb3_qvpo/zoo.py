@@ -21,10 +21,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.type_aliases import MaybeCallback
 from stable_baselines3.common.utils import configure_logger
+from torch import nn
 
 from sb3_qvpo.common.off_policy_algorithm import DiffusionOffPolicyAlgorithm
 from sb3_qvpo.common.runs.checkpoints import is_checkpoint
 from sb3_qvpo.qvpo import QVPO
+from sb3_qvpo.sdac import SDAC
 
 if TYPE_CHECKING:
     import optuna
@@ -120,6 +122,7 @@ def in_zoo(algorithm: type[DiffusionOffPolicyAlgorithm]) -> type[DiffusionOffPol
 
 
 ZooQVPO = in_zoo(QVPO)
+ZooSDAC = in_zoo(SDAC)
 
 
 def hyperparams_folder() -> Path:
@@ -279,6 +282,72 @@ def convert_qvpo_params(sampled_params: dict[str, Any]) -> dict[str, Any]:
     return params
 
 
+def sample_sdac_params(trial: "optuna.Trial", n_actions: int, n_envs: int, additional_args: dict[str, Any]) -> dict[str, Any]:
+    """
+    Sampler of SDAC's hyperparameters, in RL Zoo's manner, around ``presets.sdac``. A trial costs at most about five times the
+    cheapest one.
+
+    :param trial: Optuna's trial.
+    :param n_actions: Action dimensions (not used).
+    :param n_envs: Number of environments (not used).
+    :param additional_args: RL Zoo's further information: whether the replay buffer is HER's, and its arguments.
+    :return: Keyword arguments for SDAC.
+    """
+    sampled: dict[str, Any] = {
+        "one_minus_gamma": trial.suggest_float("one_minus_gamma", 0.0001, 0.03, log=True),
+        "learning_rate": trial.suggest_float("learning_rate", 1e-4, 0.003, log=True),
+        "qf_learning_rate": trial.suggest_float("qf_learning_rate", 1e-4, 0.003, log=True),
+        "train_freq": trial.suggest_int("train_freq", 1, 10),
+        "temperature": trial.suggest_float("temperature", 0.02, 2.0, log=True),
+        "critic_type": trial.suggest_categorical("critic_type", ["twin", "crossq"]),
+        "net_arch": trial.suggest_categorical("net_arch", ["small", "medium"]),
+        "n_reverse_samples_pow": trial.suggest_int("n_reverse_samples_pow", 3, 4),
+        "n_target_candidates_pow": trial.suggest_int("n_target_candidates_pow", 0, 2),
+    }
+    if additional_args["using_her_replay_buffer"]:
+        from rl_zoo3.hyperparams_opt import sample_her_params
+
+        sampled = sample_her_params(trial, sampled, additional_args["her_kwargs"])
+    converted = convert_sdac_params(sampled)
+    for name in ("gamma", "n_reverse_samples", "n_target_candidates"):  # display true values
+        trial.set_user_attr(name, converted[name])
+    return converted
+
+
+def convert_sdac_params(sampled_params: dict[str, Any]) -> dict[str, Any]:
+    """
+    Turn sampled values into keyword arguments for SDAC.
+
+    :param sampled_params: What :func:`sample_sdac_params` sampled, or the parameters of a trial of a study.
+    :return: Keyword arguments for SDAC.
+    """
+    params = {
+        "q_scaling": "spread",
+        "proposal_actions": "replay",
+        "n_behavior_candidates": 4,
+        "policy_delay": 2,
+        **sampled_params,
+    }
+    params["gamma"] = 1 - params.pop("one_minus_gamma")
+    params["gradient_steps"] = params["train_freq"]  # one update for each step
+    for name in ("n_reverse_samples", "n_target_candidates"):
+        params[name] = 2 ** params.pop(f"{name}_pow")
+    width = {"small": 128, "medium": 256}[params.pop("net_arch")]
+    betas = (0.5, 0.999) if params["critic_type"] == "crossq" else (0.9, 0.999)
+    params["policy_kwargs"] = dict(
+        net_arch=[width, width],
+        activation_fn=nn.ReLU,
+        optimizer_kwargs=dict(betas=betas),
+        n_sampling_steps=5,
+        sampler="dpm++",
+        prediction="v",
+    )
+    her_kwargs = {name: params.pop(name) for name in ("n_sampled_goal", "goal_selection_strategy") if name in params}
+    if her_kwargs:
+        params["replay_buffer_kwargs"] = her_kwargs
+    return params
+
+
 class ZooRow(NamedTuple):
     """
     What RL Zoo needs to know of an algorithm. Its default settings are in ``hyperparams/NAME.yml``.
@@ -295,6 +364,7 @@ class ZooRow(NamedTuple):
 
 ALGORITHMS = {
     "qvpo": ZooRow(ZooQVPO, sample_qvpo_params, convert_qvpo_params),
+    "sdac": ZooRow(ZooSDAC, sample_sdac_params, convert_sdac_params),
 }
 """The registry: the name in ``--algo``, and its row."""
 

@@ -20,7 +20,7 @@ from stable_baselines3.common.envs import BitFlippingEnv, FakeImageEnv, Identity
 from stable_baselines3.common.logger import KVWriter
 from stable_baselines3.common.vec_env import VecNormalize
 
-from sb3_qvpo import QVPO, DiffusionPolicy
+from sb3_qvpo import QVPO, SDAC, DiffusionPolicy
 from sb3_qvpo.common.runs.finite_checks import FiniteGuard
 
 TOLERANCE = dict(rtol=1e-5, atol=1e-5)
@@ -46,6 +46,18 @@ TINY = dict(
 def tiny_qvpo(env="Pendulum-v1", policy="MlpPolicy", **kwargs):
     """A small QVPO; ``kwargs`` override :data:`TINY`."""
     return QVPO(policy, env, **{**TINY, **kwargs})
+
+
+TINY_SOFT = {
+    **{name: value for name, value in TINY.items() if name not in {"n_train_candidates", "n_uniform_actions"}},
+    **dict(n_reverse_samples=5, n_behavior_candidates=4, n_target_candidates=2),
+}
+"""The same for SDAC."""
+
+
+def tiny_sdac(env="Pendulum-v1", policy="MlpPolicy", **kwargs):
+    """A small SDAC; ``kwargs`` override :data:`TINY_SOFT`."""
+    return SDAC(policy, env, **{**TINY_SOFT, **kwargs})
 
 
 SMALL_MODELS = {
@@ -427,6 +439,24 @@ def value_now_through(model, watch):
         return value
 
     model._value_now = watched
+
+
+def assert_gradients_close(parameters, expected):
+    """
+    Gradients can be small as a whole, so they are also compared relative to the largest entry of their layer, at 1e-4 in
+    float32. Of the layer, as its weights and biases are sums of the same terms: those of a single bias can cancel.
+    """
+    gradients = [parameter.grad.numpy() for parameter in parameters]
+    for ours, theirs in zip(gradients, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, **TOLERANCE)
+    for layer in range(0, len(expected), 2):  # weights, then biases
+        scale = max(1e-12, *(np.abs(gradient).max() for gradient in expected[layer : layer + 2]))
+        for ours, theirs in zip(gradients[layer : layer + 2], expected[layer : layer + 2], strict=True):
+            np.testing.assert_allclose(ours / scale, theirs / scale, rtol=0, atol=1e-4)
+
+
+def to_double(tensor):
+    return None if tensor is None else tensor.numpy().astype(np.float64)
 
 
 def metric_sums(model):

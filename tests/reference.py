@@ -511,3 +511,92 @@ class Learner:
         if self.settings["max_grad_norm"] is not None:
             clip_gradients(gradients, self.settings["max_grad_norm"])
         adam_step(arrays, gradients, moments, count, self.settings[rate_name], self.settings["adam_epsilon"])
+
+
+def normal_cdf(z):
+    return math.erfc(-z / math.sqrt(2)) / 2
+
+
+def truncated_normal(mean, std, u):
+    """The number below which a normal variable cut to [-1, 1] lies with probability u, by bisection."""
+    low, high = (-1 - mean) / std, (1 - mean) / std
+    # Of the mirrored variable where both ends are in the upper tail, whose probabilities round to 1
+    if low > 0:
+        return -truncated_normal(-mean, std, 1 - u)
+    wanted = normal_cdf(low) + u * (normal_cdf(high) - normal_cdf(low))
+    for _ in range(200):
+        middle = (low + high) / 2
+        low, high = (middle, high) if normal_cdf(middle) < wanted else (low, middle)
+    return mean + std * low
+
+
+def posterior_mean_on_a_grid(x, bar, q_value, temperature, n_points=20_001):
+    """E[a | x] for one dimension, the prior exp(q_value(a) / temperature) on [-1, 1], and x = sqrt(bar) a + noise."""
+    total = weighted = 0.0
+    largest = max(q_value(a) for a in (-1.0, 0.0, 1.0))
+    for i in range(n_points):
+        a = -1 + 2 * (i + 0.5) / n_points
+        density = math.exp((q_value(a) - largest) / temperature - (x - math.sqrt(bar) * a) ** 2 / (2 * (1 - bar)))
+        total, weighted = total + density, weighted + density * a
+    return weighted / total
+
+
+def softmax(values, temperature):
+    exponents = [math.exp((value - max(values)) / temperature) for value in values]
+    return [exponent / sum(exponents) for exponent in exponents]
+
+
+class SoftLearner(Learner):
+    """
+    The same with SDAC's actor. ``settings`` also holds ``temperature``, ``box``, ``spread`` (whether the temperature is in
+    units of the deviation of a state's values) and, for one that is learnt, ``target_divergence`` and ``temperature_rate``.
+    """
+
+    log_temperature = 0.0
+    spread_mean = spread_weight = 0.0
+
+    def actor_step(self, states, noise):
+        """``noise`` also holds the buffer's ``actions``; ``chain`` is None if noisy actions start from them."""
+        n_draws = noise["reverse"].shape[1]
+        betas, settings = self.settings["betas"], self.settings
+        clean, values = [], []
+        for b, state in enumerate(states):
+            start = noise["actions"][b]
+            if noise["chain"] is not None:
+                candidates = draw_candidates(self.actor, state, noise["chain"][:, b], *self.chain)
+                start, _ = best_of_k(self.critics, state, candidates)
+            t = noise["timesteps"][b, 0]
+            bar, x = alpha_bar(betas, t), add_noise(start, t, noise["forward"][b, 0], betas)
+            if settings["box"] == "truncated":
+                std = math.sqrt((1 - bar) / bar)
+                draws = [
+                    [truncated_normal(x[j] / math.sqrt(bar), std, u) for j, u in enumerate(row)] for row in noise["reverse"][b]
+                ]
+            else:
+                draws = [(x - math.sqrt(1 - bar) * row) / math.sqrt(bar) for row in noise["reverse"][b]]
+            clean.append((x, np.array(draws)))
+            values.append([min(q_values(self.critics, state, np.clip(action, -1, 1))) for action in clean[b][1]])
+        unit = 1.0
+        if settings["spread"]:
+            variance = np.mean([np.var(row, ddof=1) for row in values])
+            self.spread_mean += 0.01 * (variance - self.spread_mean)
+            self.spread_weight += 0.01 * (1 - self.spread_weight)
+            unit = math.sqrt(self.spread_mean / self.spread_weight)
+        temperature = settings["temperature"] * math.exp(self.log_temperature)
+        weights = [softmax(row, temperature * unit) for row in values]
+        divergence = np.mean([sum(w * math.log(w * n_draws) for w in row) for row in weights])
+        if "target_divergence" in settings:
+            self.log_temperature += settings["temperature_rate"] * (divergence - settings["target_divergence"])
+        # M rows for each state, all at the same noisy action
+        timesteps = np.repeat(noise["timesteps"], n_draws, axis=1)
+        rows, noises = np.array([draws for _, draws in clean]), np.zeros_like(noise["reverse"])
+        for b, (x, draws) in enumerate(clean):
+            bar = alpha_bar(betas, timesteps[b, 0])
+            noises[b] = (x - math.sqrt(bar) * draws) / math.sqrt(1 - bar)
+        _, _, gradients = weighted_loss(self.actor, states, rows, np.array(weights), timesteps, noises, betas, self.prediction)
+        effective = 1 / np.mean([sum(w**2 for w in row) for row in weights])
+        self.metrics.update(divergence=divergence, temperature=temperature, effective_actions=effective)
+        gradients = flatten(gradients["time"]) + flatten(gradients["main"])
+        self.n_actor_updates += 1
+        self.step(self.actor_arrays(self.actor), gradients, self.actor_moments, self.n_actor_updates, "actor_learning_rate")
+        return gradients

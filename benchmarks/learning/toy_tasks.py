@@ -34,7 +34,7 @@ from evaluation import best_of
 from multi_goal import MultiGoalEnv
 from run import FAST, append, read, setup, steps, write
 
-from sb3_qvpo import QVPO
+from sb3_qvpo import QVPO, SDAC
 from sb3_qvpo.qvpo.weights import qadv
 
 HERE = Path(__file__).parent
@@ -71,6 +71,14 @@ BANDIT: dict[str, dict[str, Any]] = {
 }
 """What is changed of the defaults (T 20, ent_coef 0.01, K_b 4): the paper's Figures 4 and 5, and its weightings."""
 
+SOFT: dict[str, Any] = dict(
+    **dict(
+        q_scaling="spread", proposal_actions="replay", n_reverse_samples=16, n_behavior_candidates=4, n_target_candidates=4
+    ),
+    policy_kwargs=dict(net_arch=[64, 64], n_sampling_steps=5, sampler="dpm++", prediction="v"),
+)
+"""Settings of SDAC whose update costs less than the default ones. Temperatures are in units of the values' spread."""
+
 MULTI_GOAL: dict[str, tuple[type[BaseAlgorithm], dict[str, Any]]] = {
     "QVPO": (QVPO, dict(n_train_candidates=16)),
     "QVPO, ent_coef 0.1": (QVPO, dict(n_train_candidates=16, ent_coef=0.1)),
@@ -78,13 +86,14 @@ MULTI_GOAL: dict[str, tuple[type[BaseAlgorithm], dict[str, Any]]] = {
     "QVPO, drawn by weight": (QVPO, dict(n_train_candidates=16, q_weighting=drawn_by_weight)),
     "SAC": (SAC, {}),
     "TD3": (TD3, {}),
+    **{f"SDAC, temperature {t}": (SDAC, {**SOFT, "temperature": t}) for t in (0.25, 0.5, 1.0, 2.0)},
 }
 """Algorithms and what is changed of the defaults."""
 
 
 def samples(model: BaseAlgorithm, observations: np.ndarray, n_candidates: int) -> np.ndarray:
     """An action of the policy for each observation, for QVPO the best of so many candidates."""
-    with best_of(model.policy, n_candidates) if isinstance(model, QVPO) else nullcontext():
+    with best_of(model.policy, n_candidates) if isinstance(model, QVPO | SDAC) else nullcontext():
         return model.predict(observations)[0]
 
 
@@ -115,7 +124,7 @@ def multi_goal(setting: str, seed: int, timesteps: int = 6_000) -> list[Row]:
     rows = []
     for i in range(4):
         model.learn(timesteps // 4, reset_num_timesteps=i == 0)
-        for n_candidates in (1, 4) if isinstance(model, QVPO) else (1,):
+        for n_candidates in (1, 4) if isinstance(model, QVPO | SDAC) else (1,):
             reached, returns = np.zeros(4, int), []
             for _ in range(200):
                 (observation, _), over, total = env.reset(), False, 0.0

@@ -305,10 +305,11 @@ def test_tests_that_pages_name_exist():
             assert_defined(page.name, file, function)
 
 
-def test_every_deviation_from_the_paper_has_its_test():
-    page = (ROOT / "docs" / "algorithm.md").read_text()
+@pytest.mark.parametrize(("name", "n_rows"), [("algorithm", 24), ("sdac", 11)])
+def test_every_deviation_has_its_test(name, n_rows):
+    page = (ROOT / "docs" / f"{name}.md").read_text()
     rows = re.findall(r"^\| (\d+)\. .*\|$", page, flags=re.M)
-    assert rows == [str(i + 1) for i in range(24)]
+    assert rows == [str(i + 1) for i in range(n_rows)]
     with_test = re.findall(rf"^\| (\d+)\. .*`{TEST.pattern}` \|$", page, flags=re.M)
     assert [number for number, *_ in with_test] == rows
 

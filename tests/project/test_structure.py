@@ -27,9 +27,10 @@ LAYERS = [
     "common.runs.callbacks common.export",
     "common.policies",
     "common.off_policy_algorithm",
-    "qvpo.weights qvpo.policies",
-    "qvpo.qvpo",
-    "qvpo",
+    "common.td_algorithm common.policy_aliases",
+    "qvpo.weights qvpo.policies sdac.targets",
+    "qvpo.qvpo sdac.sdac",
+    "qvpo sdac",
     "presets",
     "zoo sb3_qvpo",
 ]
@@ -39,6 +40,7 @@ LAYER = {name.removeprefix("sb3_qvpo"): depth for depth, line in enumerate(LAYER
 FOLDERS = {"common", "common.runs", "common.speed"}
 """Their ``__init__`` hold a docstring only."""
 MATHEMATICS = {"common.noise_schedules", "common.diffusion", "common.networks", "common.candidates", "qvpo.weights"}
+MATHEMATICS |= {"sdac.targets"}
 COMPOSERS = {"common.policies", "common.off_policy_algorithm"}
 """Where the fast classes are chosen. No other module outside ``speed/`` knows them, but for the optimisers."""
 

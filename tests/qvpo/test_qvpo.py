@@ -14,6 +14,7 @@ from helpers import (
     actor_noise,
     actor_parameters,
     actor_to_numpy,
+    assert_gradients_close,
     critics_to_numpy,
     differ,
     ent_coef_of,
@@ -21,6 +22,7 @@ from helpers import (
     prediction,
     recorded_draws,
     tiny_qvpo,
+    to_double,
     trained_weights,
     weighting_in_use,
     weights_of,
@@ -29,21 +31,6 @@ from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.noise import NormalActionNoise
 
 from sb3_qvpo import QVPO, DiffusionPolicy
-
-
-def assert_gradients_close(parameters, expected):
-    """
-    Gradients can be small as a whole, so they are also compared relative to the largest entry of their layer, at 1e-4 in
-    float32. Of the layer, as its weights and biases are sums of the same terms: those of a single bias can cancel.
-    """
-    gradients = [parameter.grad.numpy() for parameter in parameters]
-    for ours, theirs in zip(gradients, expected, strict=True):
-        np.testing.assert_allclose(ours, theirs, **TOLERANCE)
-    for layer in range(0, len(expected), 2):  # weights, then biases
-        scale = max(1e-12, *(np.abs(gradient).max() for gradient in expected[layer : layer + 2]))
-        for ours, theirs in zip(gradients[layer : layer + 2], expected[layer : layer + 2], strict=True):
-            np.testing.assert_allclose(ours / scale, theirs / scale, rtol=0, atol=1e-4)
-
 
 SETTINGS = {
     "paper": dict(),
@@ -68,10 +55,6 @@ SETTINGS = {
     "v and solver": dict(policy_kwargs=dict(prediction="v", sampler="dpm++")),
     "other sizes": dict(policy_kwargs=dict(net_arch=dict(pi=[9], qf=[5, 7]), n_critics=3, noise_schedule="vp"), gamma=0.9),
 }
-
-
-def to_double(tensor):
-    return None if tensor is None else tensor.numpy().astype(np.float64)
 
 
 def weighting_of(settings):

@@ -3,12 +3,16 @@
 import optuna
 import pytest
 
-from sb3_qvpo import QVPO, zoo
+from sb3_qvpo import QVPO, SDAC, zoo
 
 LOW = dict(
     one_minus_gamma=0.02, learning_rate=1e-3, qf_learning_rate=1e-3, tau=0.01, train_freq=2, ent_coef=0.01, q_weighting="qadv",
     noise_schedule="cosine", net_arch="small", n_uniform_actions=4, n_behavior_candidates_pow=0, target_candidates_shift=0,
     batch_size_pow=7, diffusion_steps_pow=0, draws_pow=12,
+)  # fmt: skip
+LOW_SOFT = dict(
+    one_minus_gamma=0.02, learning_rate=1e-3, qf_learning_rate=1e-3, train_freq=2, temperature=0.2, net_arch="small",
+    n_reverse_samples_pow=3, n_target_candidates_pow=0,
 )  # fmt: skip
 NO_HER = dict(using_her_replay_buffer=False, her_kwargs={})
 
@@ -75,3 +79,27 @@ def test_her_is_sampled_too():
         from_study = zoo.convert_qvpo_params(trial.params)["replay_buffer_kwargs"]
         assert from_study.items() <= params["replay_buffer_kwargs"].items()
         assert not {"n_sampled_goal", "goal_selection_strategy"} & params.keys()
+
+
+def test_settings_sampled_for_sdac_are_valid_and_share_a_budget():
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    costs = []
+    for trial in (study.ask() for _ in range(200)):
+        params = zoo.sample_sdac_params(trial, 1, 1, dict(NO_HER))
+        assert zoo.convert_sdac_params(trial.params) == params  # what --trial-id does
+        assert all(params[name] == value for name, value in trial.user_attrs.items())
+        rows = 5 * params["n_target_candidates"] + (2 * params["n_reverse_samples"] + 6) / 2 + 12
+        costs.append(rows * (1 if params["policy_kwargs"]["net_arch"] == [128, 128] else 2.5))
+    assert 3 < max(costs) / min(costs) < 5
+    for critic_type in ("twin", "crossq"):
+        trial = optuna.trial.FixedTrial({**LOW_SOFT, "critic_type": critic_type})
+        params = zoo.sample_sdac_params(trial, 1, 1, dict(NO_HER))
+        model = SDAC("MlpPolicy", "Pendulum-v1", learning_starts=4, buffer_size=100, device="cpu", **params).learn(8)
+        assert model._n_updates == 4
+
+
+def test_sdac_is_searched_with_hindsight_too():
+    her = dict(using_her_replay_buffer=True, her_kwargs=dict())
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    params = zoo.sample_sdac_params(study.ask(), 1, 1, her)
+    assert {"n_sampled_goal", "goal_selection_strategy"} <= params["replay_buffer_kwargs"].keys()

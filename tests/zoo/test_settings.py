@@ -14,12 +14,13 @@ from rl_zoo3.exp_manager import ExperimentManager
 from run import ALGOS
 from stable_baselines3.common.utils import LinearSchedule
 
-from sb3_qvpo import QVPO, presets, zoo
+from sb3_qvpo import QVPO, SDAC, presets, zoo
 
 CONFIGS = {
-    name: yaml.safe_load((ROOT / "hyperparams" / f"{name}.yml").read_text()) for name in ("qvpo", "qvpo_official", "qvpo_fast")
+    name: yaml.safe_load((ROOT / "hyperparams" / f"{name}.yml").read_text())
+    for name in ("qvpo", "qvpo_official", "qvpo_fast", "sdac", "sdac_official")
 }
-PAPER, OFFICIAL, FAST = CONFIGS.values()
+PAPER, OFFICIAL, FAST, SOFT, SOFT_OFFICIAL = CONFIGS.values()
 
 
 def test_table_3_and_explicit_values():
@@ -49,18 +50,28 @@ def test_the_four_settings_are_written_out_in_every_entry():
 
 
 def test_every_value_has_its_source():
-    for line in (ROOT / "hyperparams" / "qvpo.yml").read_text().splitlines():
+    texts = [(ROOT / "hyperparams" / f"{name}.yml").read_text() for name in ("qvpo", "sdac")]
+    for line in "".join(texts).split("Pendulum-v1:\n  <<")[0].splitlines():
         if re.match(r"  \w+: ", line) and not line.startswith("  policy: "):
             assert re.search(r"# \[(paper|code|zoo|study|guess)\]", line), line
 
 
-def completed(settings):
+def algorithm_of(name):
+    """The class that a settings file or a preset is for."""
+    return SDAC if name.startswith("sdac") else QVPO
+
+
+def completed(settings, algorithm):
     """With the defaults of the class for all that is not named."""
-    defaults = {name: parameter.default for name, parameter in inspect.signature(QVPO).parameters.items()}
+    defaults = {name: parameter.default for name, parameter in inspect.signature(algorithm).parameters.items()}
     return {name: settings.get(name, default) for name, default in defaults.items()}
 
 
-OF_PRESETS = [("small", "qvpo", "Pendulum-v1", {"gamma"}), *(("fast", "qvpo_fast", name, set()) for name in FAST)]
+OF_PRESETS = [
+    ("small", "qvpo", "Pendulum-v1", {"gamma"}),
+    *(("fast", "qvpo_fast", name, set()) for name in FAST),
+    *(("sdac", "sdac", name, set()) for name in SOFT if name != "Pendulum-v1"),
+]
 
 
 @pytest.mark.parametrize(("preset", "config", "entry", "own"), OF_PRESETS)
@@ -68,7 +79,8 @@ def test_a_preset_and_its_file_are_the_same(preset, config, entry, own):
     """The preset says nothing of what belongs to the task."""
     values = {name: value for name, value in CONFIGS[config][entry].items() if name not in {"n_timesteps", "policy", *own}}
     values["policy_kwargs"] = eval(values["policy_kwargs"], {"nn": th.nn})  # RL Zoo's way of writing them
-    assert completed(values) == completed(getattr(presets, preset))
+    algorithm = algorithm_of(preset)
+    assert completed(values, algorithm) == completed(getattr(presets, preset), algorithm)
 
 
 PRESETS = [name for name, value in vars(presets).items() if isinstance(value, MappingProxyType)]
@@ -77,11 +89,11 @@ PRESETS = [name for name, value in vars(presets).items() if isinstance(value, Ma
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_build_models_and_cannot_be_changed(name):
     settings = getattr(presets, name)
-    model = QVPO("MlpPolicy", "Pendulum-v1", **{**settings, "buffer_size": 50, "learning_starts": 5, "batch_size": 8})
-    model.learn(12)
+    algorithm = algorithm_of(name)
+    algorithm("MlpPolicy", "Pendulum-v1", **{**settings, "buffer_size": 50, "learning_starts": 5, "batch_size": 8}).learn(12)
     with pytest.raises(TypeError):
         settings["gamma"] = 0.5
-    assert (QVPO("MlpPolicy", "Pendulum-v1", **settings, gamma=0.98, buffer_size=10).gamma, "gamma" in settings) == (
+    assert (algorithm("MlpPolicy", "Pendulum-v1", **settings, gamma=0.98, buffer_size=10).gamma, "gamma" in settings) == (
         0.98,
         False,
     )
@@ -122,12 +134,12 @@ def stand_ins(monkeypatch):
 ENTRIES = [(config, name) for config, entries in CONFIGS.items() for name in entries]
 
 
-def set_up(env_id, folder, config=None, **hyperparams):
+def set_up(env_id, folder, config=None, algo="qvpo", **hyperparams):
     """The model that RL Zoo would train; ``buffer_size`` apart, which would take gigabytes."""
     hyperparams = {"buffer_size": 200, **hyperparams}
     arguments = type("Arguments", (), {})()
     manager = ExperimentManager(
-        arguments, "qvpo", env_id, str(folder), config=config, eval_freq=-1, verbose=0, hyperparams=hyperparams
+        arguments, algo, env_id, str(folder), config=config, eval_freq=-1, verbose=0, hyperparams=hyperparams
     )
     return manager.setup_experiment()[0]
 
@@ -141,15 +153,16 @@ def test_every_entry_builds_a_model(config, name, tmp_path, monkeypatch):
     if name == "default":
         gym.register("Other-v0", entry_point="gymnasium.envs.classic_control.pendulum:PendulumEnv")
         env_id = "Other-v0"
-    config_file = None if config == "qvpo" else str(zoo.hyperparams_folder() / f"{config}.yml")
-    model = set_up(env_id, tmp_path, config=config_file)
-    assert type(model) is zoo.ZooQVPO
+    algo = config.partition("_")[0]
+    config_file = None if config == algo else str(zoo.hyperparams_folder() / f"{config}.yml")
+    model = set_up(env_id, tmp_path, config=config_file, algo=algo)
+    assert type(model) is zoo.ALGORITHMS[algo].algorithm
     entry = CONFIGS[config][name]
     numbers = ("n_behavior_candidates", "n_target_candidates", "n_train_candidates", "n_diffusion_steps", "policy_delay")
-    for key in (*numbers, "ent_coef", "max_grad_norm"):
+    for key in (*numbers, "ent_coef", "max_grad_norm", "temperature", "n_reverse_samples"):
         if key in entry:
             assert getattr(model, key) == entry[key], key
-    assert model.policy.n_diffusion_steps == entry["n_diffusion_steps"]
+    assert model.policy.n_diffusion_steps == entry.get("n_diffusion_steps", 20)
 
 
 def test_the_settings_of_the_learning_curves():
@@ -180,6 +193,16 @@ def test_the_official_settings_are_the_authors():
     assert (entry["n_target_candidates"], entry["learning_starts"]) == (4, 10_000)
     assert "net_arch=[256, 256, 256]" in entry["policy_kwargs"]
     assert all(other == entry for other in OFFICIAL.values())
+
+
+def test_the_official_settings_of_sdac_are_the_authors(tmp_path):
+    assert all(entry == SOFT_OFFICIAL["default"] for entry in SOFT_OFFICIAL.values())
+    model = set_up("Hopper-v5", tmp_path, config=str(zoo.hyperparams_folder() / "sdac_official.yml"), algo="sdac")
+    diffusion = model.actor.diffusion
+    bars = diffusion.sqrt_alpha_bars.double() ** 2
+    expected = [0.99992, 0.6374, 0.1094, 0.00314, 5.27e-6]
+    np.testing.assert_allclose(bars[[0, 4, 9, 14, 19]], expected, rtol=2e-3)
+    assert (model.n_envs, model.learning_starts, model.temperature, model.box) == (5, 30_000, "official", "clip")
 
 
 def test_the_papers_settings_are_the_default():

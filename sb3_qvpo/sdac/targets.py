@@ -1,0 +1,116 @@
+"""
+What SDAC's noise predictor learns: the posterior mean of a noisy action under the policy ``exp(Q / temperature) / Z``.
+
+Shapes: B batch, M clean actions for each state, A action dimensions. A noisy action is x of shape (B, 1, A). Forward noising
+is ``x = signal a + noise_level epsilon``, with signal ``sqrt(bar alpha_t)`` and noise_level ``sqrt(1 - bar alpha_t)`` of
+shape (B, 1, 1). All functions are pure.
+"""
+
+import functools
+import math
+
+import torch as th
+
+BOXES = ("truncated", "clip")
+"""What to do with clean actions beyond [-1, 1]."""
+
+
+def truncated_actions(noisy: th.Tensor, signal: th.Tensor, noise_level: th.Tensor, uniforms: th.Tensor) -> th.Tensor:
+    """
+    Clean actions around a noisy one: ``N(x / signal, (noise_level / signal)^2 I)`` cut to the box [-1, 1], by the inverse of
+    its distribution function. With weights ``exp(Q / temperature)`` their mean is the exact posterior mean in the box.
+
+    :param noisy: x, shape (B, 1, A).
+    :param signal: ``sqrt(bar alpha_t)``, shape (B, 1, 1).
+    :param noise_level: ``sqrt(1 - bar alpha_t)``, shape (B, 1, 1).
+    :param uniforms: Uniform numbers in [0, 1), shape (B, M, A).
+    :return: Actions of shape (B, M, A) in [-1, 1].
+    """
+    mean, std = noisy / signal, noise_level / signal
+    low, high = (-1 - mean) / std, (1 - mean) / std
+    # Mirrored so that the interval lies to the left: small probabilities keep their digits there, those near 1 do not
+    mirrored = low + high > 0
+    low, high = th.where(mirrored, -high, low), th.where(mirrored, -low, high)
+    # Not by ndtr, whose float32 version is 0 from six deviations on
+    below, above = (th.erfc(end * -math.sqrt(0.5)) / 2 for end in (low, high))
+    normals = th.special.ndtri(below + th.where(mirrored, 1 - uniforms, uniforms) * (above - below))
+    # Where even those digits are used up, all mass is at the near edge
+    normals = th.where(normals.isfinite(), normals, high)
+    return (mean + std * th.where(mirrored, -normals, normals)).clamp(-1, 1)
+
+
+def unbounded_actions(noisy: th.Tensor, signal: th.Tensor, noise_level: th.Tensor, noise: th.Tensor) -> th.Tensor:
+    """
+    Clean actions around a noisy one without regard to the box, ``(x - noise_level epsilon) / signal``: the reverse-sampling
+    distribution of the paper.
+
+    :param noisy: x, shape (B, 1, A).
+    :param signal: ``sqrt(bar alpha_t)``, shape (B, 1, 1).
+    :param noise_level: ``sqrt(1 - bar alpha_t)``, shape (B, 1, 1).
+    :param noise: Standard normal noise epsilon, shape (B, M, A).
+    :return: Actions of shape (B, M, A).
+    """
+    return (noisy - noise_level * noise) / signal
+
+
+def boltzmann_weights(q_values: th.Tensor, temperature: float | th.Tensor) -> th.Tensor:
+    """
+    ``softmax over M of Q / temperature``. Factors that all M have in common do not change the minimiser of the loss.
+
+    :param q_values: Values of shape (B, M).
+    :param temperature: lambda, above 0.
+    :return: Weights of shape (B, M) that add up to 1.
+    """
+    return (q_values / temperature).softmax(dim=1)
+
+
+def posterior_mean(clean: th.Tensor, weights: th.Tensor) -> th.Tensor:
+    """
+    The weighted mean of the clean actions. One row with this mean as its target has the gradient of M weighted rows.
+
+    :param clean: Actions of shape (B, M, A).
+    :param weights: Weights of shape (B, M) that add up to 1.
+    :return: Mean actions of shape (B, 1, A).
+    """
+    return (weights.unsqueeze(-1) * clean).sum(dim=1, keepdim=True)
+
+
+def divergence(weights: th.Tensor) -> th.Tensor:
+    """
+    By how much the weights prefer some of the M actions: ``KL(weights || uniform) = log M + sum w log w``, mean over states.
+
+    :param weights: Weights of shape (B, M) that add up to 1.
+    :return: A scalar in [0, log M].
+    """
+    negative_entropy: th.Tensor = th.special.xlogy(weights, weights).sum(dim=1).mean()
+    return math.log(weights.shape[1]) + negative_entropy
+
+
+OFFICIAL_START, OFFICIAL_RATE, OFFICIAL_INTERVAL = 5.0, 7e-3, 250
+"""First alpha, its learning rate, and critic updates between two of its steps, in the authors' code."""
+
+
+@functools.lru_cache(maxsize=1)
+def _official_levels(n_steps: int) -> list[float]:
+    """alpha after 1 ... n_steps steps of Adam on log alpha. The gradient is A times the added noise's entropy plus 0.9."""
+    log_alpha, first, second, levels = math.log(OFFICIAL_START), 0.0, 0.0, []
+    for step in range(1, n_steps + 1):
+        gradient = 0.5 * math.log(2 * math.pi * math.e * (0.1 * math.exp(log_alpha)) ** 2) + 0.9
+        first, second = 0.9 * first + 0.1 * gradient, 0.999 * second + 0.001 * gradient**2
+        corrected = (first / (1 - 0.9**step), math.sqrt(second / (1 - 0.999**step)))
+        log_alpha -= OFFICIAL_RATE * corrected[0] / (corrected[1] + 1e-8)
+        levels.append(math.exp(log_alpha))
+    return levels
+
+
+def official_temperature(n_updates: int) -> float:
+    """
+    The temperature of the authors' code in units of the reward: 5 at the start, 0.984 in the end. Their alpha is learnt, but
+    from nothing that depends on the task: from the entropy of the noise that they add to actions, of deviation 0.1 alpha.
+
+    :param n_updates: Updates of the critics so far, the present one included, at least 1.
+    :return: The temperature.
+    """
+    step = (n_updates - 1) // OFFICIAL_INTERVAL
+    # Rounded up, so that the whole schedule is worked out a few times in a run and not anew at each step
+    return _official_levels(64 * (step // 64 + 1))[step]

@@ -1,0 +1,256 @@
+"""Whole calls of ``SDAC.train()`` against the float64 reference; each of its arguments; what it keeps, saves and refuses."""
+
+import inspect
+import math
+
+import numpy as np
+import pytest
+import reference
+import torch as th
+from helpers import (
+    TINY_SOFT,
+    TOLERANCE,
+    CountdownEnv,
+    actor_parameters,
+    actor_to_numpy,
+    assert_gradients_close,
+    critics_to_numpy,
+    differ,
+    metric_sums,
+    prediction,
+    recorded_draws,
+    same_weights,
+    tiny_sdac,
+    to_double,
+    trained_weights,
+    weights_of,
+)
+from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.noise import NormalActionNoise
+
+from sb3_qvpo import QVPO, SDAC
+
+SETTINGS = {
+    "authors' schedule": dict(),
+    "clipped": dict(box="clip", temperature=0.5),
+    "from the buffer": dict(proposal_actions="replay", temperature=0.1),
+    "in units of the spread": dict(q_scaling="spread", temperature=0.7),
+    "learnt temperature": dict(
+        temperature="auto_0.3", q_scaling="spread", target_divergence=0.2, temperature_learning_rate=0.5
+    ),
+    "delayed, n-step": dict(policy_delay=2, n_steps=3),
+    "v and solver": dict(policy_kwargs=dict(prediction="v", sampler="dpm++"), proposal_actions="replay", temperature=0.3),
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("env", ["Pendulum-v1", "countdown"])
+def test_train_step_by_step(name, env):
+    """Three updates in a row on real transitions: gradients, weights, targets and what is logged."""
+    settings = {"policy_delay": 1, **SETTINGS[name]}
+    policy_kwargs = dict(net_arch=[8, 8], time_embedding_dim=4, optimizer_kwargs=dict(eps=1e-5))
+    policy_kwargs.update(settings.get("policy_kwargs", {}))
+    environment = env if env == "Pendulum-v1" else CountdownEnv()
+    model = tiny_sdac(environment, learning_starts=30, **{**settings, "policy_kwargs": policy_kwargs, "tau": 0.1})
+    model.learn(30)
+    for parameter in model.policy.parameters():  # targets that differ from the online networks, biases that are not 0
+        parameter.data.add_(0.2 * th.randn_like(parameter))
+    records = recorded_draws(model)
+    learns = str(settings.get("temperature", "")).startswith("auto")
+    learner = reference.SoftLearner(
+        *(actor_to_numpy(actor) for actor in (model.actor, model.actor_target)),
+        *(critics_to_numpy(critic) for critic in (model.critic, model.critic_target)),
+        dict(
+            betas=reference.cosine_betas(3),
+            tau=0.1,
+            gamma=model.gamma,
+            actor_learning_rate=3e-4,
+            critic_learning_rate=3e-4,
+            adam_epsilon=1e-5,
+            max_grad_norm=None,
+            policy_delay=settings["policy_delay"],
+            prediction=policy_kwargs.get("prediction", "noise"),
+            solver_steps=[0, 1, 2] if policy_kwargs.get("sampler") == "dpm++" else None,
+            temperature=0.3 if learns else settings.get("temperature", 5 * math.exp(-0.007)),
+            box=settings.get("box", "truncated"),
+            spread=settings.get("q_scaling") == "spread",
+            **(dict(target_divergence=0.2, temperature_rate=0.5) if learns else {}),
+        ),
+    )
+    for _ in range(3):
+        for results in records.values():
+            results.clear()
+        metric_sums(model).clear()
+        model.train(gradient_steps=1, batch_size=6)
+        batch = {field: to_double(value) for field, value in records["batch"][0]._asdict().items()}
+        batch["rewards"], batch["dones"] = batch["rewards"][:, 0], batch["dones"][:, 0]
+        batch["discounts"] = None if batch["discounts"] is None else batch["discounts"][:, 0]
+        noise = None
+        if records["actor_noise"]:
+            noise = {field: to_double(value) for field, value in records["actor_noise"][0]._asdict().items()}
+            noise |= dict(timesteps=records["actor_noise"][0].timesteps.numpy(), actions=batch["actions"])
+        critic_gradients, actor_gradients = learner.update(batch, to_double(records["target_noise"][0]), noise)
+        assert (actor_gradients is None) == (noise is None)
+        assert_gradients_close(model.critic.parameters(), critic_gradients)
+        if noise:
+            assert_gradients_close(actor_parameters(model.actor), actor_gradients)
+        for parameters, arrays in [
+            (model.critic.parameters(), learner.critic_arrays()),
+            (actor_parameters(model.actor), learner.actor_arrays(learner.actor)),
+            (actor_parameters(model.actor_target), learner.actor_arrays(learner.actor_target)),
+        ]:
+            for parameter, array in zip(parameters, arrays, strict=True):
+                np.testing.assert_allclose(parameter.detach(), array, **TOLERANCE)
+        for metric in ("critic_loss", "q_value", *(["divergence", "temperature", "effective_actions"] if noise else [])):
+            logged = model.logger.name_to_value[f"train/{metric}"]
+            np.testing.assert_allclose(logged, learner.metrics[metric], err_msg=metric, rtol=1e-4, atol=1e-5)
+    assert model.log_temperature.item() == pytest.approx(learner.log_temperature, abs=1e-5)
+    assert (model.log_temperature.item() != 0) == learns
+
+
+class OtherBuffer(ReplayBuffer):
+    """A replay buffer of another class."""
+
+
+ALIVE = {
+    "learning_rate": (1e-2, trained_weights),
+    "buffer_size": (50, lambda model: model.replay_buffer.buffer_size),
+    "learning_starts": (1, trained_weights),
+    "batch_size": (5, trained_weights),
+    "tau": (0.5, trained_weights),
+    "gamma": (0.5, trained_weights),
+    "train_freq": ((3, "step"), trained_weights),
+    "gradient_steps": (2, trained_weights),
+    "action_noise": (NormalActionNoise(np.zeros(1), np.ones(1)), trained_weights),
+    "replay_buffer_class": (OtherBuffer, lambda model: type(model.replay_buffer)),
+    "replay_buffer_kwargs": (
+        dict(handle_timeout_termination=False),
+        lambda model: model.replay_buffer.handle_timeout_termination,
+    ),
+    "optimize_memory_usage": (True, lambda model: hasattr(model.replay_buffer, "next_observations")),
+    "n_steps": (3, trained_weights),
+    "temperature": (0.01, trained_weights),
+    "target_divergence": (0.1, trained_weights),
+    "temperature_learning_rate": (1.0, trained_weights),
+    "q_scaling": ("spread", trained_weights),
+    "n_reverse_samples": (7, trained_weights),
+    "proposal_actions": ("replay", trained_weights),
+    "box": ("clip", trained_weights),
+    "qf_learning_rate": (1e-2, trained_weights),
+    "n_behavior_candidates": (7, prediction(deterministic=False)),
+    "n_target_candidates": (5, trained_weights),
+    "n_eval_candidates": (1, prediction(deterministic=True)),
+    "n_diffusion_steps": (5, trained_weights),
+    "policy_delay": (3, trained_weights),
+    "max_grad_norm": (1e-3, trained_weights),
+    "critic_type": ("crossq", lambda model: type(model.critic)),
+    "use_sde": (True, None),  # refused: QVPO's test
+    "sde_sample_freq": (4, None),  # without effect, like SAC's without gSDE
+    "use_sde_at_warmup": (True, None),  # the same
+    "stats_window_size": (3, lambda model: model.learn(1).ep_info_buffer.maxlen),
+    "tensorboard_log": (None, None),  # handed on as it is
+    "policy_kwargs": (dict(net_arch=[9]), trained_weights),
+    "verbose": (1, None),  # handed on as it is
+    "seed": (1, trained_weights),
+    "device": ("meta", lambda model: model.device),
+    "_init_setup_model": (False, lambda model: hasattr(model, "policy")),
+}
+
+
+@pytest.mark.parametrize("name", [name for name, (_, observe) in ALIVE.items() if observe])
+def test_argument_is_alive(name):
+    value, observe = ALIVE[name]
+    kwargs = {name: value}
+    if name == "optimize_memory_usage":
+        kwargs["replay_buffer_kwargs"] = dict(handle_timeout_termination=False)
+    if name in ("target_divergence", "temperature_learning_rate"):
+        kwargs["temperature"] = "auto_0.01"
+    if name == "device":  # a device without memory: enough to see where the model would go
+        kwargs["_init_setup_model"] = False
+    baseline = {**kwargs, name: TINY_SOFT.get(name, inspect.signature(SDAC).parameters[name].default)}
+    first, second = (observe(tiny_sdac(**arguments)) for arguments in (baseline, kwargs))
+    assert differ(first, second)
+    assert not differ(first, observe(tiny_sdac(**baseline))), "must not change from run to run"
+
+
+def test_every_argument_is_covered_and_shared_ones_are_qvpos():
+    parameters = inspect.signature(SDAC).parameters
+    assert ALIVE.keys() == parameters.keys() - {"policy", "env"}
+    shared = [name for name in parameters if name in inspect.signature(QVPO).parameters]
+    own = {"temperature", "target_divergence", "temperature_learning_rate", "q_scaling", "n_reverse_samples", "box"}
+    assert parameters.keys() - set(shared) == own | {"proposal_actions"}
+    assert [str(parameters[name].annotation) for name in shared] == [
+        str(inspect.signature(QVPO).parameters[name].annotation) for name in shared
+    ]
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        (dict(temperature=0.0), r"temperature must be a number in \(0, inf\), got 0.0"),
+        (dict(temperature="warm"), "temperature must be a number or 'lin_START'"),
+        (dict(temperature="auto_0"), r"temperature must be a number in \(0, inf\), got 0"),
+        (dict(n_reverse_samples=1), "n_reverse_samples must be at least 2, got 1"),
+        (dict(n_reverse_samples=4, target_divergence=1.5), r"target_divergence must be a number in \[0, 1.386"),
+        (dict(temperature_learning_rate=0), r"temperature_learning_rate must be a number in \(0, inf\), got 0"),
+        (dict(q_scaling="std"), "q_scaling must be one of 'none', 'spread', got 'std'"),
+        (dict(proposal_actions="buffer"), "proposal_actions must be one of 'policy', 'replay', got 'buffer'"),
+        (dict(box=None), "box must be one of 'truncated', 'clip', got None"),
+        (dict(n_target_candidates=0), "n_target_candidates must be"),
+    ],
+)
+def test_bad_arguments_are_named(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_sdac(**kwargs)
+
+
+def test_a_temperature_that_reaches_zero_in_training_is_refused():
+    model = tiny_sdac(temperature="lin_0.1_0_0.5")
+    with pytest.raises(ValueError, match=r"temperature must be a number in \(0, inf\)"):
+        model.learn(30)
+
+
+@pytest.mark.parametrize("critic_type", ["twin", "crossq", "quantile"])
+def test_a_saved_model_goes_on_as_if_it_had_never_stopped(critic_type, tmp_path):
+    """Learnt temperature and spread among what is kept, in models and in checkpoints of whole runs."""
+    kwargs = dict(temperature="auto", q_scaling="spread", critic_type=critic_type)
+    model = tiny_sdac(**kwargs).learn(40)
+    assert model.log_temperature != 0 and model.value_spread.min() > 0
+    model.save(tmp_path / "model")
+    loaded = SDAC.load(tmp_path / "model")
+    assert th.equal(loaded.log_temperature, model.log_temperature) and th.equal(loaded.value_spread, model.value_spread)
+    assert same_weights(weights_of(loaded), weights_of(model))
+    whole = tiny_sdac(CountdownEnv(), **kwargs).learn(40)
+    whole.save_checkpoint(tmp_path / "run")
+    whole.learn(20, reset_num_timesteps=False)
+    resumed = SDAC.resume(tmp_path / "run", CountdownEnv(), device="cpu")
+    resumed.learn(20, reset_num_timesteps=False)
+    assert same_weights(weights_of(whole), weights_of(resumed))
+    assert th.equal(whole.log_temperature, resumed.log_temperature) and th.equal(whole.value_spread, resumed.value_spread)
+
+
+def test_what_auto_has_learnt_is_no_factor_of_another_temperature():
+    model = tiny_sdac(temperature="auto").learn(40)
+    assert model.log_temperature != 0
+    model.temperature = 0.5
+    model.learn(10, reset_num_timesteps=False)
+    assert model.log_temperature == 0
+    assert model.logger.name_to_value.get("train/temperature", 0.5) == 0.5
+
+
+def test_auto_holds_its_target():
+    """With values that stand still and a large step."""
+    model = tiny_sdac(
+        temperature="auto", temperature_learning_rate=0.5, target_divergence=0.5, n_reverse_samples=32, qf_learning_rate=0.0
+    )
+    model.learn(300)
+    metric_sums(model).clear()
+    model.train(200, batch_size=64)
+    assert model.logger.name_to_value["train/divergence"] == pytest.approx(0.5, abs=0.1)
+
+
+def test_values_that_are_not_finite_do_not_stay_in_the_spread():
+    model = tiny_sdac(q_scaling="spread").learn(20)
+    before = model.value_spread.clone()
+    model._q_unit(th.tensor([[math.nan, 1.0], [1.0, 2.0]]))
+    assert model.value_spread.isfinite().all() and model.value_spread[0] == before[0]
