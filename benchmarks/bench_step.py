@@ -20,12 +20,13 @@ sys.path.insert(0, str(Path(__file__).parent / "learning"))  # is no package
 
 from run import FAST
 
-from sb3_qvpo import QVPO, presets
+from sb3_qvpo import QVPO, SDAC, presets
 
 SMALL_CRITICS = dict(policy_delay=3, learning_rate=1e-3, policy_kwargs=dict(net_arch=dict(pi=[256, 256], qf=[256, 256])))
 MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
     "CrossQ-256": (CrossQ, SMALL_CRITICS),
     "presets.fast": (QVPO, dict(presets.fast)),
+    "presets.sdac": (SDAC, dict(presets.sdac)),
     "QVPO, 8 candidates in 5 steps, delay 2": (QVPO, FAST),
     "SAC": (SAC, {}),
     "TD3": (TD3, {}),

@@ -94,8 +94,14 @@ def preset(policy_kwargs: dict[str, Any] | None = None, **changes: Any) -> tuple
     return "qvpo", in_zoo({**presets.fast, **changes, "policy_kwargs": kwargs})
 
 
+LEAN: dict[str, Any] = dict(
+    n_train_candidates=1, n_uniform_actions=1, policy_kwargs=dict(net_arch=dict(pi=[128, 128], qf=[256, 256]))
+)
+"""Half as wide an actor, and the fewest candidates that gradient steps and the entropy term need."""
+
 ALGOS: dict[str, tuple[str, dict[str, Any]]] = {
     "preset_fast": preset(),
+    "sdac": ("sdac", {}),
     # What each part of it earns
     "preset_fast_qadv": preset(q_weighting="qadv"),
     "preset_fast_no_improvement": preset(n_improvement_steps=0, n_train_candidates=8),
@@ -108,6 +114,8 @@ ALGOS: dict[str, tuple[str, dict[str, Any]]] = {
     "preset_fast_eta0.1": preset(improvement_step=0.1),
     "preset_fast_mish": preset(policy_kwargs=MISH),
     "preset_fast_kt1_eta0.1_mish": preset(n_target_candidates=1, improvement_step=0.1, policy_kwargs=MISH),
+    "preset_fast_lean": preset(**LEAN),
+    "preset_fast_lean_lr2e-3": preset(**LEAN, learning_rate=2e-3, qf_learning_rate=1e-3),
     "preset_fast_3steps": preset(policy_kwargs=dict(n_sampling_steps=3)),
     "crossq_256": ("crossq", CROSSQ_256),
     # Without the bonus for a policy that stays random: what it does to CrossQ

@@ -73,7 +73,7 @@ BANDIT: dict[str, dict[str, Any]] = {
 
 SOFT: dict[str, Any] = dict(
     **dict(
-        q_scaling="spread", proposal_actions="replay", n_reverse_samples=16, n_behavior_candidates=4, n_target_candidates=4
+        q_scaling="spread", proposal_actions="replay", n_reverse_samples=16, n_behavior_candidates=1, n_target_candidates=1
     ),
     policy_kwargs=dict(net_arch=[64, 64], n_sampling_steps=5, sampler="dpm++", prediction="v"),
 )
@@ -86,7 +86,7 @@ MULTI_GOAL: dict[str, tuple[type[BaseAlgorithm], dict[str, Any]]] = {
     "QVPO, drawn by weight": (QVPO, dict(n_train_candidates=16, q_weighting=drawn_by_weight)),
     "SAC": (SAC, {}),
     "TD3": (TD3, {}),
-    **{f"SDAC, temperature {t}": (SDAC, {**SOFT, "temperature": t}) for t in (0.25, 0.5, 1.0, 2.0)},
+    **{f"SDAC, temperature {t}": (SDAC, {**SOFT, "temperature": t}) for t in (0.5, 1.0, 2.0, 4.0)},
 }
 """Algorithms and what is changed of the defaults."""
 

@@ -254,3 +254,16 @@ def test_values_that_are_not_finite_do_not_stay_in_the_spread():
     before = model.value_spread.clone()
     model._q_unit(th.tensor([[math.nan, 1.0], [1.0, 2.0]]))
     assert model.value_spread.isfinite().all() and model.value_spread[0] == before[0]
+
+
+def test_fast_code_changes_nothing(settings):
+    """At sizes where the CPU's fast code is in use, with and without it: draws of the policy, values, the actor's loss."""
+    kwargs = dict(
+        batch_size=64, n_reverse_samples=16, temperature=0.2, q_scaling="spread", critic_type="crossq", n_diffusion_steps=5,
+        policy_kwargs=dict(net_arch=[256, 256], activation_fn=th.nn.ReLU, prediction="v", sampler="dpm++"),
+    )  # fmt: skip
+    fast = tiny_sdac(**kwargs).learn(25)
+    settings.enabled = False
+    slow = tiny_sdac(**kwargs).learn(25)
+    for name, weights in weights_of(fast).items():
+        th.testing.assert_close(weights, weights_of(slow)[name], rtol=1e-3, atol=1e-4)

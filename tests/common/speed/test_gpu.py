@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
-from helpers import CountdownEnv, DictEnv, runner_of, take_bad_steps, tiny_qvpo, weights_of
+from helpers import CountdownEnv, DictEnv, runner_of, take_bad_steps, tiny_qvpo, tiny_sdac, weights_of
 from stable_baselines3.common.callbacks import ConvertCallback
 
 from sb3_qvpo import QVPO, ResumableCheckpointCallback
@@ -79,6 +79,16 @@ def test_graphs_of_updates(name, monkeypatch, warnings_are_errors):
     assert model._n_updates == eager._n_updates == 55
     assert largest_difference(model, gpu_qvpo(**arguments_of(name))) > 1e-3, "it has learnt"
     assert largest_difference(model, eager) < 1e-4
+
+
+@pytest.mark.parametrize("kwargs", [{}, dict(temperature="auto", q_scaling="spread", proposal_actions="replay")])
+def test_graphs_of_sdacs_updates(kwargs, monkeypatch, warnings_are_errors):
+    model = tiny_sdac(device="cuda", **kwargs).learn(60)
+    assert len(runner_of(model).graphs) == 2 and not runner_of(model).failed
+    monkeypatch.setattr(updates, "EAGER_UPDATES", 1000)
+    eager = tiny_sdac(device="cuda", **kwargs).learn(60)
+    assert largest_difference(model, eager) < 1e-4
+    th.testing.assert_close(model.log_temperature, eager.log_temperature)
 
 
 def predictions(model, *flags, n_times=5):

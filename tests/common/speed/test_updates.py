@@ -15,6 +15,7 @@ import pytest
 import torch as th
 from helpers import (
     TINY,
+    TINY_SOFT,
     DictEnv,
     Samples,
     batch_of,
@@ -25,6 +26,7 @@ from helpers import (
     same_weights,
     take_bad_steps,
     tiny_qvpo,
+    tiny_sdac,
     use_runner,
     weights_of,
 )
@@ -33,7 +35,7 @@ from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sb3_qvpo import QVPO
+from sb3_qvpo import QVPO, SDAC
 from sb3_qvpo.common.speed import optimizers, updates
 from sb3_qvpo.common.speed.updates import UpdateRunner, flat_items, rebuild
 
@@ -60,7 +62,7 @@ class RunnerOnTheCpu(UpdateRunner):
 
 def on_an_accelerator(capture=recorded, env="Pendulum-v1", policy="MlpPolicy", algorithm=QVPO, **kwargs):
     """A model that trains as on a GPU, but on the CPU."""
-    model = algorithm(policy, env, **{**TINY, **kwargs})
+    model = algorithm(policy, env, **{**(TINY_SOFT if issubclass(algorithm, SDAC) else TINY), **kwargs})
     use_runner(model, RunnerOnTheCpu(capture))
     report_errors_later(model)
     return model
@@ -86,6 +88,24 @@ CASES = {
     ),
     "quantiles": dict(critic_type="quantile"),
 }
+
+
+SOFT_CASES = {
+    "authors' schedule": dict(),
+    "learnt temperature": dict(temperature="auto", q_scaling="spread"),
+    "without chains": dict(temperature="lin_1_0.5", q_scaling="spread", proposal_actions="replay", critic_type="crossq"),
+}
+
+
+@pytest.mark.parametrize("name", SOFT_CASES)
+def test_captured_training_of_sdac_is_training(name):
+    """What it learns beside its networks, temperature and spread, among what graphs change."""
+    model = on_an_accelerator(algorithm=SDAC, **SOFT_CASES[name]).learn(60)
+    plain = tiny_sdac(**SOFT_CASES[name]).learn(60)
+    assert close(model, plain)
+    assert len(runner_of(model).graphs) == 2 and not runner_of(model).failed
+    th.testing.assert_close(model.log_temperature, plain.log_temperature)
+    th.testing.assert_close(model.value_spread, plain.value_spread)
 
 
 @pytest.mark.parametrize("name", CASES)
