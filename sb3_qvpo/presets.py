@@ -2,8 +2,9 @@
 Complete settings, to be handed to an algorithm: ``QVPO("MlpPolicy", env, **presets.small)``. Those called ``sdac`` are for
 SDAC, the others for QVPO.
 
-A setting that is not named keeps the default of the class, which is the paper's. To change one, write
-``QVPO("MlpPolicy", env, **{**presets.small, "batch_size": 256})``. RL Zoo's files in ``hyperparams/`` hold the same numbers.
+A setting that is not named keeps the default of the class, which is QVPO's paper's or the code's of SDAC's authors. To change
+one, write ``QVPO("MlpPolicy", env, **{**presets.small, "batch_size": 256})``. RL Zoo's files in ``hyperparams/`` hold the
+same numbers.
 """
 
 from collections.abc import Mapping
@@ -89,5 +90,5 @@ sdac: Mapping[str, Any] = MappingProxyType(
 )
 """
 For :class:`~sb3_qvpo.sdac.sdac.SDAC` on MuJoCo and tasks like it, on a CPU: the critics and the sampler of :data:`fast`. The
-temperature is in units of the values' spread; a larger one keeps more actions and costs return.
+temperature is in units of the values' spread. A first guess: one seed on HalfCheetah-v5.
 """

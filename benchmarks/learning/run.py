@@ -3,15 +3,15 @@ Learning curves through RL Zoo: every task with every algorithm and seed, two ru
 
 ``python benchmarks/learning/run.py --tasks HalfCheetah-v5 --algos qvpo_ddim5 sac --seeds 0 1 --steps 40000``
 
-The same command goes on after an interruption. Runs that are in the CSV file to their end are skipped. A run of QVPO that was
-broken off is resumed from its checkpoint, taken at each evaluation and kept in ``--folder``. Others start again. Each run has
-one thread. Needs ``pip install ".[mujoco,zoo]"``.
+The same command goes on after an interruption. Runs that are in the CSV file to their end are skipped. A run of QVPO or SDAC
+that was broken off is resumed from its checkpoint, taken at each evaluation and kept in ``--folder``. Others start again. Each
+run has one thread. Needs ``pip install ".[mujoco,zoo]"``.
 
 Columns of the CSV file:
 
 - ``mean_return``, ``std_return``: over ``episodes`` episodes, the same ones each time, with deterministic actions (QVPO: the
   best of 32).
-- ``single_return``: with one sample of QVPO's policy.
+- ``single_return``: with one sample of a diffusion policy.
 - ``minutes``: since the start, evaluations and all else on the machine included.
 - ``train_minutes``: processor time without evaluations.
 """
@@ -93,6 +93,9 @@ def preset(policy_kwargs: dict[str, Any] | None = None, **changes: Any) -> tuple
     kwargs = {**presets.fast["policy_kwargs"], **(policy_kwargs or {})}
     return "qvpo", in_zoo({**presets.fast, **changes, "policy_kwargs": kwargs})
 
+
+OURS = ("qvpo", "sdac")
+"""Algorithms of this package: their runs can be resumed, and their policies give single samples."""
 
 LEAN: dict[str, Any] = dict(
     n_train_candidates=1, n_uniform_actions=1, policy_kwargs=dict(net_arch=dict(pi=[128, 128], qf=[256, 256]))
@@ -213,7 +216,7 @@ def training_command(task: str, algo: str, seed: int, folder: Path, n_steps: int
     if settings_file is not None:
         command += ["-conf", str(settings_file)]
     callbacks: list[Any] = [{"evaluation.FixedEvaluation": dict(file=str(folder / EVALUATIONS))}]
-    if algorithm == "qvpo":
+    if algorithm in OURS:
         checkpoint = folder / CHECKPOINT
         if checkpoint.exists():
             command += ["-i", str(checkpoint)]
@@ -327,9 +330,10 @@ def steps_in(checkpoint: Path) -> int:
     """How many steps a run had done when its checkpoint was taken; 0 without one."""
     if not checkpoint.exists():
         return 0
-    from sb3_qvpo import QVPO
+    from stable_baselines3.common.save_util import load_from_zip_file
 
-    return QVPO.load(checkpoint, device="cpu").num_timesteps
+    data, _, _ = load_from_zip_file(checkpoint, device="cpu")
+    return int((data or {})["num_timesteps"])
 
 
 def remove(file: Path, rows: list[dict[str, str]]) -> None:

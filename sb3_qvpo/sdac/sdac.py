@@ -24,8 +24,9 @@ from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, ReplayBufferSamples, Schedule
+from stable_baselines3.common.utils import FloatSchedule
 
-from sb3_qvpo.common.arguments import check_choice, check_interval, parse_schedule
+from sb3_qvpo.common.arguments import check_choice, check_count, check_interval, parse_schedule
 from sb3_qvpo.common.candidates import best_candidate
 from sb3_qvpo.common.networks import evaluation_mode
 from sb3_qvpo.common.off_policy_algorithm import Metrics
@@ -42,7 +43,18 @@ from sb3_qvpo.sdac.targets import (
     unbounded_actions,
 )
 
+LARGEST_DRIFT = 20.0
+"""Bound of the logarithm of a learnt temperature, for targets that no temperature reaches."""
+
 SelfSDAC = TypeVar("SelfSDAC", bound="SDAC")
+
+
+def float_or_none(text: str) -> Any:
+    """A number in words; None if it is none."""
+    try:
+        return float(text)
+    except ValueError:
+        return None
 
 
 class ActorNoise(NamedTuple):
@@ -65,13 +77,13 @@ class ActorNoise(NamedTuple):
 
 class SDAC(CandidateTDAlgorithm):
     """
-    Soft Diffusion Actor-Critic: a diffusion policy for the maximum-entropy objective, trained online and off-policy.
+    Soft Diffusion Actor-Critic: a diffusion policy proportional to ``exp(Q / temperature)``, trained online and off-policy.
 
     Where QVPO multiplies its policy by a weight at each update, SDAC learns the policy ``exp(Q / temperature) / Z`` itself, by
-    the values of clean actions around noisy ones. So actions of equal value keep equal shares.
+    the values of clean actions around noisy ones. So actions of equal value have equal shares of it.
 
     Paper: Ma et al. (2025), *Efficient Online Reinforcement Learning for Diffusion Policy*, ICML 2025,
-    https://arxiv.org/abs/2502.00361. The defaults are those of its authors' code, but for what ``docs/algorithm.md`` lists.
+    https://arxiv.org/abs/2502.00361. The defaults are those of its authors' code, but for what ``docs/sdac.md`` lists.
 
     :param policy: ``"MlpPolicy"``, ``"CnnPolicy"``, ``"MultiInputPolicy"`` or a subclass of ``DiffusionPolicy``.
     :param env: The environment to learn from (if registered in Gymnasium, can be a string). Its action space must be a
@@ -94,7 +106,7 @@ class SDAC(CandidateTDAlgorithm):
         such as ``"lin_1_0.2"``. ``"official"`` is the schedule of the authors' code, from 5 to 0.984. ``"auto"`` holds
         ``target_divergence``; ``"auto_0.5"`` starts at 0.5 instead of 1.
     :param target_divergence: What ``temperature="auto"`` holds: by how much the weights prefer some of the M actions, in nats,
-        see :func:`~sb3_qvpo.sdac.targets.divergence`. Between 0, a uniform policy, and log M.
+        see :func:`~sb3_qvpo.sdac.targets.divergence`. Between 0, a uniform policy, and log M; ``box="clip"`` reaches less.
     :param temperature_learning_rate: Step size of the logarithm of the temperature with ``"auto"``, above 0.
     :param q_scaling: Units of the temperature: ``"none"``, those of the reward, or ``"spread"``, the deviation of a state's M
         values, a running mean over states. With it one temperature serves tasks with rewards of any size.
@@ -130,10 +142,7 @@ class SDAC(CandidateTDAlgorithm):
         "CnnPolicy": CnnPolicy,
         "MultiInputPolicy": MultiInputPolicy,
     }
-    _count_arguments: ClassVar[tuple[str, ...]] = (*CandidateTDAlgorithm._count_arguments, "n_reverse_samples")
-    _not_read_by_updates: ClassVar[frozenset[str]] = CandidateTDAlgorithm._not_read_by_updates | {
-        *("_temperature_schedule", "log_temperature", "value_spread"),
-    }
+    _not_read_by_updates: ClassVar[frozenset[str]] = CandidateTDAlgorithm._not_read_by_updates | {"_temperature_schedule"}
 
     log_temperature: th.Tensor
     """Logarithm of what ``temperature="auto"`` has learnt; 0 otherwise."""
@@ -255,8 +264,8 @@ class SDAC(CandidateTDAlgorithm):
         self, batch: ReplayBufferSamples, temperature: float | th.Tensor, noise: ActorNoise
     ) -> tuple[th.Tensor, Metrics]:
         """
-        Reverse sampling score matching: ``mean over states of |eps_theta(x, s, t) - sum over M of w eps|^2``, where
-        ``x = sqrt(bar alpha_t) a_0 + sqrt(1 - bar alpha_t) eps`` for each of the M clean actions a_0 at x.
+        Reverse sampling score matching: ``mean over states and dimensions of (eps_theta(x, s, t) - sum over M of w eps)^2``,
+        where ``x = sqrt(bar alpha_t) a_0 + sqrt(1 - bar alpha_t) eps`` for each of the M clean actions a_0 at x.
 
         :param batch: Transitions.
         :param temperature: lambda in units of ``q_scaling``; with ``"auto"`` a factor of what has been learnt.
@@ -271,16 +280,15 @@ class SDAC(CandidateTDAlgorithm):
             draw = truncated_actions if self.box == "truncated" else unbounded_actions
             clean = draw(noisy, signal, noise_level, noise.reverse)
             with evaluation_mode(self.critic):
-                # A shared features extractor is the actor's
-                features = self.policy.encode(batch.observations)[1]
-                q_values = self.critic.score(features, clean.clamp(-1, 1))
+                q_values = self.critic.score(self.critic.features(batch.observations), clean.clamp(-1, 1))
             learnt = temperature * self.log_temperature.exp()
             weights = boltzmann_weights(q_values, learnt * self._q_unit(q_values))
             mean_action = posterior_mean(clean, weights)
             preference = divergence(weights)
             if self._learns_temperature():
-                # A temperature that is too low prefers too few actions
-                self.log_temperature.add_(self.temperature_learning_rate * (preference - self.target_divergence))
+                # A temperature that is too low prefers too few actions. A number that is not finite must not stay
+                drift = self.temperature_learning_rate * (preference - self.target_divergence)
+                self.log_temperature.add_(drift.nan_to_num(0.0)).clamp_(-LARGEST_DRIFT, LARGEST_DRIFT)
         # x is between this mean and the mean noise, so the usual loss of that pair is the loss above
         mean_noise = (noisy - signal * mean_action) / noise_level
         loss = self.actor.denoising_loss(batch.observations, mean_action, noise.timesteps, mean_noise).mean()
@@ -311,7 +319,7 @@ class SDAC(CandidateTDAlgorithm):
             return 1.0
         seen = th.stack([q_values.var(dim=1).mean(), th.ones((), device=self.device)])
         # A value that is not finite must not stay
-        self.value_spread.lerp_(th.where(seen.isfinite(), seen, self.value_spread), 0.01)
+        self.value_spread.lerp_(th.where(seen.isfinite().all(), seen, self.value_spread), 0.01)
         return self._spread().clamp(min=1e-6)
 
     def _spread(self) -> th.Tensor:
@@ -334,35 +342,60 @@ class SDAC(CandidateTDAlgorithm):
         )
 
     def _learns_temperature(self) -> bool:
-        return isinstance(self.temperature, str) and self.temperature.startswith("auto")
+        return isinstance(self._temperature_in_use, str) and self._temperature_in_use.startswith("auto")
 
     def _temperature_now(self) -> float:
+        if self._temperature_schedule is None:
+            return official_temperature(self._n_updates)
+        temperature = self._value_now("temperature", self._temperature_schedule)
+        return check_interval("temperature", temperature, 0, math.inf, low_allowed=False)
+
+    def _parse_temperature(self) -> FloatSchedule | None:
+        """
+        The schedule of ``temperature``, which is what ``"auto"`` starts from. None for ``"official"``.
+
+        :raises ValueError: If it has another form, or is not above 0 at the start and at the end.
+        """
         if self.temperature == "official":
-            temperature = official_temperature(self._n_updates)
-        else:
-            temperature = self._value_now("temperature", self._temperature_schedule)
-            check_interval("temperature", temperature, 0, math.inf, low_allowed=False)
-        return temperature
+            return None
+        start = self.temperature
+        if isinstance(start, str) and start.startswith("auto"):
+            # A schedule has no place there: what has been learnt is a factor of the start
+            start = float_or_none(start.removeprefix("auto_")) if start != "auto" else 1.0
+        try:
+            schedule = parse_schedule("temperature", start)
+            for progress in (1.0, 0.0):
+                check_interval("temperature", schedule(progress), 0, math.inf, low_allowed=False)
+        except ValueError as error:
+            raise ValueError(
+                "temperature must be a number above 0, a schedule that stays above 0, a string such as 'lin_1_0.2', "
+                f"'official', 'auto' or 'auto_0.5', got {self.temperature!r} ({error})"
+            ) from error
+        return schedule
 
     def _resolve_arguments(self) -> None:
         super()._resolve_arguments()
-        if self.n_reverse_samples < 2:
-            raise ValueError(f"n_reverse_samples must be at least 2, got {self.n_reverse_samples}: one action has no weight")
+        self._temperature_schedule = self._parse_temperature()
+        # One that is changed during learn() counts from the next call on
+        self._temperature_in_use = self.temperature
+        if not self._learns_temperature() and "log_temperature" in vars(self):
+            self.log_temperature.zero_()  # what was learnt under "auto" is no factor of another temperature
+        self.n_reverse_samples = check_count("n_reverse_samples", self.n_reverse_samples, 2)  # one action has no weight
         check_choice("q_scaling", self.q_scaling, ("none", "spread"))
         check_choice("proposal_actions", self.proposal_actions, ("policy", "replay"))
         check_choice("box", self.box, BOXES)
-        check_interval("target_divergence", self.target_divergence, 0, math.log(self.n_reverse_samples))
+        largest = math.log(self.n_reverse_samples) if self._learns_temperature() else math.inf
+        check_interval("target_divergence", self.target_divergence, 0, largest)
         check_interval("temperature_learning_rate", self.temperature_learning_rate, 0, math.inf, low_allowed=False)
-        learns = self._learns_temperature()
-        if not learns and "log_temperature" in vars(self):
-            self.log_temperature.zero_()  # what was learnt under "auto" is no factor of another temperature
-        if self.temperature != "official":
-            start = str(self.temperature).partition("_")[2] or 1.0 if learns else self.temperature
-            self._temperature_schedule = parse_schedule("temperature", start)
-            check_interval("temperature", self._temperature_schedule(1.0), 0, math.inf, low_allowed=False)
 
     def _setup_model(self) -> None:
         super()._setup_model()
+        prediction = getattr(self.actor.diffusion, "prediction", "noise")
+        if self.box == "clip" and prediction != "noise":
+            raise ValueError(
+                f"box='clip' needs prediction='noise', got prediction={prediction!r}: its clean actions are hundreds wide at "
+                "high noise, and v contains them. box='truncated' goes with both"
+            )
         self.log_temperature = th.zeros((), device=self.device)
         self.value_spread = th.zeros(2, device=self.device)
 
@@ -373,7 +406,7 @@ class SDAC(CandidateTDAlgorithm):
         return super()._get_torch_save_params()[0], ["log_temperature", "value_spread"]
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_temperature_schedule"]
+        return [*super()._excluded_save_params(), "_temperature_schedule", "_temperature_in_use"]
 
     def learn(
         self: SelfSDAC,
