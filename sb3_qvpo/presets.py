@@ -79,13 +79,7 @@ sdac: Mapping[str, Any] = MappingProxyType(
         n_reverse_samples=16,
         n_behavior_candidates=4,
         n_target_candidates=4,
-        policy_kwargs=dict(
-            activation_fn=nn.ReLU,
-            optimizer_kwargs=dict(betas=(0.5, 0.999)),
-            n_sampling_steps=5,
-            sampler="dpm++",
-            prediction="v",
-        ),
+        policy_kwargs=dict(fast["policy_kwargs"]),
     )
 )
 """

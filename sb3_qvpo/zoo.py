@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.type_aliases import MaybeCallback
 from stable_baselines3.common.utils import configure_logger
-from torch import nn
 
+from sb3_qvpo import presets
 from sb3_qvpo.common.off_policy_algorithm import DiffusionOffPolicyAlgorithm
 from sb3_qvpo.common.runs.checkpoints import is_checkpoint
 from sb3_qvpo.qvpo import QVPO
@@ -207,6 +207,21 @@ def _max_draws_pow() -> int:
     return DRAWS_POW[1] + round(math.log2(factor))
 
 
+def _with_sampled_her(trial: "optuna.Trial", sampled: dict[str, Any], additional_args: dict[str, Any]) -> dict[str, Any]:
+    """What has been sampled, and hindsight's arguments where the replay buffer is HER's."""
+    if not additional_args["using_her_replay_buffer"]:
+        return sampled
+    from rl_zoo3.hyperparams_opt import sample_her_params
+
+    return sample_her_params(trial, sampled, additional_args["her_kwargs"])
+
+
+def _gather_her(params: dict[str, Any]) -> dict[str, Any]:
+    """Hindsight's arguments, which a trial's parameters name one by one, as those of the replay buffer."""
+    her_kwargs = {name: params.pop(name) for name in ("n_sampled_goal", "goal_selection_strategy") if name in params}
+    return {**params, "replay_buffer_kwargs": her_kwargs} if her_kwargs else params
+
+
 def sample_qvpo_params(trial: "optuna.Trial", n_actions: int, n_envs: int, additional_args: dict[str, Any]) -> dict[str, Any]:
     """
     Sampler of QVPO's hyperparameters, in RL Zoo's manner.
@@ -239,11 +254,7 @@ def sample_qvpo_params(trial: "optuna.Trial", n_actions: int, n_envs: int, addit
         "diffusion_steps_pow": trial.suggest_int("diffusion_steps_pow", 0, 2),
         "draws_pow": trial.suggest_int("draws_pow", DRAWS_POW[0], _max_draws_pow()),
     }
-    if additional_args["using_her_replay_buffer"]:
-        from rl_zoo3.hyperparams_opt import sample_her_params
-
-        sampled = sample_her_params(trial, sampled, additional_args["her_kwargs"])
-    converted = convert_qvpo_params(sampled)
+    converted = convert_qvpo_params(_with_sampled_her(trial, sampled, additional_args))
     # Display true values
     candidate_counts = ("n_behavior_candidates", "n_target_candidates", "n_train_candidates")
     for name in ("gamma", "batch_size", "n_diffusion_steps", *candidate_counts):
@@ -275,11 +286,7 @@ def convert_qvpo_params(sampled_params: dict[str, Any]) -> dict[str, Any]:
         net_arch={"small": [128, 128], "medium": [256, 256]}[net_arch],
         noise_schedule=params.pop("noise_schedule"),
     )
-    # A trial's parameters name HER's one by one
-    her_kwargs = {name: params.pop(name) for name in ("n_sampled_goal", "goal_selection_strategy") if name in params}
-    if her_kwargs:
-        params["replay_buffer_kwargs"] = her_kwargs
-    return params
+    return _gather_her(params)
 
 
 def sample_sdac_params(trial: "optuna.Trial", n_actions: int, n_envs: int, additional_args: dict[str, Any]) -> dict[str, Any]:
@@ -304,11 +311,7 @@ def sample_sdac_params(trial: "optuna.Trial", n_actions: int, n_envs: int, addit
         "n_reverse_samples_pow": trial.suggest_int("n_reverse_samples_pow", 3, 4),
         "n_target_candidates_pow": trial.suggest_int("n_target_candidates_pow", 0, 2),
     }
-    if additional_args["using_her_replay_buffer"]:
-        from rl_zoo3.hyperparams_opt import sample_her_params
-
-        sampled = sample_her_params(trial, sampled, additional_args["her_kwargs"])
-    converted = convert_sdac_params(sampled)
+    converted = convert_sdac_params(_with_sampled_her(trial, sampled, additional_args))
     for name in ("gamma", "n_reverse_samples", "n_target_candidates"):  # display true values
         trial.set_user_attr(name, converted[name])
     return converted
@@ -334,18 +337,9 @@ def convert_sdac_params(sampled_params: dict[str, Any]) -> dict[str, Any]:
         params[name] = 2 ** params.pop(f"{name}_pow")
     width = {"small": 128, "medium": 256}[params.pop("net_arch")]
     betas = (0.5, 0.999) if params["critic_type"] == "crossq" else (0.9, 0.999)
-    params["policy_kwargs"] = dict(
-        net_arch=[width, width],
-        activation_fn=nn.ReLU,
-        optimizer_kwargs=dict(betas=betas),
-        n_sampling_steps=5,
-        sampler="dpm++",
-        prediction="v",
-    )
-    her_kwargs = {name: params.pop(name) for name in ("n_sampled_goal", "goal_selection_strategy") if name in params}
-    if her_kwargs:
-        params["replay_buffer_kwargs"] = her_kwargs
-    return params
+    own = dict(net_arch=[width, width], optimizer_kwargs=dict(betas=betas))
+    params["policy_kwargs"] = {**presets.sdac["policy_kwargs"], **own}
+    return _gather_her(params)
 
 
 class ZooRow(NamedTuple):

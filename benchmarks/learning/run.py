@@ -38,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks/ is no package
 from timing import commit, processor
 from torch import nn
 
-from sb3_qvpo import presets
+from sb3_qvpo import presets, zoo
 
 HERE = Path(__file__).parent
 CHECKPOINT, EVALUATIONS = "run.zip", "evaluations.jsonl"
@@ -93,9 +93,6 @@ def preset(policy_kwargs: dict[str, Any] | None = None, **changes: Any) -> tuple
     kwargs = {**presets.fast["policy_kwargs"], **(policy_kwargs or {})}
     return "qvpo", in_zoo({**presets.fast, **changes, "policy_kwargs": kwargs})
 
-
-OURS = ("qvpo", "sdac")
-"""Algorithms of this package: their runs can be resumed, and their policies give single samples."""
 
 LEAN: dict[str, Any] = dict(
     n_train_candidates=1, n_uniform_actions=1, policy_kwargs=dict(net_arch=dict(pi=[128, 128], qf=[256, 256]))
@@ -216,7 +213,7 @@ def training_command(task: str, algo: str, seed: int, folder: Path, n_steps: int
     if settings_file is not None:
         command += ["-conf", str(settings_file)]
     callbacks: list[Any] = [{"evaluation.FixedEvaluation": dict(file=str(folder / EVALUATIONS))}]
-    if algorithm in OURS:
+    if algorithm in zoo.ALGORITHMS:
         checkpoint = folder / CHECKPOINT
         if checkpoint.exists():
             command += ["-i", str(checkpoint)]
@@ -333,7 +330,7 @@ def steps_in(checkpoint: Path) -> int:
     from stable_baselines3.common.save_util import load_from_zip_file
 
     data, _, _ = load_from_zip_file(checkpoint, device="cpu")
-    return int((data or {})["num_timesteps"])
+    return int(data["num_timesteps"])
 
 
 def remove(file: Path, rows: list[dict[str, str]]) -> None:

@@ -34,7 +34,7 @@ from evaluation import best_of
 from multi_goal import MultiGoalEnv
 from run import FAST, append, read, setup, steps, write
 
-from sb3_qvpo import QVPO, SDAC
+from sb3_qvpo import QVPO, SDAC, DiffusionPolicy
 from sb3_qvpo.qvpo.weights import qadv
 
 HERE = Path(__file__).parent
@@ -72,9 +72,11 @@ BANDIT: dict[str, dict[str, Any]] = {
 """What is changed of the defaults (T 20, ent_coef 0.01, K_b 4): the paper's Figures 4 and 5, and its weightings."""
 
 SOFT: dict[str, Any] = dict(
-    **dict(
-        q_scaling="spread", proposal_actions="replay", n_reverse_samples=16, n_behavior_candidates=1, n_target_candidates=1
-    ),
+    q_scaling="spread",
+    proposal_actions="replay",
+    n_reverse_samples=16,
+    n_behavior_candidates=1,
+    n_target_candidates=1,
     policy_kwargs=dict(net_arch=[64, 64], n_sampling_steps=5, sampler="dpm++", prediction="v"),
 )
 """Settings of SDAC whose update costs less than the default ones. Temperatures are in units of the values' spread."""
@@ -92,8 +94,8 @@ MULTI_GOAL: dict[str, tuple[type[BaseAlgorithm], dict[str, Any]]] = {
 
 
 def samples(model: BaseAlgorithm, observations: np.ndarray, n_candidates: int) -> np.ndarray:
-    """An action of the policy for each observation, for QVPO the best of so many candidates."""
-    with best_of(model.policy, n_candidates) if isinstance(model, QVPO | SDAC) else nullcontext():
+    """An action of the policy for each observation, for a diffusion policy the best of so many candidates."""
+    with best_of(model.policy, n_candidates) if isinstance(model.policy, DiffusionPolicy) else nullcontext():
         return model.predict(observations)[0]
 
 
@@ -124,7 +126,7 @@ def multi_goal(setting: str, seed: int, timesteps: int = 6_000) -> list[Row]:
     rows = []
     for i in range(4):
         model.learn(timesteps // 4, reset_num_timesteps=i == 0)
-        for n_candidates in (1, 4) if isinstance(model, QVPO | SDAC) else (1,):
+        for n_candidates in (1, 4) if isinstance(model.policy, DiffusionPolicy) else (1,):
             reached, returns = np.zeros(4, int), []
             for _ in range(200):
                 (observation, _), over, total = env.reset(), False, 0.0

@@ -31,9 +31,9 @@ def truncated_actions(noisy: th.Tensor, signal: th.Tensor, noise_level: th.Tenso
     # Mirrored so that the interval lies to the left: small probabilities keep their digits there, those near 1 do not
     mirrored = low + high > 0
     low, high = th.where(mirrored, -high, low), th.where(mirrored, -low, high)
-    # Not by ndtr, whose float32 version is 0 from six deviations on
     # 0 and 1 are the ends of the box, however unlikely
     uniforms = uniforms.clamp(2**-24, 1 - 2**-24)
+    # Not by ndtr, whose float32 version is 0 from six deviations on
     below, above = (th.erfc(end * -math.sqrt(0.5)) / 2 for end in (low, high))
     normals = th.special.ndtri(below + th.where(mirrored, 1 - uniforms, uniforms) * (above - below))
     # Where even those digits are used up, all mass is at the near edge

@@ -39,8 +39,10 @@ LAYERS = [
 LAYER = {name.removeprefix("sb3_qvpo"): depth for depth, line in enumerate(LAYERS) for name in line.split()}
 FOLDERS = {"common", "common.runs", "common.speed"}
 """Their ``__init__`` hold a docstring only."""
-MATHEMATICS = {"common.noise_schedules", "common.diffusion", "common.networks", "common.candidates", "qvpo.weights"}
-MATHEMATICS |= {"sdac.targets"}
+MATHEMATICS = {
+    *("common.noise_schedules", "common.diffusion", "common.networks", "common.candidates"),
+    *("qvpo.weights", "sdac.targets"),
+}
 COMPOSERS = {"common.policies", "common.off_policy_algorithm"}
 """Where the fast classes are chosen. No other module outside ``speed/`` knows them, but for the optimisers."""
 

@@ -216,9 +216,8 @@ def test_bad_arguments_are_named(kwargs, message):
 
 
 def test_a_temperature_that_reaches_zero_in_training_is_refused():
-    schedule = lambda progress: 0.0 if 0.1 < progress < 0.4 else 0.5  # noqa: E731
     with pytest.raises(ValueError, match=r"temperature must be a number in \(0, inf\)"):
-        tiny_sdac(temperature=schedule).learn(40)
+        tiny_sdac(temperature=lambda progress: 0.0 if 0.1 < progress < 0.4 else 0.5).learn(40)
 
 
 def test_a_temperature_that_is_changed_while_learning_counts_from_the_next_time_on():

@@ -61,7 +61,9 @@ def test_posterior_mean_of_a_quadratic_value(bar, x, free, truncated, clipped):
     uniforms = ((th.arange(n_draws, dtype=th.float64) + 0.5) / n_draws).view(1, -1, 1)
     signal, noise_level = levels(bar)
     noisy = th.full((1, 1, 1), x, dtype=th.float64)
-    q_value = lambda a: -((a - 0.3) ** 2)  # noqa: E731
+
+    def q_value(a):
+        return -((a - 0.3) ** 2)
 
     def mean_noise(clean, valued):
         mean = posterior_mean(clean, boltzmann_weights(q_value(valued).squeeze(-1), 0.5))

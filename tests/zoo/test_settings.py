@@ -51,7 +51,7 @@ def test_the_four_settings_are_written_out_in_every_entry():
 
 def test_every_value_has_its_source():
     texts = [(ROOT / "hyperparams" / f"{name}.yml").read_text() for name in ("qvpo", "sdac")]
-    for line in "".join(texts).split("Pendulum-v1:\n  <<")[0].splitlines():
+    for line in "".join(texts).splitlines():
         if re.match(r"  \w+: ", line) and not line.startswith("  policy: "):
             assert re.search(r"# \[(paper|code|zoo|study|guess)\]", line), line
 
@@ -162,7 +162,7 @@ def test_every_entry_builds_a_model(config, name, tmp_path, monkeypatch):
     for key in (*numbers, "ent_coef", "max_grad_norm", "temperature", "n_reverse_samples"):
         if key in entry:
             assert getattr(model, key) == entry[key], key
-    assert model.policy.n_diffusion_steps == entry.get("n_diffusion_steps", 20)
+    assert model.policy.n_diffusion_steps == entry["n_diffusion_steps"]
 
 
 def test_the_settings_of_the_learning_curves():

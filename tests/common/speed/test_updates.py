@@ -60,9 +60,9 @@ class RunnerOnTheCpu(UpdateRunner):
     captures_on = ("cpu",)
 
 
-def on_an_accelerator(capture=recorded, env="Pendulum-v1", policy="MlpPolicy", algorithm=QVPO, **kwargs):
+def on_an_accelerator(capture=recorded, env="Pendulum-v1", policy="MlpPolicy", algorithm=QVPO, defaults=TINY, **kwargs):
     """A model that trains as on a GPU, but on the CPU."""
-    model = algorithm(policy, env, **{**(TINY_SOFT if issubclass(algorithm, SDAC) else TINY), **kwargs})
+    model = algorithm(policy, env, **{**defaults, **kwargs})
     use_runner(model, RunnerOnTheCpu(capture))
     report_errors_later(model)
     return model
@@ -100,7 +100,7 @@ SOFT_CASES = {
 @pytest.mark.parametrize("name", SOFT_CASES)
 def test_captured_training_of_sdac_is_training(name):
     """What it learns beside its networks, temperature and spread, among what graphs change."""
-    model = on_an_accelerator(algorithm=SDAC, **SOFT_CASES[name]).learn(60)
+    model = on_an_accelerator(algorithm=SDAC, defaults=TINY_SOFT, **SOFT_CASES[name]).learn(60)
     plain = tiny_sdac(**SOFT_CASES[name]).learn(60)
     assert close(model, plain)
     assert len(runner_of(model).graphs) == 2 and not runner_of(model).failed
