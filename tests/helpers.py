@@ -14,10 +14,12 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3 import HerReplayBuffer
+from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import BitFlippingEnv, FakeImageEnv, IdentityEnvBox, SimpleMultiObsEnv
 from stable_baselines3.common.logger import KVWriter
+from stable_baselines3.common.noise import NormalActionNoise
 from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_qvpo import QVPO, SDAC, DiffusionPolicy
@@ -563,3 +565,43 @@ class Samples(NamedTuple):
     weights: Any = None
     indices: Any = None
     infos: Any = None
+
+
+class OtherBuffer(ReplayBuffer):
+    """A buffer of another class."""
+
+
+SHARED_ALIVE = {
+    "learning_rate": (1e-2, trained_weights),
+    "batch_size": (5, trained_weights),
+    "tau": (0.5, trained_weights),
+    "gamma": (0.5, trained_weights),
+    "train_freq": ((3, "step"), trained_weights),
+    "gradient_steps": (2, trained_weights),
+    "action_noise": (NormalActionNoise(np.zeros(1), np.ones(1)), trained_weights),
+    "replay_buffer_class": (OtherBuffer, lambda model: type(model.replay_buffer)),
+    "replay_buffer_kwargs": (
+        dict(handle_timeout_termination=False),
+        lambda model: model.replay_buffer.handle_timeout_termination,
+    ),
+    "optimize_memory_usage": (True, lambda model: hasattr(model.replay_buffer, "next_observations")),
+    "n_steps": (3, trained_weights),
+    "qf_learning_rate": (1e-2, trained_weights),
+    "n_behavior_candidates": (7, prediction(deterministic=False)),
+    "n_target_candidates": (5, trained_weights),
+    "n_eval_candidates": (1, prediction(deterministic=True)),
+    "n_diffusion_steps": (5, trained_weights),
+    "max_grad_norm": (1e-3, trained_weights),
+    "critic_type": ("crossq", lambda model: type(model.critic)),
+    "use_sde": (True, None),  # refused: a test of QVPO's
+    "sde_sample_freq": (4, None),  # without effect, like SAC's without gSDE
+    "use_sde_at_warmup": (True, None),  # the same
+    "stats_window_size": (3, lambda model: model.learn(1).ep_info_buffer.maxlen),
+    "tensorboard_log": (None, None),  # needs a folder: the same
+    "policy_kwargs": (dict(net_arch=[9]), trained_weights),
+    "verbose": (1, None),  # needs the output: the same
+    "seed": (1, trained_weights),
+    "device": ("meta", lambda model: model.device),
+    "_init_setup_model": (False, lambda model: hasattr(model, "policy")),
+}
+"""Arguments of every algorithm here: another value than the default, and what it changes; None where nothing here shows it."""

@@ -7,6 +7,7 @@ import pytest
 import reference
 import torch as th
 from helpers import (
+    SHARED_ALIVE,
     TINY,
     TOLERANCE,
     BanditEnv,
@@ -19,7 +20,6 @@ from helpers import (
     differ,
     ent_coef_of,
     metric_sums,
-    prediction,
     recorded_draws,
     tiny_qvpo,
     to_double,
@@ -27,8 +27,6 @@ from helpers import (
     weighting_in_use,
     weights_of,
 )
-from stable_baselines3.common.buffers import ReplayBuffer
-from stable_baselines3.common.noise import NormalActionNoise
 
 from sb3_qvpo import QVPO, DiffusionPolicy
 
@@ -223,52 +221,18 @@ def test_policy_delay_counts_critic_updates():
 # Arguments
 
 
-class OtherBuffer(ReplayBuffer):
-    """A buffer of another class."""
-
-
 # For each argument: another value than TINY's, and what changes with it
 ALIVE = {
-    "learning_rate": (1e-2, trained_weights),
+    **SHARED_ALIVE,
     "buffer_size": (100, lambda model: model.replay_buffer.buffer_size),
     "learning_starts": (9, trained_weights),
-    "batch_size": (5, trained_weights),
-    "tau": (0.5, trained_weights),
-    "gamma": (0.5, trained_weights),
-    "train_freq": ((3, "step"), trained_weights),
-    "gradient_steps": (2, trained_weights),
-    "action_noise": (NormalActionNoise(np.zeros(1), np.ones(1)), trained_weights),
-    "replay_buffer_class": (OtherBuffer, lambda model: type(model.replay_buffer)),
-    "replay_buffer_kwargs": (
-        dict(handle_timeout_termination=False),
-        lambda model: model.replay_buffer.handle_timeout_termination,
-    ),
-    "optimize_memory_usage": (True, lambda model: hasattr(model.replay_buffer, "next_observations")),
-    "n_steps": (3, trained_weights),
     "ent_coef": (0.5, trained_weights),
-    "qf_learning_rate": (1e-2, trained_weights),
-    "n_behavior_candidates": (7, prediction(deterministic=False)),
-    "n_target_candidates": (5, trained_weights),
-    "n_eval_candidates": (1, prediction(deterministic=True)),
     "n_train_candidates": (7, trained_weights),
     "n_uniform_actions": (5, trained_weights),
     "q_weighting": ("qcut", trained_weights),
-    "n_diffusion_steps": (5, trained_weights),
     "policy_delay": (2, trained_weights),
-    "max_grad_norm": (1e-3, trained_weights),
-    "critic_type": ("crossq", lambda model: type(model.critic)),
     "n_improvement_steps": (2, trained_weights),
     "improvement_step": (0.5, trained_weights),
-    "use_sde": (True, None),  # refused: test below
-    "sde_sample_freq": (4, None),  # without effect, like SAC's without gSDE
-    "use_sde_at_warmup": (True, None),  # the same
-    "stats_window_size": (3, lambda model: model.learn(1).ep_info_buffer.maxlen),
-    "tensorboard_log": (None, None),  # needs a folder: test below
-    "policy_kwargs": (dict(net_arch=[9]), trained_weights),
-    "verbose": (1, None),  # needs the output: test below
-    "seed": (1, trained_weights),
-    "device": ("meta", lambda model: model.device),
-    "_init_setup_model": (False, lambda model: hasattr(model, "policy")),
 }
 
 

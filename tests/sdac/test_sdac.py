@@ -8,6 +8,7 @@ import pytest
 import reference
 import torch as th
 from helpers import (
+    SHARED_ALIVE,
     TINY_SOFT,
     TOLERANCE,
     CountdownEnv,
@@ -18,7 +19,6 @@ from helpers import (
     critics_to_numpy,
     differ,
     metric_sums,
-    prediction,
     recorded_draws,
     report_errors_later,
     same_weights,
@@ -27,10 +27,8 @@ from helpers import (
     trained_weights,
     weights_of,
 )
-from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import FakeImageEnv
-from stable_baselines3.common.noise import NormalActionNoise
 
 from sb3_qvpo import QVPO, SDAC
 
@@ -112,27 +110,10 @@ def test_train_step_by_step(name, env):
     assert (model.log_temperature.item() != 0) == learns
 
 
-class OtherBuffer(ReplayBuffer):
-    """A replay buffer of another class."""
-
-
 ALIVE = {
-    "learning_rate": (1e-2, trained_weights),
+    **SHARED_ALIVE,
     "buffer_size": (50, lambda model: model.replay_buffer.buffer_size),
     "learning_starts": (1, trained_weights),
-    "batch_size": (5, trained_weights),
-    "tau": (0.5, trained_weights),
-    "gamma": (0.5, trained_weights),
-    "train_freq": ((3, "step"), trained_weights),
-    "gradient_steps": (2, trained_weights),
-    "action_noise": (NormalActionNoise(np.zeros(1), np.ones(1)), trained_weights),
-    "replay_buffer_class": (OtherBuffer, lambda model: type(model.replay_buffer)),
-    "replay_buffer_kwargs": (
-        dict(handle_timeout_termination=False),
-        lambda model: model.replay_buffer.handle_timeout_termination,
-    ),
-    "optimize_memory_usage": (True, lambda model: hasattr(model.replay_buffer, "next_observations")),
-    "n_steps": (3, trained_weights),
     "temperature": (0.01, trained_weights),
     "target_divergence": (0.1, trained_weights),
     "temperature_learning_rate": (1.0, trained_weights),
@@ -140,24 +121,7 @@ ALIVE = {
     "n_reverse_samples": (7, trained_weights),
     "proposal_actions": ("replay", trained_weights),
     "box": ("clip", trained_weights),
-    "qf_learning_rate": (1e-2, trained_weights),
-    "n_behavior_candidates": (7, prediction(deterministic=False)),
-    "n_target_candidates": (5, trained_weights),
-    "n_eval_candidates": (1, prediction(deterministic=True)),
-    "n_diffusion_steps": (5, trained_weights),
     "policy_delay": (3, trained_weights),
-    "max_grad_norm": (1e-3, trained_weights),
-    "critic_type": ("crossq", lambda model: type(model.critic)),
-    "use_sde": (True, None),  # refused: QVPO's test
-    "sde_sample_freq": (4, None),  # without effect, like SAC's without gSDE
-    "use_sde_at_warmup": (True, None),  # the same
-    "stats_window_size": (3, lambda model: model.learn(1).ep_info_buffer.maxlen),
-    "tensorboard_log": (None, None),  # handed on as it is
-    "policy_kwargs": (dict(net_arch=[9]), trained_weights),
-    "verbose": (1, None),  # handed on as it is
-    "seed": (1, trained_weights),
-    "device": ("meta", lambda model: model.device),
-    "_init_setup_model": (False, lambda model: hasattr(model, "policy")),
 }
 
 
