@@ -12,10 +12,13 @@ GOALS = np.array([(5, 0), (-5, 0), (0, 5), (0, -5)], np.float32)
 
 
 class MultiGoalEnv(gym.Env):
-    """A point starts at the centre and moves by its action. Moves and distance cost; reaching a goal gives 10."""
+    """A point starts at the centre and moves by its action. Moves and distance cost; reaching an open goal gives 10."""
 
     observation_space = gym.spaces.Box(-7, 7, (2,), np.float32)
     action_space = gym.spaces.Box(-1, 1, (2,), np.float32)
+
+    def __init__(self, open_goals=(0, 1, 2, 3)):
+        self.open_goals = np.array(open_goals)
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
@@ -24,10 +27,10 @@ class MultiGoalEnv(gym.Env):
 
     def step(self, action):
         self.position = np.clip(self.position + action, -7, 7).astype(np.float32)
-        distances = np.linalg.norm(GOALS - self.position, axis=1)
+        distances = np.linalg.norm(GOALS[self.open_goals] - self.position, axis=1)
         over = bool(distances.min() < 1)
         reward = float(-30 * np.sum(np.square(action)) - distances.min() ** 2 + 10 * over)
-        return self.position, reward, over, False, {"goal": int(distances.argmin())}
+        return self.position, reward, over, False, {"goal": int(self.open_goals[distances.argmin()])}
 
 
 def main() -> None:

@@ -22,6 +22,7 @@ from selection import (
     GOALS,
     Row,
     Runs,
+    by_moment,
     column,
     interquartile_mean,
     interval,
@@ -99,6 +100,54 @@ def draw_multi_goal(rows: Sequence[Row], file: Path) -> None:
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="upper center", bbox_to_anchor=(0.5, 0), ncol=4, fontsize=9)
     figure.tight_layout()
     figure.savefig(file, dpi=80, bbox_inches="tight", metadata=metadata(rows))
+    plt.close(figure)
+
+
+BLOCKED = {
+    "SDAC, temperature 1.0": ("SDAC", "1"),
+    "QVPO, presets.fast": ("QVPO", "1"),
+    "SAC": ("SAC", "1"),
+    "TD3": ("TD3", "1"),
+    "CrossQ": ("CrossQ", "1"),
+}
+"""Which policies the figure of the blocked goal shows, their names in it and numbers of candidates."""
+
+
+def paths_of(row: Row) -> list[np.ndarray]:
+    """Positions of some episodes, each of shape (n, 2)."""
+    return [np.array(path.split(), float).reshape(-1, 2) / 10 for path in row["paths"].split("|")]
+
+
+def draw_blocked(rows: Sequence[Row], file: Path) -> None:
+    """
+    Above paths of one seed, with a cross over the goal that is blocked then. Below the share of episodes that reach another
+    goal: bars are means, points seeds.
+    """
+    groups = {name: by_moment(rows)[key, n] for key, (name, n) in BLOCKED.items() if (key, n) in by_moment(rows)}
+    figure, axes = plt.subplots(2, len(groups), figsize=(2.3 * len(groups), 4.4), squeeze=False, height_ratios=(1.25, 1))
+    for i, (name, moments) in enumerate(groups.items()):
+        above, below = axes[:, i]
+        first = next(iter(moments.values()))[0]
+        for path in paths_of(first):
+            above.plot(*path.T, color="C0", alpha=0.5, linewidth=1)
+        for goal, place in zip(GOALS, ((5, 0), (-5, 0), (0, 5), (0, -5)), strict=True):
+            above.scatter(*place, marker="*", s=130, color="C2", zorder=3)
+            if goal == first["blocked"]:
+                above.scatter(*place, marker="x", s=130, color="C3", zorder=4, linewidth=3)
+        above.set(title=name, xlim=(-6.5, 6.5), ylim=(-6.5, 6.5), xticks=[], yticks=[], aspect="equal")
+        later = [*moments][1:]
+        shares = [[sum(int(row[f"reached_{goal}"]) for goal in GOALS) / 2 for row in moments[moment]] for moment in later]
+        below.bar(range(len(later)), [np.mean(share) for share in shares], color="C0", alpha=0.6)
+        for j, share in enumerate(shares):
+            below.scatter([j] * len(share), share, color="black", s=8, zorder=3)
+        below.set(ylim=(0, 105), xticks=range(len(later)))
+        below.set_xticklabels([moment.replace("after ", "+") for moment in later], fontsize=8)
+        below.set_yticks([0, 50, 100], [] if i else ["0 %", "50 %", "100 %"])
+    axes[0, 0].set_ylabel("20 episodes,\nfour equal goals")
+    axes[1, 0].set_ylabel("then one is blocked:\nreaches another goal")
+    figure.supxlabel("environment steps after blocking", fontsize=9)
+    figure.tight_layout()
+    figure.savefig(file, dpi=100, metadata=metadata(rows))
     plt.close(figure)
 
 

@@ -177,5 +177,19 @@ def last_rows(rows: Sequence[Row], *keys: str) -> dict[tuple[str, ...], list[Row
 
 
 def policy_name(setting: str, candidates: str) -> str:
-    """What a policy of the four goals is called: QVPO's by the number of its candidates, too."""
-    return f"{setting}, best of {candidates}" if setting.startswith("QVPO") else setting
+    """What a policy of the four goals is called: QVPO's and SDAC's by the number of candidates, too."""
+    return f"{setting}, best of {candidates}" if setting.startswith(("QVPO", "SDAC")) else setting
+
+
+def by_moment(rows: Sequence[Row]) -> dict[tuple[str, str], dict[str, list[Row]]]:
+    """
+    The rows of policies of which a goal is blocked.
+
+    :param rows: Of ``blocked_goal.csv``.
+    :return: By setting and number of candidates, in the order of the settings in ``goals.py``; then by moment, seeds in order.
+    """
+    groups: dict[tuple[str, str], dict[str, list[Row]]] = {}
+    for row in sorted(rows, key=lambda row: int(row["seed"])):
+        moments = groups.setdefault((row["setting"], row["candidates"]), {})
+        moments.setdefault(row["moment"], []).append(row)
+    return groups

@@ -11,6 +11,7 @@ from selection import (
     THRESHOLDS,
     Row,
     Runs,
+    by_moment,
     column,
     interquartile_mean,
     interval,
@@ -156,6 +157,27 @@ def multi_goal_table(rows: Sequence[Row]) -> str:
             spread([float(row["return"]) for row in group], 0),
         ]
         lines.append(f"| {policy_name(setting, candidates)} | {len(group)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def blocked_table(rows: Sequence[Row]) -> str:
+    """Goals that each policy reaches, and how often it reaches another one when the one that it prefers is blocked."""
+    moments = list(dict.fromkeys(row["moment"] for row in rows))
+    lines = ["| policy | seeds | goals with 5 % of 200 episodes or more, by seed | most frequent goal | return | "]
+    lines[0] += f"another goal, {' | '.join(moments[1:])} |"
+    lines.append("|---" * (4 + len(moments)) + "|")
+    for (setting, candidates), group in by_moment(rows).items():
+        reached = {
+            moment: np.array([[int(row[f"reached_{goal}"]) for goal in GOALS] for row in group[moment]]) for moment in moments
+        }
+        before = reached[moments[0]]
+        cells = [
+            ", ".join(map(str, (before >= 10).sum(axis=1))),
+            f"{(before.max(axis=1) / 200).mean():.0%}",
+            spread([float(row["return"]) for row in group[moments[0]]], 0),
+            *(f"{(reached[moment].sum(axis=1) / 200).mean():.0%}" for moment in moments[1:]),
+        ]
+        lines.append(f"| {policy_name(setting, candidates)} | {len(before)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

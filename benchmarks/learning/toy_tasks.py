@@ -1,10 +1,11 @@
 """
-The bandit of the paper's Figure 2 and four equally good goals: how many good actions does a policy keep? And how fast does a
-policy that has become narrow follow when other actions become the best ones?
+The bandit of the paper's Figure 2 and four equally good goals: how many good actions does a policy keep, and what does it do
+once the goal that it prefers is blocked? And how fast does a policy that has become narrow follow when other actions become
+the best ones?
 
-``python benchmarks/learning/toy_tasks.py bandit --seeds 0 1 2``, ``... multi_goal --seeds 0 1 2 3 4`` and ``... follow``. The
-first two tasks are those of ``examples/``. Runs that are in the CSV file are skipped. Each run has one thread. The column
-``minutes`` is the whole run by the clock. Needs matplotlib.
+``python benchmarks/learning/toy_tasks.py bandit --seeds 0 1 2``, ``... multi_goal --seeds 0 1 2 3 4``, ``... blocked_goal``
+and ``... follow``. The tasks of the first three are those of ``examples/``. Runs that are in the CSV file are skipped. Each
+run has one thread. The column ``minutes`` is the whole run by the clock. Needs matplotlib.
 ``... samples`` writes what the figure of the bandit and the animation of a chain show, ``bandit_samples.csv`` and
 ``bandit_chain.csv``.
 """
@@ -15,7 +16,6 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,39 +23,20 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import torch as th
-from stable_baselines3 import SAC, TD3
+from stable_baselines3 import SAC
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.noise import NormalActionNoise
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))  # is no package
 
 from bandit import PEAKS, ThreePeaksEnv
-from evaluation import best_of
-from multi_goal import MultiGoalEnv
+from goals import BLOCKED, MULTI_GOAL, SMALL, SOFTER, Row, blocked_goal, drawn_by_weight, multi_goal, samples
 from run import FAST, append, read, setup, steps, write
 
-from sb3_qvpo import QVPO, SDAC, DiffusionPolicy
-from sb3_qvpo.qvpo.weights import qadv
+from sb3_qvpo import QVPO
 
 HERE = Path(__file__).parent
-Row = dict[str, Any]
-SMALL = dict(learning_rate=1e-3, batch_size=64, policy_kwargs=dict(net_arch=[64, 64]))
-"""Settings of the bandit and the goals, for all algorithms."""
-
-
-def drawn_by_weight(q_values: th.Tensor) -> th.Tensor:
-    """
-    One candidate, drawn in proportion to its advantage weight, instead of the best (line 7 of Algorithm 1). It gets the mean
-    of all weights, so that the loss is on average that of Eq. 6 over all candidates.
-
-    :param q_values: Values of the candidates, shape (B, K).
-    :return: Weights of shape (B, K), all but one of each row 0.
-    """
-    weights = qadv(q_values) + 1e-8  # equal candidates are equally likely
-    return th.zeros_like(weights).scatter(1, th.multinomial(weights, 1), weights.mean(dim=1, keepdim=True))
-
-
-BANDIT: dict[str, dict[str, Any]] = {
+VARIED: dict[str, dict[str, Any]] = {
     **{f"T {T}, ent_coef {c}": dict(n_diffusion_steps=T, ent_coef=c) for T in (5, 10, 20) for c in (0.0, 0.01)},
     # K_t would change nothing: every step ends the episode
     **{f"K_b {b}": dict(n_behavior_candidates=b) for b in (1, 20)},
@@ -70,39 +51,18 @@ BANDIT: dict[str, dict[str, Any]] = {
     ),
 }
 """What is changed of the defaults (T 20, ent_coef 0.01, K_b 4): the paper's Figures 4 and 5, and its weightings."""
-
-SOFT: dict[str, Any] = dict(
-    q_scaling="spread",
-    proposal_actions="replay",
-    n_reverse_samples=16,
-    n_behavior_candidates=1,
-    n_target_candidates=1,
-    policy_kwargs=dict(net_arch=[64, 64], n_sampling_steps=5, sampler="dpm++", prediction="v"),
-)
-"""Settings of SDAC whose update costs less than the default ones. Temperatures are in units of the values' spread."""
-
-MULTI_GOAL: dict[str, tuple[type[BaseAlgorithm], dict[str, Any]]] = {
-    "QVPO": (QVPO, dict(n_train_candidates=16)),
-    "QVPO, ent_coef 0.1": (QVPO, dict(n_train_candidates=16, ent_coef=0.1)),
-    "QVPO, N_d 2": (QVPO, dict(n_train_candidates=2)),
-    "QVPO, drawn by weight": (QVPO, dict(n_train_candidates=16, q_weighting=drawn_by_weight)),
-    "SAC": (SAC, {}),
-    "TD3": (TD3, {}),
-    **{f"SDAC, temperature {t}": (SDAC, {**SOFT, "temperature": t}) for t in (0.5, 1.0, 2.0, 4.0)},
+BANDIT: dict[str, tuple[type[BaseAlgorithm], dict[str, Any]]] = {
+    **{name: (QVPO, arguments) for name, arguments in VARIED.items()},
+    **SOFTER,
 }
-"""Algorithms and what is changed of the defaults."""
-
-
-def samples(model: BaseAlgorithm, observations: np.ndarray, n_candidates: int) -> np.ndarray:
-    """An action of the policy for each observation, for a diffusion policy the best of so many candidates."""
-    with best_of(model.policy, n_candidates) if isinstance(model.policy, DiffusionPolicy) else nullcontext():
-        return model.predict(observations)[0]
+"""Algorithms and what is changed of the defaults, for the bandit."""
 
 
 def bandit(setting: str, seed: int, timesteps: int = 4_000) -> list[Row]:
     """Reward of the policy itself, and which share of its samples is near each peak, at four moments of training."""
     th.set_num_threads(1)
-    model = QVPO("MlpPolicy", ThreePeaksEnv(), learning_starts=200, seed=seed, **{**SMALL, **BANDIT[setting]})
+    algorithm, arguments = BANDIT[setting]
+    model = algorithm("MlpPolicy", ThreePeaksEnv(), learning_starts=200, seed=seed, **{**SMALL, **arguments})
     rows = []
     for i in range(4):
         model.learn(timesteps // 4, reset_num_timesteps=i == 0)
@@ -111,44 +71,6 @@ def bandit(setting: str, seed: int, timesteps: int = 4_000) -> list[Row]:
         numbers = {"reward": ThreePeaksEnv.reward(actions).mean(), "std": actions.std(axis=0).mean()}
         numbers |= {f"peak_{peak}": share for peak, share in enumerate(near)}
         rows.append({"step": model.num_timesteps, **{name: round(float(value), 3) for name, value in numbers.items()}})
-    return rows
-
-
-def multi_goal(setting: str, seed: int, timesteps: int = 6_000) -> list[Row]:
-    """Which goals 200 episodes reach, and where first actions go, for the policy itself and the best of 4."""
-    th.set_num_threads(1)
-    algorithm, arguments = MULTI_GOAL[setting]
-    # Not the model's environment, in which training goes on where it stopped
-    env = gym.wrappers.TimeLimit(MultiGoalEnv(), 30)
-    model = algorithm(
-        "MlpPolicy", gym.wrappers.TimeLimit(MultiGoalEnv(), 30), learning_starts=500, seed=seed, **{**SMALL, **arguments}
-    )
-    rows = []
-    for i in range(4):
-        model.learn(timesteps // 4, reset_num_timesteps=i == 0)
-        for n_candidates in (1, 4) if isinstance(model.policy, DiffusionPolicy) else (1,):
-            reached, returns = np.zeros(4, int), []
-            for _ in range(200):
-                (observation, _), over, total = env.reset(), False, 0.0
-                while not over:
-                    action = samples(model, observation[None], n_candidates)[0]
-                    observation, reward, terminated, truncated, info = env.step(action)
-                    total, over = total + reward, terminated or truncated
-                reached[info["goal"]] += terminated
-                returns.append(total)
-            first = samples(model, np.zeros((1_000, 2), np.float32), n_candidates)
-            # Quarters around the directions to the goals: right, top, left, bottom
-            quarters = np.bincount(np.round(np.arctan2(first[:, 1], first[:, 0]) / (np.pi / 2)).astype(int) % 4, minlength=4)
-            goals = dict(zip(("right", "left", "top", "bottom"), reached.tolist(), strict=True))
-            directions = dict(zip(("right", "top", "left", "bottom"), quarters.tolist(), strict=True))
-            rows.append(
-                {
-                    **{"step": model.num_timesteps, "candidates": n_candidates, "return": round(float(np.mean(returns)), 1)},
-                    **{f"reached_{name}": count for name, count in goals.items()},
-                    **{f"first_{name}": directions[name] for name in goals},
-                    "first_length": round(float(np.linalg.norm(first, axis=1).mean()), 3),
-                }
-            )
     return rows
 
 
@@ -306,6 +228,7 @@ def write_samples(folder: Path, timesteps: int = 4_000) -> None:
 STUDIES: dict[str, tuple[Callable[..., list[Row]], dict[str, Any]]] = {
     "bandit": (bandit, BANDIT),
     "multi_goal": (multi_goal, MULTI_GOAL),
+    "blocked_goal": (blocked_goal, BLOCKED),
     "follow": (follow, FOLLOW),
 }
 

@@ -194,6 +194,41 @@ def test_tables_of_the_toy_tasks():
     assert lines[1:] == ["|---|---|---|---|---|---|---|---|---|", "| a | 2 | 0.20 | 0.20 | 0.55 | 0.45 | 0.20 | 0.60 | 0.30 |"]
 
 
+def blocked_rows():
+    """Two seeds of a policy that keeps two goals and one of a policy that keeps one; of each the preferred one is blocked."""
+    rows = []
+    for setting, seed, moment, counts in (
+        ("SDAC, temperature 1.0", "1", "before", (90, 10, 0, 100)),
+        ("SDAC, temperature 1.0", "1", "at once", (90, 10, 0, 0)),
+        ("SDAC, temperature 1.0", "0", "before", (0, 200, 0, 0)),
+        ("SDAC, temperature 1.0", "0", "at once", (0, 0, 0, 20)),
+        ("SAC", "0", "before", (0, 200, 0, 0)),
+        ("SAC", "0", "at once", (0, 0, 0, 0)),
+    ):
+        row = {"setting": setting, "seed": seed, "moment": moment, "candidates": "1", "return": str(-10 * int(seed))}
+        reached = dict(zip(selection.GOALS, map(str, counts), strict=True))
+        paths = "0 0 9 1|0 0 -9 1 -18 2" if moment == "before" else ""
+        rows.append({**row, **{f"reached_{goal}": n for goal, n in reached.items()}, "blocked": "left", "paths": paths})
+    return rows
+
+
+def test_the_table_and_the_figure_of_the_blocked_goal(tmp_path, monkeypatch):
+    lines = tables.blocked_table(blocked_rows()).splitlines()
+    assert lines[0].endswith("| return | another goal, at once |")
+    assert lines[2:] == [
+        "| SDAC, temperature 1.0, best of 1 | 2 | 1, 3 | 75% | -5 ± 7 | 30% |",
+        "| SAC | 1 | 1 | 100% | 0 | 0% |",
+    ]
+    shown = []
+    monkeypatch.setattr(figures.plt, "close", shown.append)
+    figures.draw_blocked(blocked_rows(), tmp_path / "figure.png")
+    above, below = shown[0].axes[:2], shown[0].axes[2:4]
+    assert [axis.get_title() for axis in above] == ["SDAC", "SAC"]
+    np.testing.assert_allclose(above[0].lines[1].get_xydata(), [(0, 0), (-0.9, 0.1), (-1.8, 0.2)])
+    assert [[bar.get_height() for bar in axis.patches] for axis in below] == [[30.0], [0.0]]
+    assert [offset.tolist() for offset in below[0].collections[0].get_offsets()] == [[0.0, 10.0], [0.0, 50.0]]
+
+
 def test_every_length_of_runs_is_shown(monkeypatch):
     """Those of small tasks and long ones; ablations only beside what they vary, and drawn when one has come to its end."""
     monkeypatch.setitem(selection.THRESHOLDS, "T", [3])

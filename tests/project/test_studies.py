@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import goals
 import gymnasium as gym
 import numpy as np
 import precision
@@ -202,6 +203,47 @@ def test_a_policy_that_must_follow():
     start = np.zeros_like(best, dtype=np.float32)
     np.testing.assert_allclose(toy_tasks.best_of_critics(model, th.as_tensor(states), start), best, atol=0.01)
     assert not start.any()
+
+
+class Compass:
+    """Always goes in one direction, at full length."""
+
+    policy = None
+
+    def __init__(self, *direction):
+        self.direction = np.array(direction, np.float32)
+
+    def predict(self, observations):
+        return np.tile(self.direction, (len(observations), 1)), None
+
+
+def test_what_is_measured_of_policies_among_goals():
+    row, paths = goals.measured(Compass(1, 0), np.arange(4), 1)
+    assert (row["reached_right"], row["reached_left"], row["reached_top"], row["reached_bottom"]) == (200, 0, 0, 0)
+    assert (row["first_right"], row["first_length"]) == (1_000, 1)
+    # Five steps of length 1; the last ends within the distance of 1 that counts: at 4, 3, 2, 1 and 0 from the goal
+    steps = next(i for i, position in enumerate(paths[0]) if position[0] > 4)
+    assert row["return"] == pytest.approx(sum(-30 - max(0, 5 - i) ** 2 for i in range(1, steps + 1)) + 10, abs=0.05)
+    assert len(paths) == 200 and {path.shape for path in paths} == {(steps + 1, 2)}
+    row, _ = goals.measured(Compass(0, 1), np.array([0, 1, 3]), 1)
+    assert sum(row[f"reached_{name}"] for name in goals.NAMES) == 0, "this goal is blocked"
+    assert row["first_top"] == 1_000
+
+
+@pytest.mark.parametrize("setting", ["SAC", "SDAC, temperature 1.0"])
+def test_the_study_of_a_blocked_goal(setting, monkeypatch):
+    monkeypatch.setattr(goals, "EPISODES", 3)
+    rows = goals.blocked_goal(setting, 0, timesteps=24)
+    counts = (1, 4) if setting.startswith("SDAC") else (1,)
+    assert [(row["step"], row["moment"], row["candidates"]) for row in rows] == [
+        (step, moment, n)
+        for step, moment in ((24, "before"), (24, "at once"), (26, "after 2"), (32, "after 8"))
+        for n in counts
+    ]
+    (blocked,) = {row["blocked"] for row in rows}
+    assert not any(row[f"reached_{blocked}"] for row in rows if row["moment"] != "before")
+    paths = [np.array(path.split(), int).reshape(-1, 2) for path in rows[0]["paths"].split("|")]
+    assert len(paths) == 3 and all(2 <= len(path) <= 31 and not path[0].any() for path in paths)
 
 
 @pytest.mark.parametrize("setting", ["SAC", "... without the delay"])
