@@ -27,8 +27,10 @@ from helpers import (
     trained_weights,
     weights_of,
 )
+from stable_baselines3 import HerReplayBuffer
 from stable_baselines3.common.env_util import make_vec_env
-from stable_baselines3.common.envs import FakeImageEnv
+from stable_baselines3.common.envs import BitFlippingEnv, FakeImageEnv
+from stable_baselines3.common.noise import NormalActionNoise
 
 from sb3_qvpo import QVPO, SDAC
 
@@ -291,6 +293,57 @@ def test_kinds_of_observations_and_several_environments(env, policy):
     )
     before = weights_of(model)
     assert not same_weights(before, weights_of(model.learn(30)))
+
+
+def test_hindsight_from_several_environments():
+    envs = make_vec_env(BitFlippingEnv, n_envs=2, env_kwargs=dict(n_bits=4, continuous=True))
+    model = tiny_sdac(
+        envs,
+        "MultiInputPolicy",
+        replay_buffer_class=HerReplayBuffer,
+        learning_starts=20,
+        gradient_steps=-1,
+        q_scaling="spread",
+    )
+    before = weights_of(model)
+    assert not same_weights(before, weights_of(model.learn(30)))
+
+
+def test_stored_actions_stay_in_the_box_whatever_the_noise():
+    """In the authors' code the noise comes after the clipping, and large actions reach the buffer."""
+    noise = NormalActionNoise(np.zeros(1), np.full(1, 3.0))
+    model = tiny_sdac(action_noise=noise, learning_starts=5).learn(40)
+    stored = model.replay_buffer.actions[: model.replay_buffer.pos]
+    assert (np.abs(stored) <= 1).all() and (np.abs(stored[5:]) == 1).mean() > 0.3
+
+
+def test_samples_start_from_noise_of_deviation_one():
+    """In the authors' code from half of it."""
+    model = tiny_sdac()
+    start = model.actor.draw_noise(500, 4)[0]
+    assert start.std().item() == pytest.approx(1, abs=0.05)
+
+
+def test_the_actor_acts_and_not_its_moving_average():
+    """In the authors' code the average acts."""
+    model = tiny_sdac()
+    observation = np.zeros(3, np.float32)
+    before = model.predict(observation, deterministic=True)[0]
+    with th.no_grad():
+        for parameter in model.actor_target.parameters():
+            parameter.add_(1.0)
+    assert model.predict(observation, deterministic=True)[0] == before
+    with th.no_grad():
+        for parameter in model.actor.parameters():
+            parameter.add_(1.0)
+    assert model.predict(observation, deterministic=True)[0] != before
+
+
+def test_the_learning_rate_is_constant_unless_it_is_a_schedule():
+    """In the authors' code the actor's falls."""
+    for learning_rate, now in ((3e-4, 3e-4), (lambda left: 3e-4 * left, 0)):
+        model = tiny_sdac(learning_rate=learning_rate).learn(20)
+        assert model.actor.optimizer.param_groups[0]["lr"] == pytest.approx(now, abs=2e-5)
 
 
 def test_fast_code_changes_nothing(settings):

@@ -336,11 +336,20 @@ def fused_adam_on_meta(monkeypatch):
 
 
 @pytest.mark.parametrize("chosen", [{}, dict(foreach=False), dict(foreach=True)])
-@pytest.mark.parametrize("kwargs", [{}, dict(max_grad_norm=1.0), dict(q_weighting="qcut")])
-def test_an_update_reads_nothing_back_and_copies_nothing(kwargs, chosen, fused_adam_on_meta):
+@pytest.mark.parametrize(
+    ("build", "kwargs", "metric"),
+    [
+        (tiny_qvpo, {}, "critic_contrast"),
+        (tiny_qvpo, dict(max_grad_norm=1.0), "critic_contrast"),
+        (tiny_qvpo, dict(q_weighting="qcut"), "critic_contrast"),
+        (tiny_sdac, {}, "divergence"),
+        (tiny_sdac, dict(temperature="auto", q_scaling="spread", proposal_actions="replay"), "divergence"),
+    ],
+)
+def test_an_update_reads_nothing_back_and_copies_nothing(build, kwargs, metric, chosen, fused_adam_on_meta):
     """On torch's meta device, where no number can be read: what stalls a GPU, or breaks a graph, fails here."""
     policy_kwargs = dict(net_arch=[8, 8], time_embedding_dim=4, optimizer_kwargs=chosen)
-    model = tiny_qvpo(device="meta", seed=None, policy_kwargs=policy_kwargs, **kwargs)
+    model = build(device="meta", seed=None, policy_kwargs=policy_kwargs, **kwargs)
     # Moving to this device makes other parameters, which the optimisers do not know
     for network, parameters in (
         (model.actor, list(model.actor.parameters())),
@@ -350,13 +359,13 @@ def test_an_update_reads_nothing_back_and_copies_nothing(kwargs, chosen, fused_a
         assert optimizers.make_capturable(network.optimizer)
         assert network.optimizer.param_groups[0]["fused"] is (None if chosen else True)
     batch = ReplayBufferSamples(*(th.empty(8, size, device="meta") for size in (3, 1, 3, 1, 1)))
-    ent_coef = th.empty((), device="meta")
+    coefficient = th.empty((), device="meta")  # ent_coef, or the temperature
     guard_of(model).start_update(1, {})
     with OnDeviceOnly():
         for _ in range(2):
             assert {"critic_loss", "q_value"} == model._update_critics(batch).keys()
-            metrics = model._update_policy(batch, ent_coef)
-            assert {"actor_loss", "critic_contrast"} <= metrics.keys()
+            metrics = model._update_policy(batch, coefficient)
+            assert {"actor_loss", metric} <= metrics.keys()
     for network in (model.actor, model.critic):
         state = network.optimizer.state_dict()["state"]
         assert len(state) == len(network.optimizer.param_groups[0]["params"]) > 5, "all parameters were stepped"
