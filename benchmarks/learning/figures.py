@@ -6,6 +6,7 @@ import json
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from selection import (
+    FRONT,
     GOALS,
+    Curves,
     Row,
     Runs,
     by_moment,
@@ -79,6 +82,45 @@ def draw_curves(runs: Runs, file: Path) -> None:
     figure.tight_layout()
     figure.savefig(file, dpi=100, bbox_inches="tight", metadata=metadata(runs))
     plt.close(figure)
+
+
+def draw_front(curves: Curves, milliseconds: dict[str, float], file: Path) -> None:
+    """
+    Means over seeds, thin lines each of them; above by steps, below by processor time.
+
+    :param curves: Steps and returns of each seed by task and algorithm.
+    :param milliseconds: Of a step of each algorithm, timed in turn on one core.
+    :param file: The figure.
+    """
+    figure, panels = plt.subplots(2, len(curves), figsize=(3.4 * len(curves), 5), squeeze=False, sharey="col")
+    for (task, algos), axes in zip(curves.items(), panels.T, strict=True):
+        for algo, seeds in algos.items():
+            name, timed, n_random = FRONT[algo]
+            color, width = f"C{[*FRONT].index(algo)}", 2.5 if name == "QVPO" else 1.5
+            steps = max((steps for steps, _ in seeds), key=len)
+            mean = [np.mean([y[x == step] for x, y in seeds if step in x]) for step in steps]
+            for axis, time in zip(axes, (lambda x: x / 1_000, partial(minutes, milliseconds[timed], n_random)), strict=True):
+                for x, y in seeds:
+                    axis.plot(time(x), y, color=color, alpha=0.3, linewidth=0.7)
+                axis.plot(time(steps), mean, color=color, linewidth=width, label=name, zorder=3)
+        axes[0].set(title=task, xlabel="thousand steps")
+        axes[1].set_xlabel("minutes of one core")
+    for axis in panels[:, 0]:
+        axis.set_ylabel("return")
+    handles, labels = panels[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, 1.05), ncol=len(labels), frameon=False)
+    figure.tight_layout()
+    shown = {
+        task: {algo: [(x.tolist(), y.tolist()) for x, y in seeds] for algo, seeds in algos.items()}
+        for task, algos in curves.items()
+    }
+    figure.savefig(file, dpi=100, bbox_inches="tight", metadata=metadata([shown, milliseconds]))
+    plt.close(figure)
+
+
+def minutes(milliseconds: float, n_random: int, steps: np.ndarray) -> np.ndarray:
+    """Processor time of so many steps, of which the first cost nothing."""
+    return (steps - n_random).clip(0) * milliseconds / 60_000
 
 
 def draw_multi_goal(rows: Sequence[Row], file: Path) -> None:

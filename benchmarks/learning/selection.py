@@ -73,9 +73,19 @@ ABLATED, PREFIX = "qvpo_ddpm5_nd8_delay2", "fast_"
 GOALS = ("right", "left", "top", "bottom")
 """Names of the goals of ``examples/multi_goal.py``, in its order."""
 
+FRONT = {
+    "preset_fast": ("QVPO", "presets.fast", 5_000),
+    "crossq_256": ("CrossQ", "CrossQ-256", 5_000),
+    "sac": ("SAC", "SAC", 10_000),
+    "td3": ("TD3", "TD3", 10_000),
+}
+"""What the README's figure compares: names in it and in ``step_one_thread.csv``, and how many steps are random."""
+
 Row = dict[str, str]
 Runs = dict[str, dict[str, dict[int, list[Row]]]]
 """Rows of finished runs by task, algorithm and seed."""
+Curves = dict[str, dict[str, list[tuple[np.ndarray, np.ndarray]]]]
+"""Steps and returns of each seed by task and algorithm."""
 
 
 def finished_runs(rows: Sequence[Row], last_step: int) -> Runs:
@@ -179,6 +189,27 @@ def last_rows(rows: Sequence[Row], *keys: str) -> dict[tuple[str, ...], list[Row
 def policy_name(setting: str, candidates: str) -> str:
     """What a policy of the four goals is called: QVPO's and SDAC's by the number of candidates, too."""
     return f"{setting}, best of {candidates}" if setting.startswith(("QVPO", "SDAC")) else setting
+
+
+def front_curves(rows: Sequence[Row], length: int = 100_000) -> Curves:
+    """
+    Runs of this length as far as they got.
+
+    :param rows: Of ``preset.csv`` and ``results.csv``.
+    :param length: Steps that a run was to have.
+    :return: Their steps and returns.
+    """
+    seeds: dict[tuple[str, str, str], dict[int, float]] = defaultdict(dict)
+    for row in rows:
+        if row["algo"] in FRONT and int(row["step"]) <= length:
+            seeds[row["task"], row["algo"], row["seed"]][int(row["step"])] = float(row["mean_return"])
+    curves: Curves = {}
+    for task in ("HalfCheetah-v5", "Hopper-v5", "Walker2d-v5"):
+        for algo in FRONT:
+            for key in sorted(key for key in seeds if key[:2] == (task, algo)):
+                steps, returns = np.array(sorted(seeds[key].items())).T
+                curves.setdefault(task, {}).setdefault(algo, []).append((steps, returns))
+    return curves
 
 
 def by_moment(rows: Sequence[Row]) -> dict[tuple[str, str], dict[str, list[Row]]]:

@@ -65,6 +65,11 @@ class DiffusionProcess(nn.Module, ABC):
     n_noises: int
     """N, draws of noise that a chain takes."""
 
+    @property
+    def n_reverse_steps(self) -> int:
+        """Passes of the network that one sample takes; T unless a sampler skips steps."""
+        return self.n_steps
+
     def fixed_state(self) -> dict[str, Any]:
         """
         What the constructor fixes and a network's weights depend on, such as the noise schedule. It is saved beside weights.
@@ -278,6 +283,11 @@ class GaussianDiffusion(DiffusionProcess):
         for name in ("betas", "sqrt_alpha_bars", "sqrt_one_minus_alpha_bars"):  # looked up for many t at once
             # The schedule fixes them, so they are no parameters and stay out of the state dict
             self.register_buffer(name, coefficients[name].float(), persistent=False)
+
+    @property
+    def n_reverse_steps(self) -> int:
+        """S, reverse steps of a sample."""
+        return len(self.sampling_steps)
 
     def fixed_state(self) -> dict[str, Any]:
         """

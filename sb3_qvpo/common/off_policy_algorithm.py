@@ -10,6 +10,7 @@ metrics. ``docs/development.md`` has an example.
 import copy
 import math
 import pathlib
+import time
 import warnings
 from collections.abc import Callable
 from numbers import Integral
@@ -31,6 +32,7 @@ from sb3_qvpo.common.actor_critic import CandidateCritic, DiffusionActor
 from sb3_qvpo.common.arguments import PolicyCount
 from sb3_qvpo.common.policies import DiffusionPolicy
 from sb3_qvpo.common.runs.guarded_algorithm import GuardedOffPolicyAlgorithm
+from sb3_qvpo.common.runs.pace import Pace, step_cost, told
 from sb3_qvpo.common.speed.cpu import warn_of_busy_cores
 from sb3_qvpo.common.speed.keys import RUN_STATE
 from sb3_qvpo.common.speed.optimizers import forget_graphs, plain_state, set_learning_rate, use_fused
@@ -81,6 +83,8 @@ class DiffusionOffPolicyAlgorithm(GuardedOffPolicyAlgorithm):
     """Arguments that are handed on to the policy."""
     _count_arguments: ClassVar[tuple[str, ...]] = ("batch_size", "buffer_size", "n_steps", "policy_delay", *_policy_counts)
     """Arguments that are whole numbers of at least 1."""
+    _preset: ClassVar[tuple[str, int]] = ("", 0)
+    """The preset to name where a run takes long, and its :meth:`_chain_rows`."""
     _not_read_by_updates: ClassVar[frozenset[str]] = RUN_STATE
     """Attributes that change while graphs of updates stay valid. A name that is missing here only costs a new capture."""
 
@@ -128,6 +132,7 @@ class DiffusionOffPolicyAlgorithm(GuardedOffPolicyAlgorithm):
         self._warned_of_few_updates = False
         self._metric_sums: dict[str, tuple[th.Tensor, int]] = {}
         self._update_runner = UpdateRunner()
+        self._pace, self._shows_progress = Pace(), False
         own_kwargs = {name: getattr(self, name) for name in self._policy_arguments}
         policy_kwargs = self.policy_kwargs
         for name in own_kwargs.keys() & policy_kwargs.keys():
@@ -269,6 +274,7 @@ class DiffusionOffPolicyAlgorithm(GuardedOffPolicyAlgorithm):
     def _excluded_save_params(self) -> list[str]:
         networks = ["actor", "actor_target", "critic", "critic_target"]
         not_saved = ["_qf_lr_schedule", "_rates_of_schedules", "_metric_sums", "_warned_of_few_updates", "_update_runner"]
+        not_saved += ["_pace", "_shows_progress"]
         return [*super()._excluded_save_params(), *networks, *not_saved]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
@@ -362,6 +368,20 @@ class DiffusionOffPolicyAlgorithm(GuardedOffPolicyAlgorithm):
             means = th.stack([total / count for total, count in self._metric_sums.values()]).tolist()
             for name, mean in zip(self._metric_sums, means, strict=True):
                 self.logger.record(f"train/{name}", mean)
+        self._say_how_long_it_takes()
+
+    def _say_how_long_it_takes(self) -> None:
+        """One line for whoever watches a run on a CPU that takes hours."""
+        n_left = self._total_timesteps - self.num_timesteps
+        seconds = self._pace.seconds_left(self._n_updates, self.num_timesteps, n_left, time.monotonic())
+        if seconds is None or self.device.type != "cpu" or not (self.verbose or self._shows_progress):
+            return
+        preset, rows = self._preset
+        print(told(seconds, n_left, preset, step_cost(rows) / step_cost(self._chain_rows())))
+
+    def _chain_rows(self) -> float:
+        """Rows that pass through the noise predictor to draw actions, in an update of the critics."""
+        return 0.0
 
     def _drop_logged_metrics(self) -> None:
         """Start new means if the log has been written. Callbacks may do that, in the middle of an episode."""
@@ -397,6 +417,7 @@ class DiffusionOffPolicyAlgorithm(GuardedOffPolicyAlgorithm):
             self._setup_lr_schedule()
         self._warn_of_few_updates()
         self._metric_sums.clear()
+        self._pace, self._shows_progress = Pace(), progress_bar
         vec_normalize = self.get_vec_normalize_env()
         self.policy.normalized_observations = vec_normalize is not None and vec_normalize.norm_obs
         return super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)

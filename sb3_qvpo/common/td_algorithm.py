@@ -27,6 +27,14 @@ class CandidateTDAlgorithm(DiffusionOffPolicyAlgorithm):
         super().__init__(*args, **kwargs)
         self.n_target_candidates = n_target_candidates
 
+    def _n_policy_candidates(self) -> int:
+        """Candidates for each state that a policy step draws."""
+        return 0
+
+    def _chain_rows(self) -> float:
+        n_candidates = self.n_target_candidates + self._n_policy_candidates() / self.policy_delay
+        return self.batch_size * self.actor.diffusion.n_reverse_steps * n_candidates
+
     def _update_critics(self, batch: ReplayBufferSamples) -> Metrics:
         target_noise = self.policy.draw_noise(len(batch.rewards), self.n_target_candidates)
         loss, metrics = self._critic_loss(batch, target_noise)

@@ -128,6 +128,7 @@ class QVPO(CandidateTDAlgorithm):
         "n_train_candidates",
         "n_uniform_actions",
     )
+    _preset: ClassVar[tuple[str, int]] = ("fast", 5_973)
     _not_read_by_updates: ClassVar[frozenset[str]] = CandidateTDAlgorithm._not_read_by_updates | {"_ent_coef_schedule"}
 
     def __init__(
@@ -285,6 +286,9 @@ class QVPO(CandidateTDAlgorithm):
             "candidate_std": spread,
         }
         return loss, metrics
+
+    def _n_policy_candidates(self) -> int:
+        return self.n_train_candidates
 
     def _updates_are_pure(self) -> bool:
         # A user's function may have state of its own

@@ -142,6 +142,7 @@ class SDAC(CandidateTDAlgorithm):
         "CnnPolicy": CnnPolicy,
         "MultiInputPolicy": MultiInputPolicy,
     }
+    _preset: ClassVar[tuple[str, int]] = ("sdac", 5_120)
     _not_read_by_updates: ClassVar[frozenset[str]] = CandidateTDAlgorithm._not_read_by_updates | {"_temperature_schedule"}
 
     log_temperature: th.Tensor
@@ -306,6 +307,9 @@ class SDAC(CandidateTDAlgorithm):
         if chain is None:
             return batch.actions
         return best_candidate(*self.policy.score_candidates(batch.observations, chain, for_training=True)[1:])
+
+    def _n_policy_candidates(self) -> int:
+        return self.n_target_candidates if self.proposal_actions == "policy" else 0
 
     def _levels(self, timesteps: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
         """``sqrt(bar alpha_t)`` and ``sqrt(1 - bar alpha_t)``, shape (B, 1, 1), of any process that adds noise linearly."""

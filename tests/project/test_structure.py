@@ -16,7 +16,7 @@ MODULES = [".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix("
 LAYERS = [
     "common.arguments",
     "common.noise_schedules common.diffusion common.networks common.candidates",
-    "common.speed.settings common.runs.files",
+    "common.speed.settings common.runs.files common.runs.pace",
     "common.actor_critic",
     "common.critics",
     "common.speed.optimizers common.speed.cpu",

@@ -1,0 +1,78 @@
+"""How long the rest of a run takes, said once: on a CPU the paper's settings take days, and nobody should find out late."""
+
+FIRST, LAST = 10, 60
+"""Updates between which a run is timed. The first ones compile and allocate."""
+LONG = 3600.0
+"""Seconds that are worth a line."""
+
+
+class Pace:
+    """Times the updates of one ``learn()``."""
+
+    def __init__(self) -> None:
+        self._start: tuple[int, int, float] | None = None
+        self._first_update: int | None = None
+        self._is_done = False
+
+    def seconds_left(self, n_updates: int, n_steps: int, n_left: int, now: float) -> float | None:
+        """
+        The time that the remaining steps take at the pace of some 50 updates. Call it after updates.
+
+        :param n_updates: Updates of the model so far.
+        :param n_steps: Environment steps so far.
+        :param n_left: Environment steps that remain.
+        :param now: Seconds of a clock.
+        :return: Seconds, once. None before, afterwards, and for a rest below an hour.
+        """
+        if self._first_update is None:
+            self._first_update = n_updates
+        n_seen = n_updates - self._first_update
+        if self._is_done or n_seen < FIRST:
+            return None
+        if self._start is None:
+            self._start = (n_seen, n_steps, now)
+        n_before, steps_before, before = self._start
+        if n_seen < n_before + LAST - FIRST or n_steps == steps_before:
+            return None
+        self._is_done = True
+        seconds = (now - before) / (n_steps - steps_before) * n_left
+        return seconds if seconds > LONG else None
+
+
+def in_words(seconds: float) -> str:
+    """
+    A duration that can be read at a glance.
+
+    :param seconds: At least a minute.
+    :return: In minutes below two hours, in hours below two days, or in days.
+    """
+    for unit, length in (("days", 86_400), ("hours", 3_600)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds / 60:.0f} minutes"
+
+
+def step_cost(chain_rows: float) -> float:
+    """
+    Roughly what an environment step costs, with its update.
+
+    :param chain_rows: Rows that pass through the noise predictor to draw actions.
+    :return: Milliseconds on one core of Zen 3 with networks of 256 units; only ratios are used.
+    """
+    return 45 + 2.5e-3 * chain_rows
+
+
+def told(seconds: float, n_left: int, preset: str, share: float) -> str:
+    """
+    One line about a long rest.
+
+    :param seconds: What it takes.
+    :param n_left: Environment steps that remain.
+    :param preset: Name of a preset, or nothing.
+    :param share: The part of the time that a step of the preset takes. It is named if it is below two thirds.
+    :return: The line.
+    """
+    line = f"At this pace the remaining {n_left:,} steps take {in_words(seconds)} on this CPU."
+    if preset and share < 2 / 3:
+        line += f" With sb3_qvpo.presets.{preset} they would take about {in_words(share * seconds)}."
+    return line
