@@ -16,9 +16,7 @@ class MultiGoalEnv(gym.Env):
 
     observation_space = gym.spaces.Box(-7, 7, (2,), np.float32)
     action_space = gym.spaces.Box(-1, 1, (2,), np.float32)
-
-    def __init__(self, open_goals=(0, 1, 2, 3)):
-        self.open_goals = np.array(open_goals)
+    open_goals = np.arange(4)
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)

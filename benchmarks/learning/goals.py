@@ -86,6 +86,13 @@ def samples(model: BaseAlgorithm, observations: np.ndarray, n_candidates: int) -
         return model.predict(observations)[0]
 
 
+def goals_env(open_goals: np.ndarray) -> gym.Env[np.ndarray, np.ndarray]:
+    """The task with some goals, episodes of at most 30 steps."""
+    env = MultiGoalEnv()
+    env.open_goals = open_goals
+    return gym.wrappers.TimeLimit(env, 30)
+
+
 def measured(model: BaseAlgorithm, open_goals: np.ndarray, n_candidates: int) -> tuple[Row, list[np.ndarray]]:
     """
     What 200 episodes do at the same time.
@@ -95,7 +102,7 @@ def measured(model: BaseAlgorithm, open_goals: np.ndarray, n_candidates: int) ->
     :param n_candidates: The best of so many samples acts, if the policy is a diffusion policy.
     :return: Return, how often each goal was reached and where 1000 first actions go; the episodes' positions.
     """
-    envs = [gym.wrappers.TimeLimit(MultiGoalEnv(open_goals), 30) for _ in range(EPISODES)]
+    envs = [goals_env(open_goals) for _ in range(EPISODES)]
     paths = [[env.reset()[0]] for env in envs]
     reached, returns = np.zeros(len(GOALS), int), np.zeros(EPISODES)
     live = list(range(EPISODES))

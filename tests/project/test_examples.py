@@ -22,6 +22,7 @@ TOY = {
         ["--timesteps", "520", "--episodes", "1", "--candidates", "1", "8"],
         r"Best of  1 candidates: -\d+ \+- 0\nBest of  8 candidates: -\d+ \+- 0",
     ),
+    "look_at_a_policy.py": (["--timesteps", "520"], r"Values of 64 candidates: -?\d+\.\d to -?\d+\.\d"),
     "multi_goal.py": (["--timesteps", "520"], r"(Best of [14]: .* reached \[\d+, \d+, \d+, \d+\] times in 50 episodes\n){2}"),
     "resume_training.py": (["--timesteps", "520", "--save-freq", "200"], PENDULUM),
     # A small task with a goal, registered below: gymnasium-robotics needs another MuJoCo than the other tasks

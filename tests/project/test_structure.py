@@ -27,7 +27,7 @@ LAYERS = [
     "common.runs.callbacks common.export",
     "common.policies",
     "common.off_policy_algorithm",
-    "common.td_algorithm common.policy_aliases",
+    "common.td_algorithm common.policy_aliases common.figures",
     "qvpo.weights qvpo.policies sdac.targets",
     "qvpo.qvpo sdac.sdac",
     "qvpo sdac",

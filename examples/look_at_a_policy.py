@@ -1,0 +1,56 @@
+"""
+Look at a saved model: the candidates that it draws for a few observations, coloured by value, and one chain while it denoises.
+
+``python examples/look_at_a_policy.py run.zip --env HalfCheetah-v5 --algo QVPO`` draws ``candidates.png`` and ``chain.gif``.
+With no file it first trains for a minute on a robot arm, and ``training.png`` shows how its candidates move meanwhile.
+"""
+
+import argparse
+
+import gymnasium as gym
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.animation import FuncAnimation, PillowWriter
+
+import sb3_qvpo
+from sb3_qvpo.common.figures import candidate_figure, denoise, draw_candidates, snapshot
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", nargs="?", help="a file that model.save() or a checkpoint callback wrote")
+    parser.add_argument("--env", default="Reacher-v5", help="the task it was trained on")
+    parser.add_argument("--algo", default="QVPO", choices=["QVPO", "SDAC"])
+    parser.add_argument("--timesteps", type=float, default=3_000, help="environment steps, if there is no file")
+    parser.add_argument("--dimensions", type=int, nargs=2, default=(0, 1), help="which two of the actions' dimensions")
+    arguments = parser.parse_args()
+    env, dimensions = gym.make(arguments.env), tuple(arguments.dimensions)
+    if arguments.model:
+        model = getattr(sb3_qvpo, arguments.algo).load(arguments.model, device="cpu")
+    else:
+        model = sb3_qvpo.QVPO("MlpPolicy", arguments.env, **sb3_qvpo.presets.small, seed=0, device="cpu")
+        model.learn(arguments.timesteps, sb3_qvpo.CandidateFigureCallback(int(arguments.timesteps / 4), "training.png"))
+
+    observations = [env.reset(seed=0)[0]]
+    for _ in range(40):
+        observations.append(env.step(model.predict(observations[-1], deterministic=True)[0])[0])
+    moment = snapshot(model.policy, np.stack(observations[::20]), step=model.num_timesteps)
+    candidate_figure(model.policy, [moment], dimensions).savefig("candidates.png", dpi=100)
+    print(f"Values of {moment.values.shape[1]} candidates: {moment.values.min():.1f} to {moment.values.max():.1f}")
+
+    states, values = denoise(model.policy, observations[20]), moment.values[1]
+    figure, axis = plt.subplots(figsize=(4, 4))
+
+    def draw(frame: int) -> None:
+        step = min(frame, len(states) - 1)  # the result stays for a while
+        axis.clear()
+        draw_candidates(axis, states[step], values, dimensions)
+        axis.set(
+            title=f"{step} of {len(states) - 1} steps", xlim=(-2, 2), ylim=(-2, 2) if env.action_space.shape != (1,) else None
+        )
+
+    FuncAnimation(figure, draw, frames=len(states) + 6).save("chain.gif", PillowWriter(fps=3), dpi=70)
+
+
+if __name__ == "__main__":
+    main()
