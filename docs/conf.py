@@ -7,11 +7,15 @@ author = "The sb3_qvpo maintainers"
 copyright = author
 release = sb3_qvpo.__version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.mathjax"]
-myst_enable_extensions = ["dollarmath", "amsmath", "deflist"]
+extensions = ["myst_parser", "sphinx_design", "sphinx.ext.autodoc", "sphinx-mathjax-offline"]  # formulas without a network
+myst_enable_extensions = ["amsmath", "colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
 exclude_patterns = ["_build"]
-html_theme = "sphinx_rtd_theme"
+html_theme = "furo"
+html_title = "sb3_qvpo"
+html_static_path = ["static"]
+html_css_files = ["tables.css"]
+html_show_sourcelink = False
 
 autodoc_member_order = "bysource"
 autodoc_inherit_docstrings = False  # else classes show what torch says of the constructor of any module

@@ -7,32 +7,57 @@ one, write ``QVPO("MlpPolicy", env, **{**presets.small, "batch_size": 256})``. R
 same numbers.
 """
 
-from collections.abc import Mapping
-from types import MappingProxyType
+import copy
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import nn
 
-fast: Mapping[str, Any] = MappingProxyType(
-    dict(
-        learning_rate=1e-3,
-        learning_starts=5_000,
-        critic_type="crossq",
-        q_weighting="qadv_normalized",
-        policy_delay=3,
-        n_target_candidates=4,
-        n_train_candidates=2,
-        n_uniform_actions=2,
-        n_improvement_steps=2,
-        improvement_step=0.3,
-        policy_kwargs=dict(
-            activation_fn=nn.ReLU,
-            optimizer_kwargs=dict(betas=(0.5, 0.999)),
-            n_sampling_steps=5,
-            sampler="dpm++",
-            prediction="v",
-        ),
-    )
+
+class Preset(Mapping[str, Any]):
+    """
+    Settings that cannot be changed by accident: looking one up returns a copy of it.
+
+    :param settings: Keyword arguments of an algorithm.
+    """
+
+    def __init__(self, **settings: Any):
+        self._settings = settings
+
+    def __getitem__(self, name: str) -> Any:
+        return copy.deepcopy(self._settings[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._settings)
+
+    def __len__(self) -> int:
+        return len(self._settings)
+
+    def __or__(self, other: Mapping[str, Any]) -> dict[str, Any]:
+        return {**self, **other}
+
+    def __repr__(self) -> str:
+        return f"Preset({', '.join(f'{name}={value!r}' for name, value in self._settings.items())})"
+
+
+fast = Preset(
+    learning_rate=1e-3,
+    learning_starts=5_000,
+    critic_type="crossq",
+    q_weighting="qadv_normalized",
+    policy_delay=3,
+    n_target_candidates=4,
+    n_train_candidates=2,
+    n_uniform_actions=2,
+    n_improvement_steps=2,
+    improvement_step=0.3,
+    policy_kwargs=dict(
+        activation_fn=nn.ReLU,
+        optimizer_kwargs=dict(betas=(0.5, 0.999)),
+        n_sampling_steps=5,
+        sampler="dpm++",
+        prediction="v",
+    ),
 )
 """
 For MuJoCo and tasks like it, on a CPU: critics with batch normalisation and without targets, two candidates of which the
@@ -40,47 +65,43 @@ better one follows the critics' gradient, weights in units of each state's sprea
 target takes the best of four candidates, because a single one is worse than what the policy does.
 """
 
-small: Mapping[str, Any] = MappingProxyType(
-    dict(
-        learning_rate=1e-3,
-        learning_starts=500,
-        batch_size=128,
-        critic_type="crossq",
-        q_weighting="qadv_normalized",
-        policy_delay=3,
-        n_target_candidates=1,
-        n_train_candidates=8,
-        n_uniform_actions=2,
-        n_improvement_steps=2,
-        policy_kwargs=dict(
-            net_arch=[64, 64],
-            critic_activation_fn=nn.ReLU,
-            optimizer_kwargs=dict(betas=(0.5, 0.999)),
-            n_sampling_steps=5,
-            sampler="dpm++",
-            prediction="v",
-        ),
-    )
+small = Preset(
+    learning_rate=1e-3,
+    learning_starts=500,
+    batch_size=128,
+    critic_type="crossq",
+    q_weighting="qadv_normalized",
+    policy_delay=3,
+    n_target_candidates=1,
+    n_train_candidates=8,
+    n_uniform_actions=2,
+    n_improvement_steps=2,
+    policy_kwargs=dict(
+        net_arch=[64, 64],
+        critic_activation_fn=nn.ReLU,
+        optimizer_kwargs=dict(betas=(0.5, 0.999)),
+        n_sampling_steps=5,
+        sampler="dpm++",
+        prediction="v",
+    ),
 )
 """
 For tasks with a few action dimensions, such as Pendulum-v1: critics with batch normalisation and without targets, eight
 candidates of which the best follows the critics' gradient, weights in units of each state's spread.
 """
 
-sdac: Mapping[str, Any] = MappingProxyType(
-    dict(
-        learning_rate=1e-3,
-        learning_starts=5_000,
-        critic_type="crossq",
-        policy_delay=3,
-        temperature=0.2,
-        q_scaling="spread",
-        proposal_actions="replay",
-        n_reverse_samples=16,
-        n_behavior_candidates=4,
-        n_target_candidates=4,
-        policy_kwargs=dict(fast["policy_kwargs"]),
-    )
+sdac = Preset(
+    learning_rate=1e-3,
+    learning_starts=5_000,
+    critic_type="crossq",
+    policy_delay=3,
+    temperature=0.2,
+    q_scaling="spread",
+    proposal_actions="replay",
+    n_reverse_samples=16,
+    n_behavior_candidates=4,
+    n_target_candidates=4,
+    policy_kwargs=dict(fast["policy_kwargs"]),
 )
 """
 For :class:`~sb3_qvpo.sdac.sdac.SDAC` on MuJoCo and tasks like it, on a CPU: the critics and the sampler of :data:`fast`. The

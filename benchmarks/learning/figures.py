@@ -1,4 +1,4 @@
-"""The figures of ``docs/results.md`` and of the README, from rows of the CSV files."""
+"""The figures of ``docs/results.md``, ``docs/notes.md`` and of the README, from rows of the CSV files."""
 
 import hashlib
 import itertools

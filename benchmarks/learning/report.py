@@ -1,9 +1,10 @@
 """
 Figures and tables of the learning curves, from the CSV files beside this script: ``make report``.
 
-Draws ``docs/figures/`` and fills the tables in ``docs/results.md`` between ``<!-- table: NAME -->`` and ``<!-- end -->``. Runs
-that did not come to their end count in the tables named ``screen_TASK`` only. Every other length of finished runs has tables
-``returns_LENGTH`` and ``thresholds_LENGTH`` and a figure of its own. Needs rliable, which comes with
+Draws ``docs/figures/`` and fills the tables in ``docs/results.md`` and ``docs/notes.md`` between ``<!-- table: NAME -->`` and
+``<!-- end -->``. Runs that did not come to their end count in tables named ``screen_TASK`` and in the README's figure only.
+Every other length of finished runs has tables ``returns_LENGTH`` and ``thresholds_LENGTH`` and a figure of its own. Needs
+rliable, which comes with
 ``pip install ".[zoo]"``. For runs of one's own: ``--results FOLDER --docs FOLDER``.
 """
 
@@ -12,12 +13,25 @@ import csv
 from collections.abc import Sequence
 from pathlib import Path
 
-from figures import draw_bandit, draw_chain, draw_curves, draw_multi_goal
-from selection import ABLATED, PREFIX, SCREEN, SCREENS, Row, Runs, timed_runs
-from tables import bandit_table, fill, follow_table, multi_goal_table, returns_table, screen_table, thresholds_table
+from figures import draw_bandit, draw_blocked, draw_chain, draw_curves, draw_front, draw_multi_goal
+from selection import ABLATED, PREFIX, SCREEN, SCREENS, Row, Runs, front_curves, timed_runs
+from tables import (
+    bandit_table,
+    blocked_table,
+    fill,
+    follow_table,
+    front_table,
+    multi_goal_table,
+    quickstart_table,
+    returns_table,
+    screen_table,
+    step_table,
+    thresholds_table,
+)
 
 HERE = Path(__file__).parent
 DOCS = HERE.parents[1] / "docs"
+STEPS = HERE.parent / "results" / "step_one_thread.csv"
 
 
 def learning_curves(results: Sequence[Row]) -> tuple[dict[str, str], dict[str, Runs]]:
@@ -47,7 +61,7 @@ def learning_curves(results: Sequence[Row]) -> tuple[dict[str, str], dict[str, R
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=HERE, help="folder of the CSV files")
-    parser.add_argument("--docs", type=Path, default=DOCS, help="folder of results.md and figures/")
+    parser.add_argument("--docs", type=Path, default=DOCS, help="folder of results.md, notes.md and figures/")
     arguments = parser.parse_args()
 
     def read(name: str) -> list[Row]:
@@ -56,11 +70,18 @@ def main() -> None:
     tables, curves = learning_curves(read("results"))
     tables |= {"bandit": bandit_table(read("bandit")), "multi_goal": multi_goal_table(read("multi_goal"))}
     tables["follow"] = follow_table(read("follow"))
-    page = arguments.docs / "results.md"
-    page.write_text(fill(page.read_text(), tables))
+    front, steps = front_curves([*read("preset"), *read("results")]), list(csv.DictReader(STEPS.open()))
+    answers = {"front": front_table(front), "step": step_table(steps), "blocked_goal": blocked_table(read("blocked_goal"))}
+    answers["quickstart"] = quickstart_table(read("quickstart"))
+    for name, shown in (("notes", tables), ("results", answers)):
+        page = arguments.docs / f"{name}.md"
+        page.write_text(fill(page.read_text(), shown))
     figures = arguments.docs / "figures"
     for name, runs in curves.items():
         draw_curves(runs, figures / f"{name}.png")
+    milliseconds = {row["setting"]: float(row["median_ms"]) for row in steps if row["env"] == "HalfCheetah-v5"}
+    draw_front(front, milliseconds, figures / "front.png")
+    draw_blocked(read("blocked_goal"), figures / "blocked_goal.png")
     draw_multi_goal(read("multi_goal"), figures / "multi_goal.png")
     draw_bandit(read("bandit_samples"), figures / "bandit.png")
     draw_chain(read("bandit_chain"), figures / "chain.gif")

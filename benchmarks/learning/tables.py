@@ -1,4 +1,4 @@
-"""The tables of ``docs/results.md``, from rows of the CSV files."""
+"""The tables of ``docs/results.md`` and ``docs/notes.md``, from rows of the CSV files."""
 
 import re
 from collections import defaultdict
@@ -6,9 +6,11 @@ from collections.abc import Sequence
 
 import numpy as np
 from selection import (
+    FRONT,
     GOALS,
     PROCESSORS,
     THRESHOLDS,
+    Curves,
     Row,
     Runs,
     by_moment,
@@ -178,6 +180,45 @@ def blocked_table(rows: Sequence[Row]) -> str:
             *(f"{(reached[moment].sum(axis=1) / 200).mean():.0%}" for moment in moments[1:]),
         ]
         lines.append(f"| {policy_name(setting, candidates)} | {len(before)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def front_table(curves: Curves, moments: Sequence[int] = (10_000, 20_000, 50_000, 100_000)) -> str:
+    """Mean returns of the README's figure, with their range over seeds."""
+    lines = [f"| task | algorithm | seeds | {' | '.join(f'{step // 1000} 000 steps' for step in moments)} |"]
+    lines.append("|---" * (3 + len(moments)) + "|")
+    for task, algos in curves.items():
+        for algo, seeds in algos.items():
+            cells = []
+            for step in moments:
+                there = [float(y[x == step][0]) for x, y in seeds if step in x]
+                span = f" ({min(there):.0f} to {max(there):.0f})" if len(there) > 1 else ""
+                cells.append(f"{np.mean(there):.0f}{span}" if there else "-")
+            lines.append(f"| {task} | {FRONT[algo][0]} | {len(seeds)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def step_table(rows: Sequence[Row]) -> str:
+    """Processor time of a step, and how many times CrossQ's that is."""
+    envs = list(dict.fromkeys(row["env"] for row in rows))
+    lines = [f"| setting | {' | '.join(f'{env}, ms | times CrossQ' for env in envs)} |", "|---" * (1 + 2 * len(envs)) + "|"]
+    for setting in dict.fromkeys(row["setting"] for row in rows):
+        cells = []
+        for env in envs:
+            (row,) = [row for row in rows if (row["env"], row["setting"]) == (env, setting)]
+            cells.append(f"{float(row['median_ms']):.0f} | {float(row['ratio']):.2f}")
+        lines.append(f"| {setting} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def quickstart_table(rows: Sequence[Row]) -> str:
+    """Returns of all seeds of the quick start."""
+    shown = [row for row in rows if row["algo"] == "small"]
+    lines = ["| steps | seeds | worst | median | best |", "|---" * 5 + "|"]
+    for step in sorted({int(row["step"]) for row in shown}):
+        returns = [float(row["mean_return"]) for row in shown if int(row["step"]) == step]
+        numbers = f"{min(returns):.0f} | {np.median(returns):.0f} | {max(returns):.0f}"
+        lines.append(f"| {step:,} | {len(returns)} | {numbers} |".replace(",", " "))
     return "\n".join(lines)
 
 

@@ -229,6 +229,47 @@ def test_the_table_and_the_figure_of_the_blocked_goal(tmp_path, monkeypatch):
     assert [offset.tolist() for offset in below[0].collections[0].get_offsets()] == [[0.0, 10.0], [0.0, 50.0]]
 
 
+def test_the_front_figure_shows_runs_as_far_as_they_got(tmp_path, monkeypatch):
+    """Also unfinished ones; thin lines are seeds, thick ones their means; minutes are steps times what a step costs."""
+    rows = [
+        {**row(seed, step, value, algo), "task": "Hopper-v5"}
+        for seed, step, value, algo in (
+            *((0, 20_000, 30, "sac"), (0, 10_000, 10, "sac"), (1, 10_000, 20, "sac")),
+            *((0, 10_000, 50, "preset_fast"), (0, 10_000, 1, "qvpo"), (0, 200_000, 1, "sac")),
+        )
+    ]
+    curves = selection.front_curves(rows)
+    assert list(curves) == ["Hopper-v5"] and list(curves["Hopper-v5"]) == ["preset_fast", "sac"]
+    assert tables.front_table(curves, (10_000, 20_000)).splitlines()[2:] == [
+        "| Hopper-v5 | QVPO | 1 | 50 | - |",
+        "| Hopper-v5 | SAC | 2 | 15 (10 to 20) | 30 |",
+    ]
+    shown = []
+    monkeypatch.setattr(figures.plt, "close", shown.append)
+    figures.draw_front(curves, {"presets.fast": 60.0, "SAC": 30.0}, tmp_path / "figure.png")
+    above, below = shown[0].axes
+    drawn = {line.get_label(): line.get_xydata().tolist() for line in above.lines if not line.get_label().startswith("_")}
+    assert drawn == {"QVPO": [[10, 50]], "SAC": [[10, 15], [20, 30]]}
+    timed = {line.get_label(): line.get_xydata().tolist() for line in below.lines if not line.get_label().startswith("_")}
+    assert timed == {"QVPO": [[5, 50]], "SAC": [[0, 15], [5, 30]]}, "5 000 and 10 000 random steps cost nothing"
+    assert len(above.lines) == 5, "two means, three seeds"
+
+
+def test_tables_of_costs_and_of_the_quick_start():
+    steps = [
+        {"env": env, "setting": setting, "median_ms": ms, "ratio": ratio}
+        for env, setting, ms, ratio in (("E", "CrossQ", "40.4", "1.0"), ("E", "ours", "60.2", "1.494"))
+    ]
+    assert tables.step_table(steps).splitlines() == [
+        *("| setting | E, ms | times CrossQ |", "|---|---|---|", "| CrossQ | 40 | 1.00 |", "| ours | 60 | 1.49 |")
+    ]
+    runs = [
+        {"algo": algo, "step": step, "mean_return": value}
+        for algo, step, value in (("small", "5000", "-150"), ("small", "5000", "-141"), ("other", "5000", "0"))
+    ]
+    assert tables.quickstart_table(runs).splitlines()[2:] == ["| 5 000 | 2 | -150 | -146 | -141 |"]
+
+
 def test_every_length_of_runs_is_shown(monkeypatch):
     """Those of small tasks and long ones; ablations only beside what they vary, and drawn when one has come to its end."""
     monkeypatch.setitem(selection.THRESHOLDS, "T", [3])
@@ -261,17 +302,20 @@ def test_tables_need_their_places():
             tables.fill(page, wrong)
 
 
-def test_the_page_of_results_shows_what_the_csv_files_say(tmp_path, monkeypatch):
+def test_the_pages_of_results_show_what_the_csv_files_say(tmp_path, monkeypatch):
     """The report leaves the committed page as it is, draws every figure that it shows, and has drawn them from these rows."""
     # Few resamples for the intervals of the curves: the drawings themselves are not compared
     monkeypatch.setattr(figures, "interval", lambda scores: selection.interval(scores, 5))
-    shutil.copy(ROOT / "docs" / "results.md", tmp_path)
+    pages = ("results.md", "notes.md")
+    for page in pages:
+        shutil.copy(ROOT / "docs" / page, tmp_path)
     (tmp_path / "figures").mkdir()
     monkeypatch.setattr(sys, "argv", ["report.py", "--docs", str(tmp_path)])
     report.main()
-    assert (tmp_path / "results.md").read_text() == (ROOT / "docs" / "results.md").read_text()
+    for page in pages:
+        assert (tmp_path / page).read_text() == (ROOT / "docs" / page).read_text()
     drawn = {file.name for file in (tmp_path / "figures").iterdir() if file.stat().st_size > 10_000}
-    shown = set(re.findall(r"\]\(figures/(.*?)\)", (tmp_path / "results.md").read_text()))
+    shown = {name for page in pages for name in re.findall(r"\]\(figures/(.*?)\)", (tmp_path / page).read_text())}
     assert drawn == shown
     committed = ROOT / "docs" / "figures"
     for name in shown:
@@ -304,7 +348,7 @@ def test_what_is_said_of_the_quick_start():
     assert len(returns) == 20 and min(returns) > -160
     for file in ("README.md", "docs/quickstart.md", "examples/train_pendulum.py", "CHANGELOG.md"):
         assert said in (ROOT / file).read_text(), file
-    page = (ROOT / "docs" / "results.md").read_text()
+    page = (ROOT / "docs" / "notes.md").read_text()
     for step in (2_000, 3_000, 4_000, 5_000, 6_000):
         cells = " | ".join(quickstart_cells(settings, step) for settings in ("small", "version_0.1"))
         assert f"| {step // 1000} 000 | {cells} |" in page

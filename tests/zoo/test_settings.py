@@ -1,8 +1,8 @@
 """The settings files: their values are the sources', and RL Zoo builds a model from every entry."""
 
+import copy
 import inspect
 import re
-from types import MappingProxyType
 
 import gymnasium as gym
 import numpy as np
@@ -83,7 +83,7 @@ def test_a_preset_and_its_file_are_the_same(preset, config, entry, own):
     assert completed(values, algorithm) == completed(getattr(presets, preset), algorithm)
 
 
-PRESETS = [name for name, value in vars(presets).items() if isinstance(value, MappingProxyType)]
+PRESETS = [name for name, value in vars(presets).items() if isinstance(value, presets.Preset)]
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -93,6 +93,11 @@ def test_presets_build_models_and_cannot_be_changed(name):
     algorithm("MlpPolicy", "Pendulum-v1", **{**settings, "buffer_size": 50, "learning_starts": 5, "batch_size": 8}).learn(12)
     with pytest.raises(TypeError):
         settings["gamma"] = 0.5
+    settings["policy_kwargs"]["n_sampling_steps"] = {**settings}["policy_kwargs"]["n_sampling_steps"] = 1
+    copied = copy.deepcopy(settings)
+    assert copied["policy_kwargs"] == settings["policy_kwargs"] and settings["policy_kwargs"]["n_sampling_steps"] == 5
+    assert settings | {"gamma": 0.5} == {**settings, "gamma": 0.5}
+    assert repr(settings).startswith("Preset(learning_rate=0.001, ")
     assert (algorithm("MlpPolicy", "Pendulum-v1", **settings, gamma=0.98, buffer_size=10).gamma, "gamma" in settings) == (
         0.98,
         False,
