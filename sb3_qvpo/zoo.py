@@ -191,6 +191,8 @@ def _patch_experiment_manager(experiment_manager: Any) -> None:
 # The search space of QVPO. Costly settings share one budget, and tuning decides how to spend it. An update makes
 # batch_size * n_diffusion_steps * n_train_candidates = 5 * 2**draws_pow network passes, half as many with the wider network.
 
+WIDTHS = {"small": [128, 128], "medium": [256, 256]}
+"""Hidden layers, of which a search chooses."""
 DRAWS_POW = (12, 13)
 """Range of the exponent of the drawing budget 5 * 2**draws_pow: from 20 480 to 40 960 passes; the paper's is 327 680."""
 
@@ -226,8 +228,9 @@ def sample_qvpo_params(trial: "optuna.Trial", n_actions: int, n_envs: int, addit
     """
     Sampler of QVPO's hyperparameters, in RL Zoo's manner.
 
-    A trial costs at most about four times the cheapest one. The environment variable ``SB3_QVPO_SEARCH_COST`` widens the
-    range: with 16 it reaches the paper's settings.
+    Half of the trials are around the paper's settings, half around ``presets.fast``. A trial of the first half costs at most
+    about four times the cheapest one. The environment variable ``SB3_QVPO_SEARCH_COST`` widens the range: with 16 it reaches
+    the paper's settings. A trial of the second half costs at most about as much as the dearest of the first.
 
     :param trial: Optuna's trial.
     :param n_actions: Action dimensions (not used).
@@ -239,54 +242,93 @@ def sample_qvpo_params(trial: "optuna.Trial", n_actions: int, n_envs: int, addit
         "one_minus_gamma": trial.suggest_float("one_minus_gamma", 0.0001, 0.03, log=True),
         "learning_rate": trial.suggest_float("learning_rate", 1e-5, 0.002, log=True),
         "qf_learning_rate": trial.suggest_float("qf_learning_rate", 1e-5, 0.002, log=True),
-        "tau": trial.suggest_float("tau", 0.001, 0.08, log=True),
         "train_freq": trial.suggest_int("train_freq", 1, 10),
         "ent_coef": trial.suggest_float("ent_coef", 0.001, 0.3, log=True),
+        "net_arch": trial.suggest_categorical("net_arch", ["small", "medium"]),
+        # 1, 2, 4 or 8
+        "n_behavior_candidates_pow": trial.suggest_int("n_behavior_candidates_pow", 0, 3),
+        "around": trial.suggest_categorical("around", ["paper", "presets.fast"]),
+    }
+    sampled |= _sample_around_paper(trial) if sampled["around"] == "paper" else _sample_around_fast(trial)
+    converted = convert_qvpo_params(_with_sampled_her(trial, sampled, additional_args))
+    # Display true values
+    candidate_counts = ("n_behavior_candidates", "n_target_candidates", "n_train_candidates")
+    for name in ("gamma", "batch_size", "n_diffusion_steps", *candidate_counts):
+        if name in converted:
+            trial.set_user_attr(name, converted[name])
+    return converted
+
+
+def _sample_around_paper(trial: "optuna.Trial") -> dict[str, Any]:
+    return {
+        "tau": trial.suggest_float("tau", 0.001, 0.08, log=True),
         "q_weighting": trial.suggest_categorical("q_weighting", ["qadv", "qcut"]),
         "noise_schedule": trial.suggest_categorical("noise_schedule", ["cosine", "vp", "linear"]),
-        "net_arch": trial.suggest_categorical("net_arch", ["small", "medium"]),
         "n_uniform_actions": trial.suggest_int("n_uniform_actions", 4, 10),
-        # 1, 2, 4 or 8; K_t is at most K_b: the paper found that a larger K_t overestimates (Sec. 4.4)
-        "n_behavior_candidates_pow": trial.suggest_int("n_behavior_candidates_pow", 0, 3),
+        # K_t is at most K_b: the paper found that a larger K_t overestimates (Sec. 4.4)
         "target_candidates_shift": trial.suggest_int("target_candidates_shift", 0, 3),
         # How the drawing budget is spent: 128 or 256 states, 5, 10 or 20 steps, the rest on candidates
         "batch_size_pow": trial.suggest_int("batch_size_pow", 7, 8),
         "diffusion_steps_pow": trial.suggest_int("diffusion_steps_pow", 0, 2),
         "draws_pow": trial.suggest_int("draws_pow", DRAWS_POW[0], _max_draws_pow()),
     }
-    converted = convert_qvpo_params(_with_sampled_her(trial, sampled, additional_args))
-    # Display true values
-    candidate_counts = ("n_behavior_candidates", "n_target_candidates", "n_train_candidates")
-    for name in ("gamma", "batch_size", "n_diffusion_steps", *candidate_counts):
-        trial.set_user_attr(name, converted[name])
-    return converted
+
+
+def _sample_around_fast(trial: "optuna.Trial") -> dict[str, Any]:
+    return {
+        "critic_type": trial.suggest_categorical("critic_type", ["twin", "crossq", "quantile"]),
+        "policy_delay": trial.suggest_int("policy_delay", 1, 3),
+        "n_improvement_steps": trial.suggest_int("n_improvement_steps", 0, 3),
+        "improvement_step": trial.suggest_float("improvement_step", 0.05, 0.5, log=True),
+        "n_train_candidates_pow": trial.suggest_int("n_train_candidates_pow", 1, 3),
+        "n_target_candidates_pow": trial.suggest_int("n_target_candidates_pow", 0, 2),
+    }
 
 
 def convert_qvpo_params(sampled_params: dict[str, Any]) -> dict[str, Any]:
     """
     Turn sampled values into keyword arguments for QVPO.
 
-    :param sampled_params: What :func:`sample_qvpo_params` sampled, or the parameters of a trial of a study.
+    :param sampled_params: What :func:`sample_qvpo_params` sampled, or the parameters of a trial of a study. Studies of version
+        0.1 are all around the paper's settings.
     :return: Keyword arguments for QVPO.
     """
     params = sampled_params.copy()
     params["gamma"] = 1 - params.pop("one_minus_gamma")
     params["gradient_steps"] = params["train_freq"]  # one update for each step
+    params["n_behavior_candidates"] = 2 ** params.pop("n_behavior_candidates_pow")
+    convert = _convert_around_paper if params.pop("around", "paper") == "paper" else _convert_around_fast
+    return _gather_her(convert(params, params.pop("net_arch")))
+
+
+def _convert_around_paper(params: dict[str, Any], net_arch: str) -> dict[str, Any]:
     batch_size_pow, steps_pow = params.pop("batch_size_pow"), params.pop("diffusion_steps_pow")
     params["batch_size"] = 2**batch_size_pow
     params["n_diffusion_steps"] = 5 * 2**steps_pow
-    net_arch = params.pop("net_arch")
     # A pass through the wider network costs two to three times as much: it gets half the draws
     params["n_train_candidates"] = 2 ** (params.pop("draws_pow") - batch_size_pow - steps_pow - (net_arch == "medium"))
-    params["n_behavior_candidates"] = 2 ** params.pop("n_behavior_candidates_pow")
     # At most a quarter of N_d: more would cost as much as the budget allows for the policy step
     n_target_candidates = params["n_behavior_candidates"] >> params.pop("target_candidates_shift")
     params["n_target_candidates"] = max(1, min(n_target_candidates, params["n_train_candidates"] // 4))
-    params["policy_kwargs"] = dict(
-        net_arch={"small": [128, 128], "medium": [256, 256]}[net_arch],
-        noise_schedule=params.pop("noise_schedule"),
-    )
-    return _gather_her(params)
+    params["policy_kwargs"] = dict(net_arch=WIDTHS[net_arch], noise_schedule=params.pop("noise_schedule"))
+    return params
+
+
+def _convert_around_fast(params: dict[str, Any], net_arch: str) -> dict[str, Any]:
+    for name in ("n_train_candidates", "n_target_candidates"):
+        params[name] = 2 ** params.pop(f"{name}_pow")
+    kept = ("q_weighting", "n_uniform_actions")
+    own = dict(net_arch=WIDTHS[net_arch], optimizer_kwargs=_betas_for(params["critic_type"]))
+    return {
+        **{name: presets.fast[name] for name in kept},
+        **params,
+        "policy_kwargs": {**presets.fast["policy_kwargs"], **own},
+    }
+
+
+def _betas_for(critic_type: str) -> dict[str, tuple[float, float]]:
+    """Adam's, which batch normalisation wants shorter."""
+    return dict(betas=(0.5, 0.999) if critic_type == "crossq" else (0.9, 0.999))
 
 
 def sample_sdac_params(trial: "optuna.Trial", n_actions: int, n_envs: int, additional_args: dict[str, Any]) -> dict[str, Any]:
@@ -335,9 +377,7 @@ def convert_sdac_params(sampled_params: dict[str, Any]) -> dict[str, Any]:
     params["gradient_steps"] = params["train_freq"]  # one update for each step
     for name in ("n_reverse_samples", "n_target_candidates"):
         params[name] = 2 ** params.pop(f"{name}_pow")
-    width = {"small": 128, "medium": 256}[params.pop("net_arch")]
-    betas = (0.5, 0.999) if params["critic_type"] == "crossq" else (0.9, 0.999)
-    own = dict(net_arch=[width, width], optimizer_kwargs=dict(betas=betas))
+    own = dict(net_arch=WIDTHS[params.pop("net_arch")], optimizer_kwargs=_betas_for(params["critic_type"]))
     params["policy_kwargs"] = {**presets.sdac["policy_kwargs"], **own}
     return _gather_her(params)
 

@@ -17,18 +17,25 @@ LOW_SOFT = dict(
 NO_HER = dict(using_her_replay_buffer=False, her_kwargs={})
 
 
-def random_trials(n, additional_args):
+def random_trials(n, additional_args, around="paper"):
+    """Trials of one of the two halves of the space."""
     sampler = optuna.samplers.RandomSampler(seed=0)
     study = optuna.create_study(sampler=sampler)
-    return [(trial, zoo.sample_qvpo_params(trial, 1, 1, dict(additional_args))) for trial in (study.ask() for _ in range(n))]
+    trials = [(trial, zoo.sample_qvpo_params(trial, 1, 1, dict(additional_args))) for trial in (study.ask() for _ in range(n))]
+    chosen = [pair for pair in trials if pair[0].params["around"] == around]
+    assert 0.3 * n < len(chosen) < 0.7 * n or n < 50
+    return chosen
 
 
 def estimated_cost(params):
     """Network passes of an update; a step with gradients counts as three; the wider network as 2.5 (measured)."""
-    draws = params["n_diffusion_steps"] * (params["n_train_candidates"] + params["n_target_candidates"])
-    steps = 3 * (1 + params["n_uniform_actions"]) + 3 * 2
+    delay, steps = params.get("policy_delay", 1), params.get("n_diffusion_steps", 5)
+    policy = (
+        steps * params["n_train_candidates"] + 3 * (1 + params["n_uniform_actions"]) + 6 * params.get("n_improvement_steps", 0)
+    )
+    critics = steps * params["n_target_candidates"] + 3 * 2 * (2 if params.get("critic_type") == "crossq" else 1)
     width = params["policy_kwargs"]["net_arch"][0]
-    return params["batch_size"] * (draws + steps) * (1 if width == 128 else 2.5)
+    return params.get("batch_size", 256) * (policy / delay + critics) * (1 if width == 128 else 2.5)
 
 
 def test_sampled_settings_are_valid_and_share_a_budget():
@@ -47,6 +54,30 @@ def test_sampled_settings_are_valid_and_share_a_budget():
     assert len(sampled["train_freq"]) == 10
 
 
+def test_settings_around_the_preset_are_valid_and_cost_no_more():
+    costs = []
+    for trial, params in random_trials(200, NO_HER, "presets.fast"):
+        assert zoo.convert_qvpo_params(trial.params) == params
+        assert all(params[name] == value for name, value in trial.user_attrs.items())
+        assert params["q_weighting"] == "qadv_normalized" and params["policy_kwargs"]["n_sampling_steps"] == 5
+        assert (params["policy_kwargs"]["optimizer_kwargs"]["betas"][0] == 0.5) == (params["critic_type"] == "crossq")
+        costs.append(estimated_cost(params))
+    assert max(costs) < 1.2 * max(estimated_cost(params) for _, params in random_trials(200, NO_HER))
+
+
+@pytest.mark.parametrize("critic_type", ["twin", "crossq", "quantile"])
+def test_settings_around_the_preset_train(critic_type):
+    shared = ("one_minus_gamma", "learning_rate", "qf_learning_rate", "train_freq", "ent_coef", "net_arch")
+    trial = optuna.trial.FixedTrial({
+        **{name: LOW[name] for name in (*shared, "n_behavior_candidates_pow")},
+        **dict(around="presets.fast", critic_type=critic_type, policy_delay=2, n_improvement_steps=1, improvement_step=0.1),
+        **dict(n_train_candidates_pow=1, n_target_candidates_pow=0),
+    })  # fmt: skip
+    params = zoo.sample_qvpo_params(trial, 1, 1, dict(NO_HER))
+    model = QVPO("MlpPolicy", "Pendulum-v1", learning_starts=4, buffer_size=100, device="cpu", **params).learn(8)
+    assert model._n_updates == 4 and model.critic_type == critic_type
+
+
 @pytest.mark.parametrize("changes", [{}, dict(q_weighting="qcut", noise_schedule="vp", net_arch="medium", batch_size_pow=8)])
 def test_converted_settings_train(changes):
     params = zoo.convert_qvpo_params({**LOW, **changes})
@@ -58,7 +89,7 @@ def test_the_search_can_be_widened(monkeypatch):
     def reaches_the_paper():
         sizes = {
             (p["batch_size"], p["n_diffusion_steps"], p["n_train_candidates"], *p["policy_kwargs"]["net_arch"])
-            for _, p in random_trials(1000, NO_HER)
+            for _, p in random_trials(2000, NO_HER)
         }
         return (256, 20, 64, 256, 256) in sizes
 
@@ -73,7 +104,7 @@ def test_the_search_can_be_widened(monkeypatch):
 
 def test_her_is_sampled_too():
     her = dict(using_her_replay_buffer=True, her_kwargs=dict(n_sampled_goal=4, copy_info_dict=True))
-    for trial, params in random_trials(20, her):
+    for trial, params in random_trials(40, her):
         assert params["replay_buffer_kwargs"]["goal_selection_strategy"] in ("final", "episode", "future")
         assert params["replay_buffer_kwargs"]["copy_info_dict"] is True
         from_study = zoo.convert_qvpo_params(trial.params)["replay_buffer_kwargs"]
