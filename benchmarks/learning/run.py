@@ -114,6 +114,7 @@ ALGOS: dict[str, tuple[str, dict[str, Any]]] = {
     "preset_fast_eta0.1": preset(improvement_step=0.1),
     "preset_fast_mish": preset(policy_kwargs=MISH),
     "preset_fast_kt1_eta0.1_mish": preset(n_target_candidates=1, improvement_step=0.1, policy_kwargs=MISH),
+    "preset_fast_pi128": preset(policy_kwargs=LEAN["policy_kwargs"]),
     "preset_fast_lean": preset(**LEAN),
     "preset_fast_lean_lr2e-3": preset(**LEAN, learning_rate=2e-3, qf_learning_rate=1e-3),
     "preset_fast_3steps": preset(policy_kwargs=dict(n_sampling_steps=3)),
