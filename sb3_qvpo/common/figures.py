@@ -27,14 +27,17 @@ Observations = np.ndarray | dict[str, np.ndarray]
 
 
 class Snapshot(NamedTuple):
-    """What a policy draws for some observations at one moment of training."""
+    """
+    What a policy draws for some observations at one moment of training.
+
+    :param step: Environment steps so far.
+    :param actions: Candidates in the units of the environment, shape (B, K, A).
+    :param values: What the critics give each, the minimum or mean over critics; shape (B, K).
+    """
 
     step: int
-    """Environment steps so far."""
     actions: np.ndarray
-    """Candidates in the units of the environment, shape (B, K, A)."""
     values: np.ndarray
-    """What the critics give each, the minimum or mean over critics; shape (B, K)."""
 
 
 def seeded_noise(policy: DiffusionPolicy, n_states: int, n_candidates: int, seed: int) -> th.Tensor:
@@ -162,13 +165,20 @@ def candidate_figure(
 
 
 def bounds_of(policy: DiffusionPolicy) -> tuple[np.ndarray, np.ndarray]:
-    """The smallest and largest actions, shape (A,) each."""
+    """
+    :param policy: The policy.
+    :return: The smallest and largest actions, shape (A,) each.
+    """
     box = cast(spaces.Box, policy.action_space)
     return box.low.ravel(), box.high.ravel()
 
 
 def with_margin(low: float, high: float) -> tuple[float, float]:
-    """An interval, a twentieth wider at each end."""
+    """
+    :param low: Where an interval begins.
+    :param high: Where it ends.
+    :return: The interval, a twentieth wider at each end.
+    """
     margin = 0.05 * (high - low)
     return low - margin, high + margin
 

@@ -31,7 +31,7 @@ from sb3_qvpo.common import arguments
 from sb3_qvpo.common.actor_critic import CandidateCritic, DiffusionActor
 from sb3_qvpo.common.arguments import PolicyCount
 from sb3_qvpo.common.policies import DiffusionPolicy
-from sb3_qvpo.common.runs.guarded_algorithm import GuardedOffPolicyAlgorithm
+from sb3_qvpo.common.runs.offline_learning import OfflineLearner
 from sb3_qvpo.common.runs.pace import Pace, step_cost, told
 from sb3_qvpo.common.speed.cpu import warn_of_busy_cores
 from sb3_qvpo.common.speed.keys import RUN_STATE
@@ -48,7 +48,7 @@ NORMALIZED = "normalized_observations"
 """Its entry that says whether a ``VecNormalize`` normalised the observations."""
 
 
-class DiffusionOffPolicyAlgorithm(GuardedOffPolicyAlgorithm):
+class DiffusionOffPolicyAlgorithm(OfflineLearner):
     """
     Base of off-policy algorithms with a diffusion policy. All arguments are keywords here; see the subclasses.
 

@@ -41,6 +41,7 @@ def test_code_block(name, tmp_path, monkeypatch):
     code = BLOCKS[name]
     monkeypatch.chdir(tmp_path)
     construct, learn = QVPO.__init__, DiffusionOffPolicyAlgorithm.learn
+    learn_offline = DiffusionOffPolicyAlgorithm.learn_offline
 
     @functools.wraps(construct)
     def construct_small(self, *args, **kwargs):
@@ -51,6 +52,11 @@ def test_code_block(name, tmp_path, monkeypatch):
         self.learning_starts, self.batch_size = 2, min(self.batch_size, 16)
         return learn(self, min(total_timesteps, 5), *args, **kwargs)
 
+    def short_offline(self, dataset=None, gradient_steps=5, **kwargs):
+        self.batch_size = min(self.batch_size, 16)
+        return learn_offline(self, dataset, min(gradient_steps, 5), **kwargs)
+
+    monkeypatch.setattr(DiffusionOffPolicyAlgorithm, "learn_offline", short_offline)
     monkeypatch.setattr(QVPO, "__init__", construct_small)
     monkeypatch.setattr(DiffusionOffPolicyAlgorithm, "learn", short_learn)
     monkeypatch.setattr(DiffusionPolicy, "compile_actions", lambda policy: True)  # common/speed/test_programs.py

@@ -22,8 +22,9 @@ LAYERS = [
     "common.speed.optimizers common.speed.cpu",
     "common.speed.networks common.speed.graphs common.speed.keys",
     "common.speed.programs common.speed.updates",
-    "common.runs.finite_checks common.runs.checkpoints",
-    "common.runs.guarded_algorithm",
+    "common.runs.finite_checks common.runs.checkpoints offline.reading offline.spaces_env",
+    "common.runs.guarded_algorithm offline.buffers",
+    "common.runs.offline_learning",
     "common.runs.callbacks common.export",
     "common.policies",
     "common.off_policy_algorithm",
@@ -31,7 +32,7 @@ LAYERS = [
     "qvpo.weights qvpo.policies sdac.targets",
     "qvpo.qvpo sdac.sdac",
     "qvpo sdac",
-    "presets",
+    "presets offline",
     "zoo sb3_qvpo",
 ]
 """The house from bottom to top. A module imports from the lines above its own, and from no other of this package."""

@@ -63,7 +63,7 @@ class ResumableCheckpointCallback(BaseCallback):
         self._episodes_ended = False
 
     def _on_step(self) -> bool:
-        self._episodes_ended = bool(self.locals["dones"].all())
+        self._episodes_ended = bool(self.locals.get("offline") or self.locals["dones"].all())
         return True
 
     def _on_rollout_start(self) -> None:

@@ -7,7 +7,8 @@ import io
 import math
 import pathlib
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -261,9 +262,21 @@ class GuardedOffPolicyAlgorithm(OffPolicyAlgorithm):
             can continue with a new episode.
         """
         n_steps = int(check_interval("total_timesteps", total_timesteps, 0, math.inf))
+        with self._surviving_errors("environment steps", "learn"):
+            super().learn(n_steps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
+        return self
+
+    @contextmanager
+    def _surviving_errors(self, steps: str, method: str) -> Iterator[None]:
+        """
+        Training inside ends with a report of numbers that are not finite, and leaves weights and buffer whole after an error.
+
+        :param steps: What is counted, for the note on an error.
+        :param method: What continues after it.
+        """
         self._steps_at_start = None  # set when there is a first observation
         try:
-            super().learn(n_steps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
+            yield
             self._finite_guard.report(self._n_updates)
         except BaseException as error:
             # The environment may have moved on without us, or be broken
@@ -275,15 +288,14 @@ class GuardedOffPolicyAlgorithm(OffPolicyAlgorithm):
             if n_done > 0 and isinstance(error, Exception) and hasattr(error, "add_note"):  # Python 3.11
                 in_all = f" ({self.num_timesteps} in all)" if n_done < self.num_timesteps else ""
                 error.add_note(
-                    f"Training stopped after {n_done} environment steps{in_all}. Weights and replay buffer are intact: "
-                    "they can be saved, and learn(..., reset_num_timesteps=False) continues with a new episode."
+                    f"Training stopped after {n_done} {steps}{in_all}. Weights and replay buffer are intact: "
+                    f"they can be saved, and {method}(..., reset_num_timesteps=False) continues with a new episode."
                     + (DEAD_WORKER if isinstance(error, EOFError | BrokenPipeError | ConnectionResetError) else "")
                 )
             raise
         self._warm_up_end = None
         if self._warm_up_left is not None and self.num_timesteps >= self._warm_up_left:
             self._warm_up_left = None
-        return self
 
     def set_random_seed(self, seed: int | None = None) -> None:
         """
