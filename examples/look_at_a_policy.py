@@ -9,11 +9,10 @@ import argparse
 
 import gymnasium as gym
 import matplotlib.pyplot as plt
-import numpy as np
 from matplotlib.animation import FuncAnimation, PillowWriter
 
 import sb3_qvpo
-from sb3_qvpo.common.figures import candidate_figure, denoise, draw_candidates, snapshot
+from sb3_qvpo.common.figures import candidate_figure, denoise, draw_candidates, snapshot, stacked
 
 
 def main() -> None:
@@ -31,23 +30,27 @@ def main() -> None:
         model = sb3_qvpo.QVPO("MlpPolicy", arguments.env, **sb3_qvpo.presets.small, seed=0, device="cpu")
         model.learn(arguments.timesteps, sb3_qvpo.CandidateFigureCallback(int(arguments.timesteps / 4), "training.png"))
 
+    if model.policy.normalized_observations:
+        parser.error("the model was trained on normalised observations: draw it with CandidateFigureCallback")
+
     observations = [env.reset(seed=0)[0]]
     for _ in range(40):
         observations.append(env.step(model.predict(observations[-1], deterministic=True)[0])[0])
-    moment = snapshot(model.policy, np.stack(observations[::20]), step=model.num_timesteps)
+    moment = snapshot(model.policy, stacked(observations[::20]), step=model.num_timesteps)
     candidate_figure(model.policy, [moment], dimensions).savefig("candidates.png", dpi=100)
     print(f"Values of {moment.values.shape[1]} candidates: {moment.values.min():.1f} to {moment.values.max():.1f}")
 
     states, values = denoise(model.policy, observations[20]), moment.values[1]
     figure, axis = plt.subplots(figsize=(4, 4))
+    low, high = env.action_space.low.ravel(), env.action_space.high.ravel()
 
     def draw(frame: int) -> None:
         step = min(frame, len(states) - 1)  # the result stays for a while
         axis.clear()
         draw_candidates(axis, states[step], values, dimensions)
-        axis.set(
-            title=f"{step} of {len(states) - 1} steps", xlim=(-2, 2), ylim=(-2, 2) if env.action_space.shape != (1,) else None
-        )
+        axis.set_title(f"{step} of {len(states) - 1} steps")
+        for limit, i in zip((axis.set_xlim, axis.set_ylim), dimensions[: len(low)], strict=False):
+            limit(2 * low[i], 2 * high[i])
 
     FuncAnimation(figure, draw, frames=len(states) + 6).save("chain.gif", PillowWriter(fps=3), dpi=70)
 

@@ -48,18 +48,10 @@ def small(preset: dict[str, Any], **changed: Any) -> dict[str, Any]:
     return {**preset, **SMALL, "policy_kwargs": {**preset["policy_kwargs"], "net_arch": [64, 64]}, **changed}
 
 
-SOFT: dict[str, Any] = dict(
-    q_scaling="spread",
-    proposal_actions="replay",
-    n_reverse_samples=16,
-    n_behavior_candidates=1,
-    n_target_candidates=1,
-    policy_kwargs=dict(net_arch=[64, 64], n_sampling_steps=5, sampler="dpm++", prediction="v"),
-)
-"""Settings of SDAC whose update costs less than the default ones. Temperatures are in units of the values' spread."""
-SOFTER: dict[str, tuple[type[BaseAlgorithm], dict[str, Any]]] = {
-    f"SDAC, temperature {t}": (SDAC, {**SOFT, "temperature": t}) for t in (0.5, 1.0, 2.0)
+SOFT: dict[str, tuple[type[BaseAlgorithm], dict[str, Any]]] = {
+    f"SDAC, temperature {t}": (SDAC, {**presets.sdac_several, "temperature": t}) for t in (0.5, 1.0, 2.0)
 }
+"""SDAC at three temperatures, in units of the values' spread."""
 MULTI_GOAL: dict[str, tuple[type[BaseAlgorithm], dict[str, Any]]] = {
     "QVPO": (QVPO, dict(n_train_candidates=16)),
     "QVPO, ent_coef 0.1": (QVPO, dict(n_train_candidates=16, ent_coef=0.1)),
@@ -70,7 +62,7 @@ MULTI_GOAL: dict[str, tuple[type[BaseAlgorithm], dict[str, Any]]] = {
 }
 """Algorithms and what is changed of the defaults, for the goals as they are."""
 BLOCKED: dict[str, tuple[type[BaseAlgorithm], dict[str, Any]]] = {
-    **SOFTER,
+    **SOFT,
     "SAC": (SAC, {}),
     "TD3": (TD3, {}),
     "CrossQ": (CrossQ, {}),

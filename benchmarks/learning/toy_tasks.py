@@ -30,7 +30,7 @@ from stable_baselines3.common.noise import NormalActionNoise
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))  # is no package
 
 from bandit import PEAKS, ThreePeaksEnv
-from goals import BLOCKED, MULTI_GOAL, SMALL, SOFTER, Row, blocked_goal, drawn_by_weight, multi_goal, samples
+from goals import BLOCKED, MULTI_GOAL, SMALL, SOFT, Row, blocked_goal, drawn_by_weight, multi_goal, samples
 from run import FAST, append, read, setup, steps, write
 
 from sb3_qvpo import QVPO
@@ -53,7 +53,7 @@ VARIED: dict[str, dict[str, Any]] = {
 """What is changed of the defaults (T 20, ent_coef 0.01, K_b 4): the paper's Figures 4 and 5, and its weightings."""
 BANDIT: dict[str, tuple[type[BaseAlgorithm], dict[str, Any]]] = {
     **{name: (QVPO, arguments) for name, arguments in VARIED.items()},
-    **SOFTER,
+    **SOFT,
 }
 """Algorithms and what is changed of the defaults, for the bandit."""
 
@@ -62,7 +62,7 @@ def bandit(setting: str, seed: int, timesteps: int = 4_000) -> list[Row]:
     """Reward of the policy itself, and which share of its samples is near each peak, at four moments of training."""
     th.set_num_threads(1)
     algorithm, arguments = BANDIT[setting]
-    model = algorithm("MlpPolicy", ThreePeaksEnv(), learning_starts=200, seed=seed, **{**SMALL, **arguments})
+    model = algorithm("MlpPolicy", ThreePeaksEnv(), **{**SMALL, **arguments, "learning_starts": 200, "seed": seed})
     rows = []
     for i in range(4):
         model.learn(timesteps // 4, reset_num_timesteps=i == 0)

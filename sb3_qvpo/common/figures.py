@@ -40,17 +40,16 @@ class Snapshot(NamedTuple):
     values: np.ndarray
 
 
-def seeded_noise(policy: DiffusionPolicy, n_states: int, n_candidates: int, seed: int) -> th.Tensor:
+def seeded_noise(policy: DiffusionPolicy, n_candidates: int, seed: int) -> th.Tensor:
     """
-    The same noise at every call, without a change of torch's generators.
+    The same noise at every call and for every observation, without a change of torch's generators.
 
     :param policy: The policy whose chains start from it.
-    :param n_states: B.
     :param n_candidates: K.
     :param seed: Which noise.
-    :return: Standard normal noise of shape (N, B, K, A).
+    :return: Standard normal noise of shape (N, 1, K, A).
     """
-    shape = (policy.actor.diffusion.n_noises, n_states, n_candidates, policy.actor.action_dim)
+    shape = (policy.actor.diffusion.n_noises, 1, n_candidates, policy.actor.action_dim)
     return th.randn(shape, generator=th.Generator().manual_seed(seed)).to(policy.device)
 
 
@@ -73,7 +72,7 @@ def snapshot(
     if not is_batch:
         raise ValueError("observations must have a first dimension that counts them, got a single one")
     some = next(iter(batch.values())) if isinstance(batch, dict) else batch
-    noise = seeded_noise(policy, len(some), n_candidates, seed)
+    noise = seeded_noise(policy, n_candidates, seed).expand(-1, len(some), -1, -1)
     with th.no_grad():
         _, candidates, values = policy.score_candidates(batch, noise)
     shape = cast(tuple[int, ...], policy.action_space.shape)
@@ -102,7 +101,7 @@ def denoise(policy: DiffusionPolicy, observation: Observations, n_candidates: in
     batch, _ = policy.obs_to_tensor(observation)
     with th.no_grad():
         condition = actor.noise_predictor.condition(actor.features(batch))
-        states.append(actor.diffusion.sample(watched, condition, seeded_noise(policy, 1, n_candidates, seed))[0])
+        states.append(actor.diffusion.sample(watched, condition, seeded_noise(policy, n_candidates, seed))[0])
     low, high = bounds_of(policy)  # unscale_action() would clip
     scaled: np.ndarray = low + (high - low) * (th.stack(states).cpu().numpy() + 1) / 2
     return scaled
@@ -123,6 +122,8 @@ def draw_candidates(axis: Axes, actions: np.ndarray, values: np.ndarray, dimensi
     y = actions[:, dimensions[1]] if actions.shape[1] > 1 else values
     axis.scatter(x, y, c=values, cmap="viridis", s=12, alpha=0.8)
     axis.scatter(x[best], y[best], marker="*", s=140, color="C3", edgecolor="white", zorder=3)
+    span = f"values {values.min():.4g} (dark) to {values.max():.4g}"
+    axis.text(0.02, 0.01, span, transform=axis.transAxes, fontsize=6, color="0.3")
 
 
 def candidate_figure(
@@ -197,9 +198,10 @@ class CandidateFigureCallback(BaseCallback):
     :param n_observations: B, if there are no ``observations``.
     :param n_candidates: K, candidates for each observation.
     :param dimensions: Which two dimensions of the actions to draw.
-    :param n_columns: At most so many moments stand beside each other.
+    :param n_columns: At most so many moments stand beside each other, at least 2.
     :param verbose: 2 to report each draw.
-    :raises ValueError: If a number is below 1. When training starts, if the policy is no :class:`DiffusionPolicy`.
+    :raises ValueError: If a number is too small. When training starts, if the policy is no :class:`DiffusionPolicy`, or has no
+        such dimensions or observations.
     :raises OSError: When training starts, if ``save_path`` cannot be written.
     """
 
@@ -223,7 +225,7 @@ class CandidateFigureCallback(BaseCallback):
         self.n_observations = check_count("n_observations", n_observations)
         self.n_candidates = check_count("n_candidates", n_candidates)
         self.dimensions = dimensions
-        self.n_columns = check_count("n_columns", n_columns)
+        self.n_columns = check_count("n_columns", n_columns, 2)
         self.snapshots: list[Snapshot] = []
         self._held: list[Observations] = []
         self._last_drawn = 0
@@ -235,12 +237,16 @@ class CandidateFigureCallback(BaseCallback):
     def _on_training_start(self) -> None:
         if self.save_path is not None:
             check_writable(self.save_path)
+        # What cannot be drawn is refused now rather than hours later
+        policy = cast(DiffusionPolicy, self.model.policy)
+        some = cast(Observations, self.model._last_obs if self.observations is None else self.observations)
+        candidate_figure(policy, [snapshot(policy, some, n_candidates=2)], self.dimensions)
         self._last_drawn = self.model.num_timesteps
 
     def _on_step(self) -> bool:
         since = self.model.num_timesteps - self._last_drawn
-        if self.observations is None and since * self.n_observations >= len(self._held) * self.draw_freq:
-            self._hold(self.locals["new_obs"])
+        while self.observations is None and since * self.n_observations >= len(self._held) * self.draw_freq:
+            self._hold(self.locals["new_obs"], len(self._held) % self.model.n_envs)
         if since >= self.draw_freq:
             self._draw()
         return True
@@ -248,11 +254,11 @@ class CandidateFigureCallback(BaseCallback):
     def _on_training_end(self) -> None:
         if self.model.num_timesteps > self._last_drawn and (self.observations is not None or self._held):
             self._draw()
+            self.logger.dump(self.model.num_timesteps)
 
-    def _hold(self, new_obs: Observations) -> None:
-        """Keep the first environment's observation. The last one that is held completes the set."""
-        first = {key: value[:1] for key, value in new_obs.items()} if isinstance(new_obs, dict) else new_obs[:1]
-        self._held.append(first)
+    def _hold(self, new_obs: Observations, env: int) -> None:
+        """Keep an environment's observation. The last one that is held completes the set."""
+        self._held.append({key: value[env] for key, value in new_obs.items()} if isinstance(new_obs, dict) else new_obs[env])
         if len(self._held) == self.n_observations:
             self.observations = stacked(self._held)
 
@@ -276,10 +282,10 @@ def stacked(observations: Sequence[Observations]) -> Observations:
     """
     Put single observations together.
 
-    :param observations: Each with a first dimension of 1.
-    :return: With a first dimension that counts them.
+    :param observations: Without a first dimension that counts.
+    :return: With one.
     """
     first = observations[0]
     if isinstance(first, dict):
-        return {key: np.concatenate([cast(dict[str, np.ndarray], each)[key] for each in observations]) for key in first}
-    return np.concatenate(cast(Sequence[np.ndarray], observations))
+        return {key: np.stack([cast(dict[str, np.ndarray], each)[key] for each in observations]) for key in first}
+    return np.stack(cast(Sequence[np.ndarray], observations))

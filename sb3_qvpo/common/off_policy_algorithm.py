@@ -23,6 +23,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.save_util import load_from_zip_file
+from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, ReplayBufferSamples, Schedule, TensorDict, TrainFreq
 from stable_baselines3.common.utils import FloatSchedule
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
@@ -288,6 +289,7 @@ class DiffusionOffPolicyAlgorithm(OfflineLearner):
 
     def _begin_updates(self) -> None:
         """What comes before the first update of ``train()``: the mode of the networks, the learning rates."""
+        self._pace.begin(time.monotonic())
         self.policy.set_training_mode(True)
         self._drop_logged_metrics()
         # Looked up here, because lr_schedule is a public attribute that scripts replace
@@ -377,7 +379,12 @@ class DiffusionOffPolicyAlgorithm(OfflineLearner):
         if seconds is None or self.device.type != "cpu" or not (self.verbose or self._shows_progress):
             return
         preset, rows = self._preset
-        print(told(seconds, n_left, preset, step_cost(rows) / step_cost(self._chain_rows())))
+        if not self._has_usual_networks():
+            preset = ""  # what it would cost is known for these only
+        print(told(seconds, n_left, preset, step_cost(rows) / step_cost(self._chain_rows()), self._pace.share_of_updates))
+
+    def _has_usual_networks(self) -> bool:
+        return self.policy.actor_kwargs["net_arch"] == [256, 256] and self.policy.features_extractor_class is FlattenExtractor
 
     def _chain_rows(self) -> float:
         """Rows that pass through the noise predictor to draw actions, in an update of the critics."""

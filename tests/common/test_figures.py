@@ -7,6 +7,7 @@ from helpers import DictEnv, same_weights, tiny_qvpo, tiny_sdac, weights_of
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from stable_baselines3 import SAC
+from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.logger import configure
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -135,3 +136,27 @@ def test_bad_arguments_of_the_callback(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match="file"):
         tiny_qvpo().learn(5, CandidateFigureCallback(2, tmp_path / "file" / "candidates.png"))
+
+
+def test_every_observation_of_a_snapshot_has_the_noise_of_its_chain():
+    """So values of a snapshot belong to the candidates at the end of a chain, whichever observation it is."""
+    policy = tiny_qvpo("Reacher-v5").policy
+    observations = np.random.default_rng(0).normal(size=(3, *policy.observation_space.shape)).astype(np.float32)
+    drawn = snapshot(policy, observations, 7)
+    for observation, actions in zip(observations, drawn.actions, strict=True):
+        np.testing.assert_allclose(denoise(policy, observation, 7)[-1], actions, atol=1e-5)
+
+
+def test_what_cannot_be_drawn_is_refused_when_training_starts():
+    for arguments, message in ((dict(dimensions=(0, 5)), "dimensions"), (dict(observations=np.zeros((2, 7))), "shape")):
+        model = tiny_qvpo("Reacher-v5")
+        with pytest.raises(ValueError, match=message):
+            model.learn(20, CandidateFigureCallback(10_000, **arguments))
+        assert model.num_timesteps == 0
+
+
+def test_many_environments_give_as_many_observations():
+    callback = CandidateFigureCallback(3, n_observations=3, n_candidates=4)
+    model = tiny_qvpo(make_vec_env("Pendulum-v1", n_envs=5)).learn(10, callback)
+    new = model.replay_buffer.next_observations
+    np.testing.assert_array_equal(callback.observations, new[0, :3])

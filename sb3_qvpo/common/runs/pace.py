@@ -11,8 +11,20 @@ class Pace:
 
     def __init__(self) -> None:
         self._start: tuple[int, int, float] | None = None
+        self._began: float | None = None
+        self._in_updates = 0.0
+        self.share_of_updates = 1.0
+        """How much of the time was spent in updates, once the pace is known."""
         self._first_update: int | None = None
         self._is_done = False
+
+    def begin(self, now: float) -> None:
+        """
+        Call it before updates.
+
+        :param now: Seconds of a clock.
+        """
+        self._began = now
 
     def seconds_left(self, n_updates: int, n_steps: int, n_left: int, now: float) -> float | None:
         """
@@ -21,7 +33,7 @@ class Pace:
         :param n_updates: Updates of the model so far.
         :param n_steps: Environment steps so far.
         :param n_left: Environment steps that remain.
-        :param now: Seconds of a clock.
+        :param now: Seconds of the same clock.
         :return: Seconds, once. None before, afterwards, and for a rest below an hour.
         """
         if self._first_update is None:
@@ -31,11 +43,14 @@ class Pace:
             return None
         if self._start is None:
             self._start = (n_seen, n_steps, now)
+        elif self._began is not None:
+            self._in_updates += now - self._began
         n_before, steps_before, before = self._start
         if n_seen < n_before + LAST - FIRST or n_steps == steps_before:
             return None
         self._is_done = True
         seconds = (now - before) / (n_steps - steps_before) * n_left
+        self.share_of_updates = min(1.0, self._in_updates / (now - before)) if now > before else 1.0
         return seconds if seconds > LONG else None
 
 
@@ -43,18 +58,18 @@ def in_words(seconds: float) -> str:
     """
     A duration that can be read at a glance.
 
-    :param seconds: At least a minute.
+    :param seconds: Said as a minute where it is less.
     :return: In minutes below two hours, in hours below two days, or in days.
     """
     for unit, length in (("days", 86_400), ("hours", 3_600)):
         if seconds >= 2 * length:
             return f"{seconds / length:.0f} {unit}"
-    return f"{seconds / 60:.0f} minutes"
+    return f"{max(1.0, seconds / 60):.0f} minutes"
 
 
 def step_cost(chain_rows: float) -> float:
     """
-    Roughly what an environment step costs, with its update.
+    Roughly what an update costs.
 
     :param chain_rows: Rows that pass through the noise predictor to draw actions.
     :return: Milliseconds on one core of Zen 3 with networks of 256 units; only ratios are used.
@@ -62,17 +77,19 @@ def step_cost(chain_rows: float) -> float:
     return 45 + 2.5e-3 * chain_rows
 
 
-def told(seconds: float, n_left: int, preset: str, share: float) -> str:
+def told(seconds: float, n_left: int, preset: str, share: float, share_of_updates: float) -> str:
     """
-    One line about a long rest.
+    One line about a long rest. A preset is named if it needs less than two thirds of the time.
 
     :param seconds: What it takes.
     :param n_left: Environment steps that remain.
     :param preset: Name of a preset, or nothing.
-    :param share: The part of the time that a step of the preset takes. It is named if it is below two thirds.
+    :param share: What an update of the preset costs, as a part of what one costs now.
+    :param share_of_updates: How much of the time are updates; the environment takes the rest.
     :return: The line.
     """
     line = f"At this pace the remaining {n_left:,} steps take {in_words(seconds)} on this CPU."
-    if preset and share < 2 / 3:
-        line += f" With sb3_qvpo.presets.{preset} they would take about {in_words(share * seconds)}."
+    shorter = 1 - share_of_updates * (1 - share)
+    if preset and shorter < 2 / 3:
+        line += f" With sb3_qvpo.presets.{preset} they would take about {in_words(shorter * seconds)}."
     return line

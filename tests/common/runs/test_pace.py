@@ -1,5 +1,6 @@
 """A run that takes hours says so after some 50 updates, once, to whoever watches."""
 
+import itertools
 import re
 
 import pytest
@@ -8,7 +9,7 @@ from helpers import tiny_qvpo, tiny_sdac
 
 from sb3_qvpo import QVPO, SDAC, presets
 from sb3_qvpo.common import off_policy_algorithm
-from sb3_qvpo.common.runs.pace import FIRST, LAST, Pace, in_words
+from sb3_qvpo.common.runs.pace import FIRST, LAST, Pace, in_words, told
 
 
 def test_the_rest_is_told_once_at_the_pace_of_50_updates():
@@ -33,9 +34,30 @@ def test_a_short_rest_is_not_worth_a_line():
     assert [pace.seconds_left(n, n, 3_000, n) for n in range(100)] == [None] * 100
 
 
+def test_time_in_the_environment_stays():
+    """A preset shortens updates only: here 1 of 4 seconds."""
+    pace, clock = Pace(), 0.0
+    for update in range(FIRST + LAST):
+        pace.begin(clock + 3)
+        clock += 4
+        seconds = pace.seconds_left(update, update, 10_000, clock)
+        if seconds is not None:
+            break
+    assert seconds == pytest.approx(40_000) and pace.share_of_updates == pytest.approx(0.25)
+    assert told(40_000, 10_000, "fast", 0.1, 0.25).endswith("on this CPU."), "not worth naming"
+    assert told(40_000, 10_000, "fast", 0.1, 0.5).endswith("presets.fast they would take about 6 hours.")
+
+
 @pytest.mark.parametrize(
     ("seconds", "words"),
-    [(3_601, "60 minutes"), (7_100, "118 minutes"), (7_200, "2 hours"), (100_000, "28 hours"), (345_600, "4 days")],
+    [
+        (3, "1 minutes"),
+        (3_601, "60 minutes"),
+        (7_100, "118 minutes"),
+        (7_200, "2 hours"),
+        (100_000, "28 hours"),
+        (345_600, "4 days"),
+    ],
 )
 def test_durations_are_read_at_a_glance(seconds, words):
     assert in_words(seconds) == words
@@ -43,9 +65,10 @@ def test_durations_are_read_at_a_glance(seconds, words):
 
 @pytest.mark.parametrize(("verbose", "progress_bar"), [(0, False), (1, False), (0, True)])
 def test_whoever_watches_is_told(verbose, progress_bar, monkeypatch, capsys):
-    """A clock that goes ten seconds a step: 300 000 steps take a month."""
+    """A clock that goes ten seconds a step, half of them in the update: 300 000 steps take a month."""
     model = tiny_qvpo(verbose=verbose, n_train_candidates=64, n_diffusion_steps=20, batch_size=256, learning_starts=5)
-    monkeypatch.setattr(off_policy_algorithm.time, "monotonic", lambda: 10.0 * model.num_timesteps)
+    monkeypatch.setattr(type(model), "_has_usual_networks", lambda self: True)
+    monkeypatch.setattr(off_policy_algorithm.time, "monotonic", itertools.count(0.0, 5.0).__next__)
 
     def stop(local, _):
         return local["self"].num_timesteps < 100
