@@ -600,3 +600,89 @@ class SoftLearner(Learner):
         self.n_actor_updates += 1
         self.step(self.actor_arrays(self.actor), gradients, self.actor_moments, self.n_actor_updates, "actor_learning_rate")
         return gradients
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Diffusion-QL
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def central_differences(loss, arrays, step=1e-6):
+    """The gradient of a function of no arguments with respect to arrays that it reads, one number at a time."""
+    gradients = []
+    for array in arrays:
+        gradient = np.zeros_like(array)
+        for index in np.ndindex(array.shape):
+            before = array[index]
+            array[index] = before + step
+            above = loss()
+            array[index] = before - step
+            gradient[index] = (above - loss()) / (2 * step)
+            array[index] = before
+        gradients.append(gradient)
+    return gradients
+
+
+class QLLearner(Learner):
+    """
+    The same with Diffusion-QL's losses and targets. ``settings`` also holds ``eta``, ``q_normalization``, ``max_q_backup``,
+    ``target_actor_interval`` and ``target_actor_start``.
+    """
+
+    def update(self, batch, target_noise, actor_noise):
+        self.n_updates += 1
+        critic_gradients = self.critic_step(batch, target_noise)
+        self.n_actor_updates += 1
+        actor_gradients = central_differences(
+            lambda: self.actor_loss(batch["observations"], batch["actions"], actor_noise), self.actor_arrays(self.actor)
+        )
+        self.metrics["actor_loss"] = self.actor_loss(batch["observations"], batch["actions"], actor_noise)
+        online = self.actor_arrays(self.actor)
+        self.step(online, actor_gradients, self.actor_moments, self.n_actor_updates, "actor_learning_rate")
+        for target, critic in zip(self.critics_target, self.critics, strict=True):
+            polyak(flatten(target), flatten(critic), self.settings["tau"])
+        late = self.n_updates >= self.settings["target_actor_start"]
+        if late and self.n_updates % self.settings["target_actor_interval"] == 0:
+            polyak(self.actor_arrays(self.actor_target), online, self.settings["tau"])
+        return critic_gradients, actor_gradients
+
+    def critic_step(self, batch, target_noise):
+        targets = []
+        for i, next_state in enumerate(batch["next_observations"]):
+            candidates = draw_candidates(self.actor_target, next_state, target_noise[:, i], *self.chain)
+            by_critic = np.array([q_values(self.critics_target, next_state, action) for action in candidates]).T
+            next_value = min(max(row) for row in by_critic)
+            discount = self.settings["gamma"] if batch["discounts"] is None else batch["discounts"][i]
+            targets.append(td_target(batch["rewards"][i], batch["dones"][i], discount, next_value))
+        loss, gradients = critic_loss(self.critics, batch["observations"], batch["actions"], targets)
+        self.metrics.update(critic_loss=loss)
+        gradients = [array for layers in gradients for array in flatten(layers)]
+        self.step(self.critic_arrays(), gradients, self.critic_moments, self.n_updates, "critic_learning_rate")
+        return gradients
+
+    def actor_loss(self, states, actions, noise):
+        """Eq. 3. The denominator is a number: it is taken from the actor before it is varied."""
+        betas, cloning, values, at_data = self.settings["betas"], [], [], []
+        for b, state in enumerate(states):
+            t, eps = noise["timesteps"][b, 0], noise["denoising"][b, 0]
+            x = add_noise(actions[b], t, eps, betas)
+            cloning.append(np.mean((predict_noise(self.actor, x, state, t) - eps) ** 2))
+            (action,) = draw_candidates(self.actor, state, noise["chain"][:, b], *self.chain)
+            values.append(q_values(self.critics, state, action))
+            at_data.append(q_values(self.critics, state, actions[b]))
+        chosen = int(noise["coin"] * len(self.critics))
+        if self.n_updates not in self.sizes:
+            other = (chosen + 1) % len(self.critics)
+            rows = (
+                [row[chosen] for row in at_data]
+                if self.settings["q_normalization"] == "data"
+                else [row[other] for row in values]
+            )
+            self.sizes[self.n_updates] = np.mean(np.abs(rows))
+        guidance = -np.mean([row[chosen] for row in values]) / self.sizes[self.n_updates]
+        return np.mean(cloning) + self.settings["eta"] * guidance
+
+    @property
+    def sizes(self):
+        """Denominators by update."""
+        return self.__dict__.setdefault("_sizes", {})

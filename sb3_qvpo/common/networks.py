@@ -36,6 +36,23 @@ def evaluation_mode(*modules: nn.Module) -> Iterator[None]:
             set_mode(layer, True)
 
 
+@contextmanager
+def frozen(*modules: nn.Module) -> Iterator[None]:
+    """
+    Let gradients pass through modules without reaching their parameters.
+
+    :param modules: The modules.
+    """
+    parameters = [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+
+
 def set_mode(layer: nn.Module, training: bool) -> None:
     """
     Switch a layer, without those in it, between training and evaluation mode.

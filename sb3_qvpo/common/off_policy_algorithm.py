@@ -378,9 +378,8 @@ class DiffusionOffPolicyAlgorithm(OfflineLearner):
         seconds = self._pace.seconds_left(self._n_updates, self.num_timesteps, n_left, time.monotonic())
         if seconds is None or self.device.type != "cpu" or not (self.verbose or self._shows_progress):
             return
-        preset, rows = self._preset
-        if not self._has_usual_networks():
-            preset = ""  # what it would cost is known for these only
+        # What a preset would cost is known for usual networks only
+        preset, rows = self._preset if self._has_usual_networks() else ("", 0)
         print(told(seconds, n_left, preset, step_cost(rows) / step_cost(self._chain_rows()), self._pace.share_of_updates))
 
     def _has_usual_networks(self) -> bool:

@@ -401,21 +401,23 @@ class DiffusionPolicy(BasePolicy):
                 self._noise_bank = bank
         return bank[: self.actor.diffusion.n_noises, :, :n_candidates]
 
-    def update_targets(self, tau: float) -> None:
+    def update_targets(self, tau: float, networks: Sequence[str] = ("actor", "critic")) -> None:
         """
         Polyak step ``target <- (1 - tau) target + tau online`` for actor and critics. Running statistics are copied.
 
         A shared features extractor moves once, with the actor. Without targets there is nothing to do.
 
         :param tau: Step size in [0, 1].
+        :param networks: Which of the two.
         """
         if self.critic_target is self.critic:
             return
         # All tensors in one call: what SB3's polyak_update() does one by one
         average = get_ema_multi_avg_fn(1 - tau)  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        average(list(self.actor_target.parameters()), list(self.actor.parameters()), 0)
-        average(self.critic_parameters(self.critic_target), self.critic_parameters(self.critic), 0)
-        for online, target in ((self.actor, self.actor_target), (self.critic, self.critic_target)):
+        own = {"actor": lambda actor: list(actor.parameters()), "critic": self.critic_parameters}
+        for name in networks:
+            online, target = (getattr(self, f"{name}{suffix}") for suffix in ("", "_target"))
+            average(own[name](target), own[name](online), 0)
             polyak_update(get_parameters_by_name(online, ["running_"]), get_parameters_by_name(target, ["running_"]), 1.0)
 
     def forward(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:

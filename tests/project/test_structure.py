@@ -29,9 +29,10 @@ LAYERS = [
     "common.policies",
     "common.off_policy_algorithm",
     "common.td_algorithm common.policy_aliases common.figures",
-    "qvpo.weights qvpo.policies sdac.targets",
-    "qvpo.qvpo sdac.sdac",
-    "qvpo sdac",
+    "qvpo.weights qvpo.policies sdac.targets diffusion_ql.losses",
+    "diffusion_ql.policies",
+    "qvpo.qvpo sdac.sdac diffusion_ql.diffusion_ql",
+    "qvpo sdac diffusion_ql",
     "presets offline",
     "zoo sb3_qvpo",
 ]
@@ -42,7 +43,7 @@ FOLDERS = {"common", "common.runs", "common.speed"}
 """Their ``__init__`` hold a docstring only."""
 MATHEMATICS = {
     *("common.noise_schedules", "common.diffusion", "common.networks", "common.candidates"),
-    *("qvpo.weights", "sdac.targets"),
+    *("qvpo.weights", "sdac.targets", "diffusion_ql.losses"),
 }
 COMPOSERS = {"common.policies", "common.off_policy_algorithm"}
 """Where the fast classes are chosen. No other module outside ``speed/`` knows them, but for the optimisers."""

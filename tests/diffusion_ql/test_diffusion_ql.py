@@ -1,0 +1,176 @@
+"""Whole calls of ``DiffusionQL.train()`` against the float64 reference; closed forms of its losses; saving and acting."""
+
+import numpy as np
+import pytest
+import reference
+import torch as th
+from helpers import (
+    TINY,
+    TOLERANCE,
+    CountdownEnv,
+    actor_parameters,
+    actor_to_numpy,
+    assert_gradients_close,
+    critics_to_numpy,
+    same_weights,
+    to_double,
+    weights_of,
+)
+
+from sb3_qvpo.diffusion_ql import DiffusionQL
+from sb3_qvpo.diffusion_ql.losses import max_q_target, q_term, softmax_choice
+
+SMALL = {
+    **{name: value for name, value in TINY.items() if name not in {"n_train_candidates", "n_uniform_actions"}},
+    **dict(n_behavior_candidates=6, n_target_candidates=3, n_eval_candidates=4),
+}
+
+
+def tiny_diffusion_ql(env="Pendulum-v1", policy="MlpPolicy", **kwargs):
+    """A small Diffusion-QL."""
+    return DiffusionQL(policy, env, **{**SMALL, **kwargs})
+
+
+SETTINGS = {
+    "authors' code": dict(),
+    "paper": dict(q_normalization="data", target_actor_interval=1, target_actor_start=0),
+    "max-Q backup": dict(max_q_backup=True, eta=2.5, target_actor_start=0, target_actor_interval=2),
+    "behaviour cloning": dict(eta=0.0),
+    "n-step, clipped gradients": dict(n_steps=3, max_grad_norm=0.05),
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("env", ["Pendulum-v1", "countdown"])
+def test_train_step_by_step(name, env):
+    """Two updates in a row on real transitions: gradients through the chain, weights, targets, what is logged."""
+    defaults = dict(eta=1.0, q_normalization="policy", target_actor_interval=5, target_actor_start=1_000, max_grad_norm=None)
+    settings = {**defaults, **SETTINGS[name]}
+    policy_kwargs = dict(net_arch=[4], time_embedding_dim=4, optimizer_kwargs=dict(eps=1e-5))
+    environment = env if env == "Pendulum-v1" else CountdownEnv()
+    model = tiny_diffusion_ql(
+        environment, learning_starts=30, tau=0.1, n_diffusion_steps=3, policy_kwargs=policy_kwargs, **settings
+    ).learn(30)
+    for parameter in model.policy.parameters():  # targets that differ from the online networks, biases that are not 0
+        parameter.data.add_(0.2 * th.randn_like(parameter))
+    records = {"batch": [], "target": [], "actor": []}
+    for kind, owner, method_name in (
+        ("batch", model.replay_buffer, "sample"),
+        ("target", model.actor_target, "draw_noise"),
+        ("actor", model, "_draw_actor_noise"),
+    ):
+        method = getattr(owner, method_name)
+
+        def recorder(*args, _method=method, _kind=kind, **kwargs):
+            records[_kind].append(_method(*args, **kwargs))
+            return records[_kind][-1]
+
+        setattr(owner, method_name, recorder)
+    learner = reference.QLLearner(
+        *(actor_to_numpy(actor) for actor in (model.actor, model.actor_target)),
+        *(critics_to_numpy(critic) for critic in (model.critic, model.critic_target)),
+        dict(
+            betas=reference.vp_betas(3), tau=0.1, gamma=model.gamma, actor_learning_rate=3e-4, critic_learning_rate=3e-4,
+            adam_epsilon=1e-5, **settings,
+        ),
+    )  # fmt: skip
+    for _ in range(2):
+        for results in records.values():
+            results.clear()
+        model._metric_sums.clear()
+        model.train(gradient_steps=1, batch_size=4)
+        batch = {field: to_double(value) for field, value in records["batch"][0]._asdict().items()}
+        batch["rewards"], batch["dones"] = batch["rewards"][:, 0], batch["dones"][:, 0]
+        batch["discounts"] = None if batch["discounts"] is None else batch["discounts"][:, 0]
+        noise = {field: to_double(value) for field, value in records["actor"][0]._asdict().items()}
+        noise["timesteps"] = records["actor"][0].timesteps.numpy()
+        critic_gradients, actor_gradients = learner.update(batch, to_double(records["target"][0]), noise)
+        assert records["target"][0].shape[2] == (3 if settings.get("max_q_backup") else 1)
+        assert_gradients_close(model.critic.parameters(), critic_gradients)
+        assert_gradients_close(actor_parameters(model.actor), actor_gradients)
+        for parameters, arrays in [
+            (model.critic.parameters(), learner.critic_arrays()),
+            (actor_parameters(model.actor), learner.actor_arrays(learner.actor)),
+            (actor_parameters(model.actor_target), learner.actor_arrays(learner.actor_target)),
+            (
+                model.critic_target.parameters(),
+                [array for layers in learner.critics_target for array in reference.flatten(layers)],
+            ),
+        ]:
+            for parameter, array in zip(parameters, arrays, strict=True):
+                np.testing.assert_allclose(parameter.detach(), array, **TOLERANCE)
+        for metric in ("critic_loss", "actor_loss"):
+            logged = model.logger.name_to_value[f"train/{metric}"]
+            np.testing.assert_allclose(logged, learner.metrics[metric], err_msg=metric, rtol=1e-4, atol=1e-5)
+
+
+def test_the_critics_term():
+    """Scaling all values changes no gradient, adding to them does; the coin chooses the critic, the other one the unit."""
+    values = th.tensor([[1.0, 2.0, 6.0], [2.0, 4.0, 0.0]], requires_grad=True)
+    assert q_term(values, th.tensor(0.2)).item() == pytest.approx(-3 / 2)
+    assert q_term(values, th.tensor(0.7)).item() == pytest.approx(-2 / 3)
+    assert q_term(values, th.tensor(0.2), th.tensor([[10.0, -10.0, 10.0], [1.0, 1.0, 1.0]])).item() == pytest.approx(-0.3)
+    (plain,) = th.autograd.grad(q_term(values, th.tensor(0.2)), values)
+    np.testing.assert_allclose(plain, [[-1 / 6] * 3, [0] * 3], atol=1e-7)
+    one = th.tensor([[2.0, 4.0]])
+    assert q_term(one, th.tensor(0.9)).item() == pytest.approx(-1), "a single critic is its own unit"
+
+
+def test_largest_draw_of_each_critic_then_the_smallest_critic():
+    """Not the other way round, which would give 2."""
+    values = th.tensor([[[1.0, 5.0]], [[3.0, 2.0]]])
+    assert max_q_target(values).tolist() == [[3.0]]
+    assert max_q_target(values[:, :, :1]).tolist() == [[1.0]]
+
+
+def test_a_candidate_is_drawn_by_the_softmax_of_its_value():
+    values = th.tensor([[0.0, 1.0, 2.0]]).expand(40_000, -1)
+    drawn = softmax_choice(values, 0.5, th.rand(values.shape, generator=th.Generator().manual_seed(0)))
+    shares = np.bincount(drawn, minlength=3) / 40_000
+    expected = np.exp([0, 2, 4]) / np.exp([0, 2, 4]).sum()
+    np.testing.assert_allclose(shares, expected, atol=0.01)
+    assert (softmax_choice(values[:9], 1e-4, th.zeros(9, 3)) == 2).all()
+
+
+def test_stochastic_predictions_follow_the_softmax_and_deterministic_ones_the_best(tmp_path):
+    model = tiny_diffusion_ql(selection_temperature=1e-6, n_behavior_candidates=200)
+    observation = np.ones(3, np.float32)
+    with th.no_grad():
+        for parameter in model.critic_target.parameters():
+            parameter.zero_()
+        for network in model.critic_target.q_networks:  # the value is 10 times the action
+            network[0].weight[0, 3], network[2].weight[0, 0], network[4].weight[0, 0] = 1, 1, 10
+            network[0].weight[1, 3], network[2].weight[1, 1], network[4].weight[0, 1] = -1, 1, -10
+    greedy = np.mean([model.predict(observation)[0] for _ in range(20)])
+    model.selection_temperature = 1e6
+    assert greedy > 1.5 > np.mean([model.predict(observation)[0] for _ in range(20)])
+    model.selection_temperature = 0.25
+    model.save(tmp_path / "model.zip")
+    again = DiffusionQL.load(tmp_path / "model.zip")
+    assert again.policy.selection_temperature == again.selection_temperature == 0.25
+    assert again.predict(observation, deterministic=True)[0] == model.predict(observation, deterministic=True)[0]
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        (dict(eta=-1.0), "eta must be"),
+        (dict(q_normalization="both"), "q_normalization must be"),
+        (dict(selection_temperature=0.0), "selection_temperature must be"),
+        (dict(target_actor_interval=0), "target_actor_interval must be"),
+        (dict(target_actor_start=-1), "target_actor_start must be"),
+        (dict(n_target_candidates=0), "n_target_candidates must be"),
+    ],
+)
+def test_bad_arguments_are_named(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_diffusion_ql(**kwargs)
+
+
+def test_it_goes_on_as_if_it_had_never_stopped(tmp_path):
+    whole = tiny_diffusion_ql(target_actor_start=5).learn(40)
+    first = tiny_diffusion_ql(target_actor_start=5).learn(40)
+    first.save_checkpoint(tmp_path / "run.zip")
+    resumed = DiffusionQL.resume(tmp_path / "run.zip", "Pendulum-v1")
+    assert same_weights(weights_of(whole), weights_of(resumed))
+    assert resumed.learn(10, reset_num_timesteps=False)._n_updates == whole._n_updates + 10
