@@ -15,6 +15,8 @@ import yaml
 from helpers import output_of
 from rl_zoo3 import cli
 
+from sb3_qvpo.zoo import convert_qvpo_params
+
 PENDULUM = ("--env", "Pendulum-v1")
 STUDY = ("--storage", "study.log", "--study-name", "q")
 QUICK = ("-n", "40", "--eval-episodes", "1", "-params", "learning_starts:30")
@@ -144,7 +146,9 @@ def study(zoo, work):
 def test_tuning_writes_study_and_report(study, work):
     assert [trial.number for trial in study] == [0, 1, 2, 3]
     assert {trial.state.name for trial in study} <= {"COMPLETE", "PRUNED"}
-    assert {"ent_coef", "draws_pow", "one_minus_gamma", "noise_schedule"} <= study[0].params.keys()
+    for trial in study:
+        own = {"paper": {"draws_pow", "noise_schedule"}, "presets.fast": {"critic_type", "improvement_step"}}
+        assert {"ent_coef", "one_minus_gamma"} | own[trial.params["around"]] <= trial.params.keys()
     reports = (work / "logs/qvpo").glob("report_Pendulum-v1_2-trials-40-tpe-median_*.csv")
     assert sorted(len(report.read_text().splitlines()) for report in reports) == [3, 5]
 
@@ -166,7 +170,9 @@ def test_a_trial_can_be_continued(zoo, study, work):
     model = "trial1/qvpo/Pendulum-v1_1/Pendulum-v1.zip"
     zoo("train", *PENDULUM, "-i", model, "-n", "20", "-f", "trial1")
     data = [saved_data(work / f"trial1/qvpo/Pendulum-v1_{i}/Pendulum-v1.zip") for i in (1, 2)]
-    assert data[0]["n_diffusion_steps"] == data[1]["n_diffusion_steps"] == 5 * 2 ** study[1].params["diffusion_steps_pow"]
+    wanted = convert_qvpo_params(study[1].params)
+    assert data[0]["n_train_candidates"] == wanted["n_train_candidates"]
+    assert data[0]["n_diffusion_steps"] == data[1]["n_diffusion_steps"] == wanted.get("n_diffusion_steps", 20)
     assert data[1]["num_timesteps"] >= 40
 
 
