@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import reference
 import torch as th
+from gymnasium import spaces
 from helpers import (
     TINY,
     TOLERANCE,
@@ -19,6 +20,7 @@ from helpers import (
 
 from sb3_qvpo.diffusion_ql import DiffusionQL
 from sb3_qvpo.diffusion_ql.losses import max_q_target, q_term, softmax_choice
+from sb3_qvpo.offline import SpacesEnv
 
 SMALL = {
     **{name: value for name, value in TINY.items() if name not in {"n_train_candidates", "n_uniform_actions"}},
@@ -174,3 +176,33 @@ def test_it_goes_on_as_if_it_had_never_stopped(tmp_path):
     resumed = DiffusionQL.resume(tmp_path / "run.zip", "Pendulum-v1")
     assert same_weights(weights_of(whole), weights_of(resumed))
     assert resumed.learn(10, reset_num_timesteps=False)._n_updates == whole._n_updates + 10
+
+
+PLACES, MEANS = 0.8 * np.array([[-1, -1], [-1, 1], [1, -1], [1, 1]]), np.array([3, 0, 1.5, 5])
+"""The authors' toy data: four places, and the means of their rewards."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("eta", [0.0, 2.5])
+def test_the_bandit_of_four_gaussians(eta):
+    """
+    Cloning keeps all four places. With the critics the policy itself goes to the best one, and stays on the data. It needs the
+    wide networks: with 64 units cloning learns a single Gaussian in as many updates.
+    """
+    rng = np.random.default_rng(0)
+    which = rng.integers(4, size=10_000)
+    data = {
+        "observations": np.zeros((10_000, 1), np.float32),
+        "next_observations": np.zeros((10_000, 1), np.float32),
+        "actions": (PLACES[which] + 0.05 * rng.normal(size=(10_000, 2))).clip(-1, 1).astype(np.float32),
+        "rewards": MEANS[which] + 0.5 * rng.normal(size=10_000),
+        "terminals": np.ones(10_000, bool),
+    }
+    env = SpacesEnv(spaces.Box(-1, 1, (1,), np.float32), spaces.Box(-1, 1, (2,), np.float32))
+    settings = dict(n_diffusion_steps=20, batch_size=100, learning_rate=1e-3, target_actor_start=0, n_behavior_candidates=1)
+    model = DiffusionQL("MlpPolicy", env, eta=eta, buffer_size=10_000, seed=0, device="cpu", **settings)
+    model.learn_offline(data, 2_000)
+    actions, _ = model.predict(np.zeros((1_000, 1), np.float32))
+    shares = (np.linalg.norm(actions[:, None] - PLACES, axis=-1) < 0.3).mean(axis=0)
+    print(eta, shares)
+    assert ((shares > 0.15).all() and shares.sum() > 0.85) if eta == 0 else shares[3] > 0.9
