@@ -166,7 +166,8 @@ def draw_blocked(rows: Sequence[Row], file: Path) -> None:
     Above paths of one seed, with a cross over the goal that is blocked then. Below the share of episodes that reach another
     goal: bars are means, points seeds.
     """
-    groups = {name: by_moment(rows)[key, n] for key, (name, n) in BLOCKED.items() if (key, n) in by_moment(rows)}
+    policies = by_moment(rows)
+    groups = {name: policies[key, n] for key, (name, n) in BLOCKED.items() if (key, n) in policies}
     figure, axes = plt.subplots(2, len(groups), figsize=(2.3 * len(groups), 4.4), squeeze=False, height_ratios=(1.25, 1))
     for i, (name, moments) in enumerate(groups.items()):
         above, below = axes[:, i]

@@ -43,9 +43,9 @@ def drawn_by_weight(q_values: th.Tensor) -> th.Tensor:
     return th.zeros_like(weights).scatter(1, th.multinomial(weights, 1), weights.mean(dim=1, keepdim=True))
 
 
-def small(preset: dict[str, Any], **changed: Any) -> dict[str, Any]:
+def small(preset: dict[str, Any]) -> dict[str, Any]:
     """A preset with the networks and batches of :data:`SMALL`."""
-    return {**preset, **SMALL, "policy_kwargs": {**preset["policy_kwargs"], "net_arch": [64, 64]}, **changed}
+    return {**preset, **SMALL, "policy_kwargs": {**preset["policy_kwargs"], "net_arch": [64, 64]}}
 
 
 SOFT: dict[str, tuple[type[BaseAlgorithm], dict[str, Any]]] = {

@@ -60,6 +60,19 @@ class CandidateTDAlgorithm(DiffusionOffPolicyAlgorithm):
         q_values, next_values = self.critic.transition_values(
             batch.observations, batch.actions, batch.next_observations, next_candidates, self.critic_target
         )
+        return self._td_loss(batch, q_values, next_values)
+
+    def _td_loss(
+        self, batch: ReplayBufferSamples, q_values: tuple[th.Tensor, ...], next_values: th.Tensor
+    ) -> tuple[th.Tensor, Metrics]:
+        """
+        The critics' loss from both sides of the TD error.
+
+        :param batch: Transitions.
+        :param q_values: Predictions of each critic, shape (B, M).
+        :param next_values: What the target takes from the next state, shape (B, M).
+        :return: The loss and its metrics.
+        """
         # n-step buffers hand out gamma^n of each transition
         discounts = self.gamma if batch.discounts is None else batch.discounts
         target_q_values = batch.rewards + (1 - batch.dones) * discounts * next_values

@@ -238,11 +238,7 @@ class DiffusionQL(CandidateTDAlgorithm):
             features, critic_features = self.policy.encode(batch.next_observations, of="target")
             candidates = self.actor_target.sample_candidates(features, th.as_tensor(target_noise), for_training=True)
             next_values = max_q_target(self.critic_target.value_candidates(critic_features, candidates).squeeze(-1))
-        discounts = self.gamma if batch.discounts is None else batch.discounts
-        target_q_values = batch.rewards + (1 - batch.dones) * discounts * next_values
-        q_values = self.critic(batch.observations, batch.actions)
-        loss = self.critic.loss(q_values, target_q_values)
-        return loss, {"critic_loss": loss, "q_value": self.critic.aggregate(th.stack(q_values).detach()).mean()}
+        return self._td_loss(batch, self.critic(batch.observations, batch.actions), next_values)
 
     def _update_policy(self, batch: ReplayBufferSamples) -> Metrics:
         loss, metrics = self._actor_loss(batch, self._draw_actor_noise(len(batch.rewards)))

@@ -9,7 +9,7 @@ from stable_baselines3.common.buffers import DictReplayBuffer, NStepReplayBuffer
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 
 from sb3_qvpo.common.runs.checkpoints import cut_last_episode
-from sb3_qvpo.offline.reading import Observations, Transitions, opened, rows_of, sliced
+from sb3_qvpo.offline.reading import Observations, Transitions, mapped, opened, rows_of, sliced
 
 
 def fill_replay_buffer(
@@ -234,15 +234,16 @@ def put(buffer: ReplayBuffer, row: int, part: Transitions, n_rows: int) -> None:
     write(buffer.timeouts, part.timeouts if buffer.handle_timeout_termination else np.zeros_like(part.timeouts))
 
 
+def concatenated(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Rows of one array, then of another."""
+    return np.concatenate([first, second])
+
+
 def joined(first: Transitions, second: Transitions) -> Transitions:
     """One part after another."""
-
-    def both(one: Observations, other: Observations) -> Observations:
-        if isinstance(one, dict):
-            return {key: np.concatenate([one[key], other[key]]) for key in one}
-        return np.concatenate([one, other])
-
-    return second._replace(**{name: both(getattr(first, name), getattr(second, name)) for name in Transitions._fields[:6]})
+    return second._replace(
+        **{name: mapped(concatenated, getattr(first, name), getattr(second, name)) for name in Transitions._fields[:6]}
+    )
 
 
 def rest(part: Transitions, start: int) -> Transitions | None:

@@ -1,6 +1,6 @@
 """The transitions of a dataset, in their order and in parts: from Minari, flat arrays, or replay buffers."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -71,7 +71,7 @@ def rows_of(source: Any) -> Iterator[Transitions]:
     """
     if isinstance(source, ReplayBuffer):
         return rows_of_buffer(source)
-    if isinstance(source, Mapping) or hasattr(source, "keys"):
+    if is_mapping(source):
         return rows_of_arrays(source)
     if hasattr(source, "iterate_episodes"):
         return rows_of_episodes(source.iterate_episodes())
@@ -83,16 +83,28 @@ def rows_of(source: Any) -> Iterator[Transitions]:
     )
 
 
+def is_mapping(values: Any) -> bool:
+    """Whether there are arrays by name: an HDF5 group is no ``Mapping`` of Python's."""
+    return isinstance(values, Mapping) or hasattr(values, "keys")
+
+
+def mapped(function: Callable[..., np.ndarray], *values: Observations) -> Observations:
+    """A function of arrays, for each key where observations are dictionaries."""
+    if isinstance(values[0], dict):
+        return {key: function(*(value[key] for value in values)) for key in values[0]}
+    return function(*values)
+
+
 def sliced(values: Observations, rows: slice) -> Observations:
     """Rows of an array, or of each array of a mapping."""
-    if isinstance(values, Mapping) or hasattr(values, "keys"):
+    if is_mapping(values):
         return {key: np.asarray(values[key][rows]) for key in values}
     return np.asarray(values[rows])
 
 
 def n_rows_of(values: Observations) -> int:
     """The first dimension, which arrays of a mapping share."""
-    if isinstance(values, Mapping) or hasattr(values, "keys"):
+    if is_mapping(values):
         return len(values[next(iter(values))])
     return len(values)
 
@@ -135,7 +147,8 @@ def rows_of_arrays(arrays: Any) -> Iterator[Transitions]:
         following = sliced(arrays["observations"], slice(start + 1, rows.stop + 1))
         if rows.stop == n_rows:
             timeouts[-1] |= ~terminals[-1]
-            following = appended(following, observations)
+            # One more row, whatever it is: its transition ends the task or is left out
+            following = mapped(lambda known, own: np.concatenate([known, own[-1:]]), following, observations)
         kept = ~timeouts
         if not kept.any():
             continue
@@ -145,29 +158,15 @@ def rows_of_arrays(arrays: Any) -> Iterator[Transitions]:
         if rows.stop < n_rows and "timeouts" in names and sliced(arrays["timeouts"], slice(rows.stop, rows.stop + 1)).any():
             cut[-1] = not terminals[-1]
         yield Transitions(
-            masked(observations, kept),
+            mapped(lambda values, kept=kept: values[kept], observations),
             actions[kept],
             rewards[kept],
-            masked(following, kept),
+            mapped(lambda values, kept=kept: values[kept], following),
             terminals[kept],
             cut[kept],
             "row",
             start,
         )
-
-
-def appended(following: Observations, observations: Observations) -> Observations:
-    """One more row, whatever it is: its transition ends the task or is left out."""
-    if isinstance(following, dict):
-        return {key: np.concatenate([following[key], observations[key][-1:]]) for key in following}
-    return np.concatenate([following, observations[-1:]])
-
-
-def masked(values: Observations, kept: np.ndarray) -> Observations:
-    """Some rows."""
-    if isinstance(values, dict):
-        return {key: value[kept] for key, value in values.items()}
-    return values[kept]
 
 
 def rows_of_episodes(episodes: Iterable[Any]) -> Iterator[Transitions]:
@@ -235,9 +234,7 @@ def rows_of_buffer(source: ReplayBuffer) -> Iterator[Transitions]:
             rows = order[start : start + ROWS]
 
             def of_env(values: Any, rows: np.ndarray = rows, env: int = env) -> Any:
-                if isinstance(values, dict):
-                    return {key: value[rows, env] for key, value in values.items()}
-                return values[rows, env]
+                return mapped(lambda array: array[rows, env], values)
 
             dones, timeouts = of_env(source.dones) > 0, of_env(source.timeouts) > 0
             timeouts = timeouts.copy()

@@ -22,7 +22,7 @@ class SpacesEnv(gym.Env[Any, Any]):
         """
         :param seed: Of the space's generator.
         :param options: Not used.
-        :return: Zeros, or a sample where there is no zero.
+        :return: A sample of the space.
         """
         super().reset(seed=seed)
         self.observation_space.seed(seed)

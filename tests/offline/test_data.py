@@ -114,7 +114,7 @@ def test_every_layout_gives_the_same_transitions(layout, tmp_path, monkeypatch):
         if layout == "npz":
             np.savez(dataset, **flat())
         else:
-            h5py = pytest.importorskip("h5py")
+            h5py = pytest.importorskip("h5py")  # comes with Minari, which the oldest versions leave out
             with h5py.File(dataset, "w") as file:
                 for name, values in flat().items():
                     file[name] = values
