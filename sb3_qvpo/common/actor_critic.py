@@ -6,7 +6,7 @@ predicts M numbers for an action: 1 in :class:`CandidateCritic`. Actions are sca
 """
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch as th
 from gymnasium import spaces
@@ -17,10 +17,26 @@ from stable_baselines3.common.type_aliases import PyTorchObs
 from torch import nn
 from torch.nn import functional as F
 
+from sb3_qvpo.common.arguments import check_choice, check_count
 from sb3_qvpo.common.candidates import ScoredCandidates
 from sb3_qvpo.common.diffusion import DiffusionProcess, GaussianDiffusion
-from sb3_qvpo.common.networks import NoisePredictor, init_linear_layers
+from sb3_qvpo.common.networks import INITIALIZATIONS, NoisePredictor, init_linear_layers
 from sb3_qvpo.common.noise_schedules import NoiseSchedule, make_betas
+
+
+def network_options(time_hidden_dim: int | None, initialization: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """
+    Arguments of actor and critics that differ from the defaults. Networks of users may not know the others.
+
+    :param time_hidden_dim: See :class:`DiffusionActor`.
+    :param initialization: See :class:`DiffusionActor`.
+    :return: Those of the actor and those of the critics.
+    :raises ValueError: If one is out of its range.
+    """
+    check_choice("initialization", initialization, INITIALIZATIONS)
+    common = {} if initialization == "normal" else {"initialization": initialization}
+    own = {} if time_hidden_dim is None else {"time_hidden_dim": check_count("time_hidden_dim", time_hidden_dim)}
+    return {**own, **common}, common
 
 
 class DiffusionActor(BasePolicy):
@@ -39,6 +55,8 @@ class DiffusionActor(BasePolicy):
     :param n_diffusion_steps: Number of diffusion steps T.
     :param noise_schedule: A noise schedule, see :func:`~sb3_qvpo.common.noise_schedules.make_betas`.
     :param time_embedding_dim: Size of the time embedding.
+    :param time_hidden_dim: Width of its hidden layer, 8 times its size if None.
+    :param initialization: How weights start, see :class:`~sb3_qvpo.common.networks.NoisePredictor`.
     :param diffusion_options: Further arguments of :class:`GaussianDiffusion`: ``n_sampling_steps``, ``sampling_eta``,
         ``prediction`` and ``sampler``.
     """
@@ -57,6 +75,8 @@ class DiffusionActor(BasePolicy):
         n_diffusion_steps: int = 20,
         noise_schedule: str | NoiseSchedule | Sequence[float] = "cosine",
         time_embedding_dim: int = 32,
+        time_hidden_dim: int | None = None,
+        initialization: str = "normal",
         **diffusion_options: Any,
     ):
         named = {name: value for name, value in locals().items() if name not in ("self", "__class__", "diffusion_options")}
@@ -70,6 +90,7 @@ class DiffusionActor(BasePolicy):
         self._constructor_arguments = {**named, **diffusion_options}
         self.action_dim = get_action_dim(action_space)
         self.features_dim = features_dim
+        self._network_options = dict(time_hidden_dim=time_hidden_dim, initialization=initialization)
         self.diffusion = self.make_diffusion(n_diffusion_steps, noise_schedule, **diffusion_options)
         self.noise_predictor = self.make_noise_predictor(
             features_dim, n_diffusion_steps, net_arch, activation_fn, time_embedding_dim
@@ -106,7 +127,15 @@ class DiffusionActor(BasePolicy):
         :param time_embedding_dim: Size of the time embedding.
         :return: The network.
         """
-        return NoisePredictor(self.action_dim, features_dim, n_steps, net_arch, activation_fn, time_embedding_dim)
+        return NoisePredictor(
+            self.action_dim,
+            features_dim,
+            n_steps,
+            net_arch,
+            activation_fn,
+            time_embedding_dim,
+            **cast(dict[str, Any], self._network_options),
+        )
 
     def features(self, observation: PyTorchObs) -> th.Tensor:
         """
@@ -193,6 +222,7 @@ class CandidateCritic(ContinuousCritic):
     :param normalize_images: Whether to divide images by 255.
     :param n_critics: Number of critics C.
     :param share_features_extractor: Whether the features extractor is the actor's, and trained by its loss.
+    :param initialization: How weights start, one of :data:`~sb3_qvpo.common.networks.INITIALIZATIONS`.
     """
 
     has_targets: ClassVar[bool] = True
@@ -212,6 +242,7 @@ class CandidateCritic(ContinuousCritic):
         normalize_images: bool = True,
         n_critics: int = 2,
         share_features_extractor: bool = True,
+        initialization: str = "normal",
     ):
         super().__init__(
             observation_space,
@@ -231,8 +262,9 @@ class CandidateCritic(ContinuousCritic):
             q_network = self.make_q_network(n_inputs, net_arch, activation_fn)
             self.add_module(f"qf{i}", q_network)
             self.q_networks.append(q_network)
-        for q_network in self.q_networks:
-            init_linear_layers(q_network)
+        if initialization == "normal":
+            for q_network in self.q_networks:
+                init_linear_layers(q_network)
 
     def make_q_network(self, n_inputs: int, net_arch: list[int], activation_fn: type[nn.Module]) -> nn.Module:
         """

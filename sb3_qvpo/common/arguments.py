@@ -3,7 +3,7 @@
 import math
 from collections.abc import Collection
 from numbers import Integral, Real
-from typing import Any, cast, overload
+from typing import Any, overload
 
 import numpy as np
 from gymnasium import spaces
@@ -89,33 +89,58 @@ def check_choice(name: str, value: Any, choices: Collection[str]) -> str:
     return value
 
 
-class PolicyCount:
+class PolicyValue:
     """
-    A count that belongs to a policy. It can be read and set on the policy, and on the algorithm that trains it.
+    A number above 0 that belongs to a policy. It can be read and set on the policy, and on the algorithm that trains it.
 
-    SB3 saves and loads an instance's ``__dict__``. The algorithm keeps the count there until its policy exists.
-    Every value that is set is checked: a whole number of at least 1.
+    SB3 saves and loads an instance's ``__dict__``. The algorithm keeps the number there until its policy exists.
+    Every value that is set is checked.
     """
 
     def __set_name__(self, owner: type, name: str) -> None:
         self.name = name
 
-    @overload
-    def __get__(self, instance: None, owner: type) -> "PolicyCount": ...
+    def checked(self, value: Any) -> Any:
+        """
+        The value as it is kept.
+
+        :raises ValueError: If it is not a finite number above 0.
+        """
+        return check_interval(self.name, value, 0, math.inf, low_allowed=False)
 
     @overload
-    def __get__(self, instance: object, owner: type) -> int: ...
+    def __get__(self, instance: None, owner: type) -> "PolicyValue": ...
 
-    def __get__(self, instance: object, owner: type) -> "PolicyCount | int":
+    @overload
+    def __get__(self, instance: object, owner: type) -> Any: ...
+
+    def __get__(self, instance: object, owner: type) -> Any:
         if instance is None:
             return self
         policy = vars(instance).get("policy")
-        return cast(int, vars(instance)[self.name] if policy is None else getattr(policy, self.name))
+        return vars(instance)[self.name] if policy is None else getattr(policy, self.name)
 
-    def __set__(self, instance: object, value: int) -> None:
-        vars(instance)[self.name] = check_count(self.name, value)
+    def __set__(self, instance: object, value: Any) -> None:
+        vars(instance)[self.name] = self.checked(value)
         if "policy" in vars(instance):
             setattr(vars(instance)["policy"], self.name, value)
+
+
+def policy_values(owner: type) -> list[str]:
+    """The names of a class's values that belong to its policy."""
+    return [name for base in owner.__mro__ for name, value in vars(base).items() if isinstance(value, PolicyValue)]
+
+
+class PolicyCount(PolicyValue):
+    """The same for a whole number of at least 1."""
+
+    def checked(self, value: Any) -> int:
+        """
+        The value as it is kept.
+
+        :raises ValueError: If it is not a whole number of at least 1.
+        """
+        return check_count(self.name, value)
 
 
 def check_class(name: str, value: Any, base: type) -> None:

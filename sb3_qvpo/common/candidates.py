@@ -69,6 +69,20 @@ def best_candidate(candidates: th.Tensor, q_values: th.Tensor) -> th.Tensor:
     return select(candidates, q_values.argmax(dim=1))
 
 
+def softmax_choice(q_values: th.Tensor, temperature: float, uniform: th.Tensor) -> th.Tensor:
+    """
+    One candidate of each state, with probability ``e^(Q / temperature)`` over the sum: Gumbel's trick.
+
+    :param q_values: Values of shape (B, K).
+    :param temperature: Above 0; towards 0 the best one.
+    :param uniform: Uniform in [0, 1), shape (B, K).
+    :return: Their numbers, shape (B,).
+    """
+    smallest = th.finfo(uniform.dtype).tiny
+    gumbel = -(-uniform.clamp(min=smallest).log()).clamp(min=smallest).log()
+    return (q_values / temperature + gumbel).argmax(dim=1)
+
+
 def improve_best_candidate(scored: ScoredCandidates, critic: Critic, n_steps: int, step_length: float) -> ScoredCandidates:
     """
     Gradient steps from the best candidate, ``a_(j+1) = clamp(a_j + step_length g / |g|, -1, 1)`` with g the gradient of the

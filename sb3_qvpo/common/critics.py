@@ -205,15 +205,17 @@ class QuantileCritic(CandidateCritic):
         return asymmetric.mean(dim=(0, 2, 3)).sum()
 
 
-def quantile_options(critic_type: str, options: dict[str, int | None]) -> dict[str, int]:
+def quantile_options(critic_type: str, n_quantiles: int | None, top_quantiles_to_drop_per_net: int | None) -> dict[str, int]:
     """
     The arguments of :class:`QuantileCritic` that were given.
 
     :param critic_type: Which critics a policy has.
-    :param options: Arguments by name, None for those that were not given.
+    :param n_quantiles: See :class:`QuantileCritic`; None if it was not given.
+    :param top_quantiles_to_drop_per_net: The same.
     :return: Those that are not None.
     :raises ValueError: If there are any, and the critics have no quantiles.
     """
+    options = dict(n_quantiles=n_quantiles, top_quantiles_to_drop_per_net=top_quantiles_to_drop_per_net)
     given = {name: value for name, value in options.items() if value is not None}
     if given and critic_type != "quantile":
         name, value = next(iter(given.items()))

@@ -113,15 +113,19 @@ def init_linear_layers(module: nn.Module) -> None:
             nn.init.zeros_(layer.bias)
 
 
+INITIALIZATIONS = ("normal", "torch")
+"""How weights may start: as :func:`init_linear_layers` does, or as torch's layers do."""
+
+
 def sinusoidal_embedding(positions: th.Tensor, dim: int) -> th.Tensor:
     """
     Sinusoidal position features ``[sin(p w_i), cos(p w_i)]``, ``w_i = 10000^(-i / (dim/2 - 1))``, i = 0 ... dim/2 - 1.
 
     Source: Vaswani et al. (2017), *Attention Is All You Need*, Sec. 3.5, in the layout of Ho et al. (2020).
 
-    :param positions: Positions of shape (N,).
+    :param positions: Positions of shape (...).
     :param dim: Number of features E, even and at least 4.
-    :return: Features of shape (N, E).
+    :return: Features of shape (..., E).
     :raises ValueError: If ``dim`` is odd or below 4.
     """
     if dim < 4 or dim % 2:
@@ -158,8 +162,9 @@ class NoisePredictor(nn.Module):
     :param n_steps: Number of diffusion steps T.
     :param net_arch: Widths of the hidden layers; an empty list gives a linear network.
     :param activation_fn: Activation of the hidden layers and of the time embedding.
-    :param time_embedding_dim: Size E of the time embedding, even and at least 4. Its hidden layer is 8 E wide
-        (256 at the authors' E = 32).
+    :param time_embedding_dim: Size E of the time embedding, even and at least 4.
+    :param time_hidden_dim: Width of its hidden layer, 8 E if None (256 at the authors' E = 32).
+    :param initialization: How weights start, one of :data:`INITIALIZATIONS`.
     """
 
     time_features: th.Tensor
@@ -172,14 +177,17 @@ class NoisePredictor(nn.Module):
         net_arch: list[int],
         activation_fn: type[nn.Module] = nn.Mish,
         time_embedding_dim: int = 32,
+        time_hidden_dim: int | None = None,
+        initialization: str = "normal",
     ):
         super().__init__()
+        time_hidden_dim = 8 * time_embedding_dim if time_hidden_dim is None else time_hidden_dim
         self.split_sizes = [action_dim, time_embedding_dim, features_dim]
         self.register_buffer("time_features", sinusoidal_embedding(th.arange(n_steps), time_embedding_dim), persistent=False)
         self.time_mlp = nn.Sequential(
-            nn.Linear(time_embedding_dim, 8 * time_embedding_dim),
+            nn.Linear(time_embedding_dim, time_hidden_dim),
             activation_fn(),
-            nn.Linear(8 * time_embedding_dim, time_embedding_dim),
+            nn.Linear(time_hidden_dim, time_embedding_dim),
         )
         widths = [*net_arch, action_dim]
         self.first_layer = nn.Linear(sum(self.split_sizes), widths[0])
@@ -187,7 +195,8 @@ class NoisePredictor(nn.Module):
         for width_in, width_out in pairwise(widths):
             later_layers += [activation_fn(), nn.Linear(width_in, width_out)]
         self.later_layers = nn.Sequential(*later_layers)
-        init_linear_layers(self)
+        if initialization == "normal":
+            init_linear_layers(self)
 
     def condition(self, features: th.Tensor) -> Condition:
         """

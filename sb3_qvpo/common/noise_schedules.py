@@ -185,3 +185,14 @@ def make_betas(noise_schedule: str | NoiseSchedule | Sequence[float], n_steps: i
     if betas.shape != (n_steps,) or not bool(((betas > 0) & (betas < 1)).all()):
         raise ValueError(f"noise_schedule must return {n_steps} values in (0, 1), got {betas.tolist()}")
     return betas
+
+
+def picklable(schedule: str | NoiseSchedule | Sequence[float], n_steps: int) -> str | NoiseSchedule | Sequence[float]:
+    """
+    A schedule that can be saved. A function may not be picklable (a lambda is not); its values are.
+
+    :param schedule: What :func:`make_betas` takes.
+    :param n_steps: Number of diffusion steps T.
+    :return: The schedule, or its values where it is a function.
+    """
+    return FixedSchedule(make_betas(schedule, n_steps)) if callable(schedule) else schedule

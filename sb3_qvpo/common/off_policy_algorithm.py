@@ -197,8 +197,8 @@ class DiffusionOffPolicyAlgorithm(OfflineLearner):
         self._rates_of_schedules = (self.learning_rate, self.qf_learning_rate)
 
     def _prepare_saving(self) -> None:
-        # SB3 saves the instance's dictionary. Copy the counts back, which may have been changed on the policy
-        for name in ("n_behavior_candidates", "n_eval_candidates"):
+        # SB3 saves the instance's dictionary. Copy back what may have been changed on the policy
+        for name in arguments.policy_values(type(self)):
             self.__dict__[name] = getattr(self, name)
 
     def export(

@@ -22,13 +22,13 @@ from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from sb3_qvpo.common import arguments
-from sb3_qvpo.common.actor_critic import CandidateCritic, DiffusionActor
+from sb3_qvpo.common.actor_critic import CandidateCritic, DiffusionActor, network_options
 from sb3_qvpo.common.arguments import PolicyCount, check_choice, check_class, check_count, check_net_arch
 from sb3_qvpo.common.candidates import ScoredCandidates, best_candidate, improve_best_candidate
 from sb3_qvpo.common.critics import quantile_options
 from sb3_qvpo.common.export import export_policy
 from sb3_qvpo.common.networks import evaluation_mode, is_traced, n_observations, split_rows
-from sb3_qvpo.common.noise_schedules import FixedSchedule, NoiseSchedule, make_betas
+from sb3_qvpo.common.noise_schedules import NoiseSchedule, picklable
 from sb3_qvpo.common.runs.files import atomic_file
 from sb3_qvpo.common.speed.networks import FastActor, FastBatchNormCritic, FastCritic, FastQuantileCritic
 from sb3_qvpo.common.speed.optimizers import use_fused
@@ -88,6 +88,8 @@ class DiffusionPolicy(BasePolicy):
     :param n_eval_candidates: K, candidates of deterministic predictions (Sec. 5.1).
     :param noise_bank_seed: Seed of the noise of deterministic predictions.
     :param normalized_observations: Whether a ``VecNormalize`` normalises the observations. ``learn()`` sets it.
+    :param time_hidden_dim: Width of the time embedding's hidden layer, 8 times its size if None.
+    :param initialization: How weights start: ``"normal"`` as in the code of QVPO's authors, or ``"torch"``, torch's own.
     :raises ValueError: For an unknown noise schedule, an impossible size, or something else where a class is expected.
     """
 
@@ -135,6 +137,8 @@ class DiffusionPolicy(BasePolicy):
         n_eval_candidates: int = 32,
         noise_bank_seed: int = 0,
         normalized_observations: bool = False,
+        time_hidden_dim: int | None = None,
+        initialization: str = "normal",
     ):
         # Everything needed to build this policy again comes from here, so that no argument can be forgotten on saving
         constructor_arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
@@ -164,6 +168,7 @@ class DiffusionPolicy(BasePolicy):
         self.n_diffusion_steps = check_count("n_diffusion_steps", n_diffusion_steps)
         check_count("n_critics", n_critics)
         check_count("time_embedding_dim", time_embedding_dim, 4)
+        actor_options, critic_options = network_options(time_hidden_dim, initialization)
         self.n_behavior_candidates = n_behavior_candidates
         self.n_eval_candidates = n_eval_candidates
         if check_count("noise_bank_seed", noise_bank_seed, 0) >= 2**32:
@@ -188,6 +193,7 @@ class DiffusionPolicy(BasePolicy):
             sampling_eta=sampling_eta,
             sampler=sampler,
             prediction=prediction,
+            **actor_options,
         )
         self.critic_kwargs = dict(
             common_kwargs,
@@ -195,11 +201,11 @@ class DiffusionPolicy(BasePolicy):
             activation_fn=critic_activation_fn,
             n_critics=n_critics,
             share_features_extractor=share_features_extractor,
+            **critic_options,
+            **quantile_options(critic_type, n_quantiles, top_quantiles_to_drop_per_net),
         )
         self.critic_type = critic_type
         self._critic_class = type(self).critic_class if critic_type == "twin" else CRITICS[critic_type]
-        quantiles = dict(n_quantiles=n_quantiles, top_quantiles_to_drop_per_net=top_quantiles_to_drop_per_net)
-        self.critic_kwargs.update(quantile_options(critic_type, quantiles))
         self._build(lr_schedule)
 
     def _build(self, lr_schedule: Schedule) -> None:
@@ -538,10 +544,6 @@ class DiffusionPolicy(BasePolicy):
             n_behavior_candidates=self.n_behavior_candidates,
             n_eval_candidates=self.n_eval_candidates,
             normalized_observations=self.normalized_observations,
+            noise_schedule=picklable(self._constructor_arguments["noise_schedule"], self.n_diffusion_steps),
         )
-        if callable(self._constructor_arguments["noise_schedule"]):
-            # A function may not be picklable (a lambda is not); its values are
-            current["noise_schedule"] = FixedSchedule(
-                make_betas(self._constructor_arguments["noise_schedule"], self.n_diffusion_steps)
-            )
         return {**self._constructor_arguments, **current}

@@ -5,7 +5,7 @@ chain.
 Shapes: B batch, K candidates, A action dimensions, N noises of a chain, C critics.
 """
 
-from typing import Any, ClassVar, NamedTuple, TypeVar, cast
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch as th
 from stable_baselines3.common.buffers import ReplayBuffer
@@ -13,7 +13,7 @@ from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, ReplayBufferSamples, Schedule
 
-from sb3_qvpo.common.arguments import check_choice, check_count, check_interval
+from sb3_qvpo.common.arguments import PolicyValue, check_choice, check_count, check_interval
 from sb3_qvpo.common.networks import evaluation_mode, frozen
 from sb3_qvpo.common.off_policy_algorithm import Metrics
 from sb3_qvpo.common.policies import DiffusionPolicy
@@ -102,6 +102,9 @@ class DiffusionQL(CandidateTDAlgorithm):
     _policy_arguments: ClassVar[tuple[str, ...]] = (*CandidateTDAlgorithm._policy_arguments, "selection_temperature")
     _count_arguments: ClassVar[tuple[str, ...]] = (*CandidateTDAlgorithm._count_arguments, "target_actor_interval")
 
+    selection_temperature = PolicyValue()
+    """Of the softmax by which ``predict(deterministic=False)`` chooses; can be changed at any time."""
+
     def __init__(
         self,
         policy: str | type[DiffusionPolicy],
@@ -184,22 +187,6 @@ class DiffusionQL(CandidateTDAlgorithm):
 
         if _init_setup_model:
             self._setup_model()
-
-    @property
-    def selection_temperature(self) -> float:
-        """Of the softmax by which ``predict(deterministic=False)`` chooses; can be changed at any time."""
-        policy = self.__dict__.get("policy")
-        return cast(float, self.__dict__["selection_temperature"] if policy is None else policy.selection_temperature)
-
-    @selection_temperature.setter
-    def selection_temperature(self, value: float) -> None:
-        self.__dict__["selection_temperature"] = value
-        if "policy" in self.__dict__:
-            cast(MlpPolicy, self.policy).selection_temperature = value
-
-    def _prepare_saving(self) -> None:
-        super()._prepare_saving()
-        self.__dict__["selection_temperature"] = self.selection_temperature
 
     def train(self, gradient_steps: int, batch_size: int = 256) -> None:
         """

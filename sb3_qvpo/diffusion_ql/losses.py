@@ -34,17 +34,3 @@ def max_q_target(q_values: th.Tensor) -> th.Tensor:
     :return: Shape (B, 1).
     """
     return q_values.max(dim=2).values.min(dim=0).values.unsqueeze(1)
-
-
-def softmax_choice(q_values: th.Tensor, temperature: float, uniform: th.Tensor) -> th.Tensor:
-    """
-    One candidate of each state, with probability ``e^(Q / temperature)`` over the sum: Gumbel's trick.
-
-    :param q_values: Values of shape (B, K).
-    :param temperature: Above 0; towards 0 the best one.
-    :param uniform: Uniform in [0, 1), shape (B, K).
-    :return: Their numbers, shape (B,).
-    """
-    smallest = th.finfo(uniform.dtype).tiny
-    gumbel = -(-uniform.clamp(min=smallest).log()).clamp(min=smallest).log()
-    return (q_values / temperature + gumbel).argmax(dim=1)

@@ -1,14 +1,29 @@
 """The noise predictor against the float64 reference, its initialisation, and the mode of networks."""
 
+import math
+
 import numpy as np
 import pytest
 import reference
 import torch as th
 from gymnasium import spaces
 from helpers import TOLERANCE, actor_to_numpy, random_policy
+from torch import nn
 
 from sb3_qvpo import DiffusionPolicy
 from sb3_qvpo.common.networks import NoisePredictor, evaluation_mode, init_linear_layers, sinusoidal_embedding
+
+
+def test_width_of_the_time_network_and_initial_weights():
+    """torch starts biases at random; the authors of QVPO start them at 0."""
+    sizes = dict(action_dim=2, features_dim=3, n_steps=5, net_arch=[8], time_embedding_dim=4)
+    plain = NoisePredictor(**sizes)
+    assert plain.time_mlp[0].out_features == 32 and not plain.first_layer.bias.any()
+    other = NoisePredictor(**sizes, time_hidden_dim=6, initialization="torch")
+    assert [layer.out_features for layer in other.time_mlp if isinstance(layer, nn.Linear)] == [6, 4]
+    limit = 1 / math.sqrt(other.first_layer.in_features)
+    for values in (other.first_layer.weight, other.first_layer.bias):
+        assert 0 < values.abs().max() <= limit
 
 
 def test_time_embedding():

@@ -337,6 +337,8 @@ POLICY_ALIVE = {
     "n_quantiles": 7,
     "top_quantiles_to_drop_per_net": 0,
     "time_embedding_dim": 8,
+    "time_hidden_dim": 5,
+    "initialization": "torch",
     "noise_bank_seed": 1,
 }
 

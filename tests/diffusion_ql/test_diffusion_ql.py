@@ -18,8 +18,9 @@ from helpers import (
     weights_of,
 )
 
+from sb3_qvpo.common.candidates import softmax_choice
 from sb3_qvpo.diffusion_ql import DiffusionQL
-from sb3_qvpo.diffusion_ql.losses import max_q_target, q_term, softmax_choice
+from sb3_qvpo.diffusion_ql.losses import max_q_target, q_term
 from sb3_qvpo.offline import SpacesEnv
 
 SMALL = {

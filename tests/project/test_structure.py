@@ -28,7 +28,7 @@ LAYERS = [
     "common.runs.callbacks common.export",
     "common.policies",
     "common.off_policy_algorithm",
-    "common.td_algorithm common.policy_aliases common.figures",
+    "common.td_algorithm common.policy_aliases common.softmax_policies common.figures",
     "qvpo.weights qvpo.policies sdac.targets diffusion_ql.losses",
     "diffusion_ql.policies",
     "qvpo.qvpo sdac.sdac diffusion_ql.diffusion_ql",
