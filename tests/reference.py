@@ -686,3 +686,152 @@ class QLLearner(Learner):
     def sizes(self):
         """Denominators by update."""
         return self.__dict__.setdefault("_sizes", {})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# DTQL
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def edm_level(u, sigma_min, sigma_max, sigma_data):
+    """The noise level below which a share u of the cut log-logistic distribution lies, by bisection of its logarithm."""
+
+    def share_below(sigma):
+        return 1 / (1 + (sigma_data / sigma) ** 2)
+
+    wanted = share_below(sigma_min) + u * (share_below(sigma_max) - share_below(sigma_min))
+    low, high = math.log(sigma_min), math.log(sigma_max)
+    for _ in range(200):
+        middle = (low + high) / 2
+        low, high = (middle, high) if share_below(math.exp(middle)) < wanted else (low, middle)
+    return math.exp(low)
+
+
+def edm_denoised(network, x, sigma, sigma_data):
+    """The estimate of the clean action; ``network(scaled_x, time)``."""
+    variance = sigma**2 + sigma_data**2
+    output = network(x / math.sqrt(variance), math.log(sigma) / 4)
+    return np.clip(sigma_data**2 / variance * x + sigma * sigma_data / math.sqrt(variance) * output, -1, 1)
+
+
+def edm_loss(network, action, sigma, noise, sigma_data):
+    """Eq. 2 for one action, with the weight 1 / c_out^2."""
+    c_out = sigma * sigma_data / math.sqrt(sigma**2 + sigma_data**2)
+    estimate = edm_denoised(network, action + sigma * noise, sigma, sigma_data)
+    return np.mean(((estimate - action) / c_out) ** 2)
+
+
+def layer_norm_forward(layers, x, epsilon=1e-5):
+    """Hidden layers (weight, bias, gain, shift): linear, layer norm, Mish. The last one is (weight, bias)."""
+    for weight, bias, gain, shift in layers[:-1]:
+        z = weight @ x + bias
+        x = mish(gain * (z - np.mean(z)) / math.sqrt(np.mean((z - np.mean(z)) ** 2) + epsilon) + shift)
+    weight, bias = layers[-1]
+    return weight @ x + bias
+
+
+def relu_forward(layers, x):
+    for weight, bias in layers[:-1]:
+        x = np.maximum(weight @ x + bias, 0)
+    weight, bias = layers[-1]
+    return weight @ x + bias
+
+
+def gaussian_policy(layers, state):
+    """Mean and standard deviation before tanh."""
+    mean, log_std = np.split(relu_forward(layers, state), 2)
+    return mean, np.exp(np.clip(log_std, -5, 2))
+
+
+def expectile(error, tau):
+    """Eq. 6 for one error."""
+    return (tau if error >= 0 else 1 - tau) * error**2
+
+
+class TrustedLearner:
+    """
+    Algorithm 1 of DTQL, one update after the other, all gradients by central differences.
+
+    ``policy``: layers of the Gaussian policy. ``cloned``: the diffusion model, as ``predict_noise`` takes it. ``critics`` and
+    ``critics_target``: layers with norms. ``value``: layers of V. ``settings``: DTQL's arguments by name, ``sigma_data`` and
+    the learning rates.
+    """
+
+    def __init__(self, policy, cloned, critics, critics_target, value, settings):
+        self.policy, self.cloned, self.critics, self.critics_target = policy, cloned, critics, critics_target
+        self.value, self.settings = value, settings
+        self.arrays = {
+            "critic": [*(array for layers in critics for array in flatten(layers)), *flatten(value)],
+            "cloned": flatten(cloned["time"]) + flatten(cloned["main"]),
+            "actor": flatten(policy),
+        }
+        self.moments = {
+            name: [[np.zeros_like(array), np.zeros_like(array)] for array in arrays] for name, arrays in self.arrays.items()
+        }
+        self.counts = dict.fromkeys(self.arrays, 0)
+        self.n_updates, self.metrics, self.gradients = 0, {}, {}
+
+    def update(self, batch, cloned_noise, policy_noise):
+        """The noises: arrays ``levels``, ``denoising`` and, of the policy, ``chain``, one row for each state."""
+        self.n_updates += 1
+        # Targets are numbers: they are taken before anything is varied
+        teacher = self.critics_target if self.settings["value_target"] == "target" else self.critics
+        followed = [min(self.q(teacher, s, a)) for s, a in zip(batch["observations"], batch["actions"], strict=True)]
+        targets = []
+        for i, state in enumerate(batch["next_observations"]):
+            discount = self.settings["gamma"] if batch["discounts"] is None else batch["discounts"][i]
+            targets.append(td_target(batch["rewards"][i], batch["dones"][i], discount, mlp_forward(self.value, state)[0][0]))
+        self.step("critic", lambda: self.critic_loss(batch, followed, targets), "critic_learning_rate")
+        self.step("cloned", lambda: self.cloning_loss(batch["observations"], batch["actions"], cloned_noise), "learning_rate")
+        pretraining = self.n_updates <= self.settings["n_pretraining_updates"]
+        if not pretraining:
+            self.step("actor", lambda: self.policy_loss(batch, policy_noise), "learning_rate")
+        if self.settings["value_target"] == "target" or not pretraining:
+            for target, online in zip(self.critics_target, self.critics, strict=True):
+                polyak(flatten(target), flatten(online), self.settings["tau"])
+
+    def step(self, name, loss, rate):
+        gradients = central_differences(loss, self.arrays[name])
+        self.gradients[name] = gradients
+        self.metrics[f"{name}_loss"] = loss()
+        if self.settings["max_grad_norm"] is not None:
+            clip_gradients(gradients, self.settings["max_grad_norm"])
+        self.counts[name] += 1
+        rates = (self.settings[rate], self.settings["adam_epsilon"])
+        adam_step(self.arrays[name], gradients, self.moments[name], self.counts[name], *rates)
+
+    @staticmethod
+    def q(critics, state, action):
+        return [layer_norm_forward(layers, np.concatenate([state, action]))[0] for layers in critics]
+
+    def critic_loss(self, batch, followed, targets):
+        total = 0.0
+        for i, (state, action) in enumerate(zip(batch["observations"], batch["actions"], strict=True)):
+            total += sum((value - targets[i]) ** 2 for value in self.q(self.critics, state, action))
+            total += expectile(followed[i] - mlp_forward(self.value, state)[0][0], self.settings["expectile"])
+        return total / len(targets)
+
+    def cloning_loss(self, states, actions, noise):
+        """Eq. 2; with the policy's actions Eq. 4."""
+        losses = []
+        for i, (state, action) in enumerate(zip(states, actions, strict=True)):
+
+            def network(x, time, state=state):
+                return predict_noise(self.cloned, x, state, time)
+
+            losses.append(
+                edm_loss(network, action, noise["levels"][i, 0], noise["denoising"][i, 0], self.settings["sigma_data"])
+            )
+        return np.mean(losses)
+
+    def policy_loss(self, batch, noise):
+        """Eq. 5, and the data's likelihood."""
+        actions, values, densities = [], [], []
+        for i, state in enumerate(batch["observations"]):
+            mean, std = gaussian_policy(self.policy, state)
+            actions.append(np.tanh(mean + std * noise["chain"][i]))
+            values.append(min(self.q(self.critics, state, actions[i])))
+            z = (np.arctanh(batch["actions"][i] / 1.001) - mean) / std
+            densities.append(sum(-(z**2) / 2 - np.log(std) - math.log(math.sqrt(2 * math.pi))))
+        trust = self.cloning_loss(batch["observations"], actions, noise)
+        return self.settings["alpha"] * trust - np.mean(values) - self.settings["log_prob_coef"] * np.mean(densities)

@@ -8,6 +8,7 @@ predicts M numbers for an action: 1 in :class:`CandidateCritic`. Actions are sca
 from collections.abc import Sequence
 from typing import Any, ClassVar, cast
 
+import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.policies import BasePolicy, ContinuousCritic
@@ -37,6 +38,19 @@ def network_options(time_hidden_dim: int | None, initialization: str) -> tuple[d
     common = {} if initialization == "normal" else {"initialization": initialization}
     own = {} if time_hidden_dim is None else {"time_hidden_dim": check_count("time_hidden_dim", time_hidden_dim)}
     return {**own, **common}, common
+
+
+def fixed_noise(seed: int, sizes: tuple[int, int, int]) -> th.Tensor:
+    """
+    Noise of candidates that is the same for good: on every device, in every version. Longer draws extend shorter ones.
+
+    :param seed: Seed, in 0 ... 2^32 - 1.
+    :param sizes: Candidates K, steps N and action dimensions A.
+    :return: Standard normal noise of shape (N, 1, K, A), on the CPU.
+    """
+    # NumPy's legacy generator: torch's generators promise none of these
+    draws = np.random.RandomState(seed).standard_normal(sizes)
+    return th.as_tensor(draws, dtype=th.float32).transpose(0, 1).unsqueeze(1)
 
 
 class DiffusionActor(BasePolicy):

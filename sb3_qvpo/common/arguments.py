@@ -186,8 +186,8 @@ def parse_schedule(name: str, value: float | str | Schedule) -> FloatSchedule:
     the start of training and 0 at its end.
 
     Strings follow rl_zoo3. ``lin_0.02`` falls linearly from 0.02 to 0 over the whole training. ``lin_0.02_0.002`` ends at
-    0.002. ``lin_0.02_0.002_0.9`` reaches 0.002 after a fraction 0.9 of training and stays there. Numbers may be given as
-    strings too.
+    0.002. ``lin_0.02_0.002_0.9`` reaches 0.002 after a fraction 0.9 of training and stays there. ``cos_...`` is the same along
+    half a cosine. Numbers may be given as strings too.
 
     :raises ValueError: If a string is malformed or a value negative or not finite.
     """
@@ -203,10 +203,13 @@ def parse_schedule(name: str, value: float | str | Schedule) -> FloatSchedule:
     return schedule
 
 
-def _parse_schedule_string(name: str, value: str) -> float | LinearSchedule:
+def _parse_schedule_string(name: str, value: str) -> float | Schedule:
     try:
-        if not value.startswith("lin_"):
+        kind, has_form, _ = value.partition("_")
+        if not has_form:
             return float(value)
+        if kind not in ("lin", "cos"):
+            raise ValueError
         numbers = [float(number) for number in value.split("_")[1:]]
         if len(numbers) > 3:
             raise ValueError
@@ -216,9 +219,32 @@ def _parse_schedule_string(name: str, value: str) -> float | LinearSchedule:
     except ValueError:
         raise ValueError(
             f"{name} must be a number or 'lin_START', 'lin_START_END' or 'lin_START_END_FRACTION' "
-            f"with FRACTION in (0, 1], got {value!r}"
+            f"with FRACTION in (0, 1], or the same with 'cos', got {value!r}"
         ) from None
-    return LinearSchedule(start, end, fraction)
+    return LinearSchedule(start, end, fraction) if kind == "lin" else CosineSchedule(start, end, fraction)
+
+
+class CosineSchedule:
+    """
+    Half a cosine from ``start`` to ``end``.
+
+    :param start: Value at the start of training.
+    :param end: Value after a fraction ``end_fraction`` of training.
+    :param end_fraction: That fraction, in (0, 1].
+    """
+
+    def __init__(self, start: float, end: float, end_fraction: float):
+        self.start, self.end, self.end_fraction = start, end, end_fraction
+
+    def __call__(self, progress_remaining: float) -> float:
+        """
+        The value.
+
+        :param progress_remaining: 1 at the start of training, 0 at its end.
+        :return: Between ``start`` and ``end``.
+        """
+        share = min(1.0, (1 - progress_remaining) / self.end_fraction)
+        return self.end + (self.start - self.end) * (1 + math.cos(math.pi * share)) / 2
 
 
 def check_finite_observation(name: str, value: Any) -> None:

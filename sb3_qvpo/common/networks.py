@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch as th
 from torch import nn
@@ -235,3 +235,41 @@ class NoisePredictor(nn.Module):
         # For a tensor t the same as time_parts[t], but the gradient of that takes five times as long
         time_part = F.embedding(t, cond.time_parts) if isinstance(t, th.Tensor) else cond.time_parts[t]
         return F.linear(x_t, action_weight) + (time_part + cond.state_part)
+
+
+class ContinuousTimePredictor(NoisePredictor):
+    """
+    The same network for diffusions whose time is a real number: the time of each row goes through the time embedding.
+
+    :param action_dim: Number of action dimensions A.
+    :param features_dim: Number of state features S.
+    :param net_arch: Widths of the hidden layers.
+    :param options: Further arguments of :class:`NoisePredictor`.
+    """
+
+    def __init__(self, action_dim: int, features_dim: int, net_arch: list[int], **options: Any):
+        super().__init__(action_dim, features_dim, 1, net_arch, **options)
+
+    def condition(self, features: th.Tensor) -> Condition:
+        """
+        The state part of the first layer.
+
+        :param features: State features of shape (B, S).
+        :return: That part; there are no time parts to know in advance.
+        """
+        _, _, state_weight = th.split(self.first_layer.weight, self.split_sizes, dim=1)
+        state_part = F.linear(features, state_weight, self.first_layer.bias).unsqueeze(1)
+        return Condition(state_part, state_part.new_empty(0))
+
+    def first_output(self, x_t: th.Tensor, t: int | th.Tensor, cond: Condition) -> th.Tensor:
+        """
+        Output of the first layer.
+
+        :param x_t: Noisy actions of shape (B, K, A).
+        :param t: Times of shape (B, K), real numbers.
+        :param cond: Result of :meth:`condition` for the B states.
+        :return: Pre-activations of shape (B, K, H).
+        """
+        action_weight, time_weight, _ = th.split(self.first_layer.weight, self.split_sizes, dim=1)
+        features = sinusoidal_embedding(th.as_tensor(t), self.split_sizes[1])
+        return F.linear(x_t, action_weight) + F.linear(self.time_mlp(features), time_weight) + cond.state_part

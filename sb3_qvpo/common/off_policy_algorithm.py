@@ -241,7 +241,7 @@ class DiffusionOffPolicyAlgorithm(OfflineLearner):
             forget_graphs(optimizer)
         self._update_runner.forget()  # its graphs write to the optimisers' old state
         try:
-            self.actor.diffusion.check_fixed_state(fixed)
+            self.policy.trained_process.check_fixed_state(fixed)
             super().set_parameters(parameters, exact_match, device)
         except Exception as error:  # whatever is wrong, the model must be as it was
             try:
@@ -269,7 +269,7 @@ class DiffusionOffPolicyAlgorithm(OfflineLearner):
         for name, optimizer in self._optimizers().items():
             parameters[name] = plain_state(optimizer, parameters[name])
         normalized = th.tensor(float(self.policy.normalized_observations), device="cpu")
-        parameters[FIXED] = {NORMALIZED: normalized, **self.actor.diffusion.fixed_state()}
+        parameters[FIXED] = {NORMALIZED: normalized, **self.policy.trained_process.fixed_state()}
         return parameters
 
     def _excluded_save_params(self) -> list[str]:
@@ -295,8 +295,8 @@ class DiffusionOffPolicyAlgorithm(OfflineLearner):
         # Looked up here, because lr_schedule is a public attribute that scripts replace
         learning_rate = self._value_now("learning_rate", self.lr_schedule)
         qf_learning_rate = self._value_now("qf_learning_rate", self._qf_lr_schedule or self.lr_schedule)
-        set_learning_rate(self.actor.optimizer, learning_rate)
-        set_learning_rate(self.critic.optimizer, qf_learning_rate)
+        for name, optimizer in self._optimizers().items():
+            set_learning_rate(optimizer, qf_learning_rate if name == "critic.optimizer" else learning_rate)
         self.logger.record("train/learning_rate", learning_rate)
         self.logger.record("train/learning_rate_qf", qf_learning_rate)
 

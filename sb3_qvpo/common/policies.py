@@ -22,10 +22,11 @@ from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from sb3_qvpo.common import arguments
-from sb3_qvpo.common.actor_critic import CandidateCritic, DiffusionActor, network_options
+from sb3_qvpo.common.actor_critic import CandidateCritic, DiffusionActor, fixed_noise, network_options
 from sb3_qvpo.common.arguments import PolicyCount, check_choice, check_class, check_count, check_net_arch
 from sb3_qvpo.common.candidates import ScoredCandidates, best_candidate, improve_best_candidate
 from sb3_qvpo.common.critics import quantile_options
+from sb3_qvpo.common.diffusion import DiffusionProcess
 from sb3_qvpo.common.export import export_policy
 from sb3_qvpo.common.networks import evaluation_mode, is_traced, n_observations, split_rows
 from sb3_qvpo.common.noise_schedules import NoiseSchedule, picklable
@@ -271,6 +272,11 @@ class DiffusionPolicy(BasePolicy):
             if not (self.share_features_extractor and name.startswith("features_extractor."))
         ]
 
+    @property
+    def trained_process(self) -> DiffusionProcess:
+        """The diffusion process that weights have been trained for."""
+        return self.actor.diffusion
+
     def _networks(self, of: Literal["online", "target"]) -> tuple[DiffusionActor, CandidateCritic]:
         return (self.actor, self.critic) if of == "online" else (self.actor_target, self.critic_target)
 
@@ -360,9 +366,7 @@ class DiffusionPolicy(BasePolicy):
         :param n_candidates: Candidates K for each state.
         :return: Number of states, at least 1.
         """
-        widths = [
-            int(width) for kwargs in (self.actor_kwargs, self.critic_kwargs) for width in cast(list[int], kwargs["net_arch"])
-        ]
+        widths = cast(list[int], [*self.actor_kwargs["net_arch"], *self.critic_kwargs["net_arch"]])
         numbers = max([*widths, self.actor.diffusion.n_noises * self.actor.action_dim])
         return max(1, LARGEST_DRAW // (n_candidates * numbers))
 
@@ -398,11 +402,8 @@ class DiffusionPolicy(BasePolicy):
         bank = self._noise_bank
         # A trace must hold the same operations each time, and no tensor of it may stay here
         if bank is None or bank.shape[2] < n_candidates or bank.device != self.device or is_traced():
-            # NumPy's legacy generator: its stream is frozen for good, the same on every device, and longer draws extend
-            # shorter ones. torch's generators promise none of these
-            generator = np.random.RandomState(self.noise_bank_seed)
-            draws = generator.standard_normal((n_candidates, self.n_diffusion_steps, self.actor.action_dim))
-            bank = th.as_tensor(draws, dtype=th.float32, device=self.device).transpose(0, 1).unsqueeze(1)
+            sizes = (n_candidates, self.n_diffusion_steps, self.actor.action_dim)
+            bank = fixed_noise(self.noise_bank_seed, sizes).to(self.device)
             if not is_traced():
                 self._noise_bank = bank
         return bank[: self.actor.diffusion.n_noises, :, :n_candidates]

@@ -1,5 +1,5 @@
 """
-The base of algorithms whose critics learn by temporal differences from the policy's own next actions.
+The bases of algorithms whose critics learn by temporal differences, most of them from the policy's own next actions.
 
 Shapes: B batch, K_t target candidates for each state, A action dimensions, N noises of a chain.
 """
@@ -12,16 +12,43 @@ from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from sb3_qvpo.common.off_policy_algorithm import DiffusionOffPolicyAlgorithm, Metrics
 
 
-class CandidateTDAlgorithm(DiffusionOffPolicyAlgorithm):
+class TDAlgorithm(DiffusionOffPolicyAlgorithm):
+    """
+    Off-policy algorithms whose critics learn by temporal differences.
+
+    :param args: Positional arguments of :class:`DiffusionOffPolicyAlgorithm`.
+    :param kwargs: Its keyword arguments.
+    """
+
+    def _td_loss(
+        self, batch: ReplayBufferSamples, q_values: tuple[th.Tensor, ...], next_values: th.Tensor
+    ) -> tuple[th.Tensor, Metrics]:
+        """
+        The critics' loss from both sides of the TD error.
+
+        :param batch: Transitions.
+        :param q_values: Predictions of each critic, shape (B, M).
+        :param next_values: What the target takes from the next state, shape (B, M).
+        :return: The loss and its metrics.
+        """
+        # n-step buffers hand out gamma^n of each transition
+        discounts = self.gamma if batch.discounts is None else batch.discounts
+        target_q_values = batch.rewards + (1 - batch.dones) * discounts * next_values
+        loss = self.critic.loss(q_values, target_q_values)
+        metrics = {"critic_loss": loss, "q_value": self.critic.aggregate(th.stack(q_values).detach()).mean()}
+        return loss, metrics
+
+
+class CandidateTDAlgorithm(TDAlgorithm):
     """
     Off-policy algorithms with the critics' update of QVPO's Algorithm 1, lines 10-11. A subclass writes the actor's.
 
-    :param args: Positional arguments of :class:`DiffusionOffPolicyAlgorithm`.
+    :param args: Positional arguments of :class:`TDAlgorithm`.
     :param n_target_candidates: K_t, best of this many candidates in the TD target.
     :param kwargs: Its keyword arguments.
     """
 
-    _count_arguments: ClassVar[tuple[str, ...]] = (*DiffusionOffPolicyAlgorithm._count_arguments, "n_target_candidates")
+    _count_arguments: ClassVar[tuple[str, ...]] = (*TDAlgorithm._count_arguments, "n_target_candidates")
 
     def __init__(self, *args: Any, n_target_candidates: int, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -61,21 +88,3 @@ class CandidateTDAlgorithm(DiffusionOffPolicyAlgorithm):
             batch.observations, batch.actions, batch.next_observations, next_candidates, self.critic_target
         )
         return self._td_loss(batch, q_values, next_values)
-
-    def _td_loss(
-        self, batch: ReplayBufferSamples, q_values: tuple[th.Tensor, ...], next_values: th.Tensor
-    ) -> tuple[th.Tensor, Metrics]:
-        """
-        The critics' loss from both sides of the TD error.
-
-        :param batch: Transitions.
-        :param q_values: Predictions of each critic, shape (B, M).
-        :param next_values: What the target takes from the next state, shape (B, M).
-        :return: The loss and its metrics.
-        """
-        # n-step buffers hand out gamma^n of each transition
-        discounts = self.gamma if batch.discounts is None else batch.discounts
-        target_q_values = batch.rewards + (1 - batch.dones) * discounts * next_values
-        loss = self.critic.loss(q_values, target_q_values)
-        metrics = {"critic_loss": loss, "q_value": self.critic.aggregate(th.stack(q_values).detach()).mean()}
-        return loss, metrics

@@ -16,6 +16,7 @@ MODULES = [".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix("
 LAYERS = [
     "common.arguments",
     "common.noise_schedules common.diffusion common.networks common.candidates",
+    "common.edm",
     "common.speed.settings common.runs.files common.runs.pace",
     "common.actor_critic",
     "common.critics",
@@ -29,10 +30,11 @@ LAYERS = [
     "common.policies",
     "common.off_policy_algorithm",
     "common.td_algorithm common.policy_aliases common.softmax_policies common.figures",
-    "qvpo.weights qvpo.policies sdac.targets diffusion_ql.losses",
-    "diffusion_ql.policies",
-    "qvpo.qvpo sdac.sdac diffusion_ql.diffusion_ql",
-    "qvpo sdac diffusion_ql",
+    "qvpo.weights qvpo.policies sdac.targets diffusion_ql.losses dtql.losses",
+    "dtql.networks",
+    "diffusion_ql.policies dtql.policies",
+    "qvpo.qvpo sdac.sdac diffusion_ql.diffusion_ql dtql.dtql",
+    "qvpo sdac diffusion_ql dtql",
     "presets offline",
     "zoo sb3_qvpo",
 ]
@@ -42,8 +44,8 @@ LAYER = {name.removeprefix("sb3_qvpo"): depth for depth, line in enumerate(LAYER
 FOLDERS = {"common", "common.runs", "common.speed"}
 """Their ``__init__`` hold a docstring only."""
 MATHEMATICS = {
-    *("common.noise_schedules", "common.diffusion", "common.networks", "common.candidates"),
-    *("qvpo.weights", "sdac.targets", "diffusion_ql.losses"),
+    *("common.noise_schedules", "common.diffusion", "common.networks", "common.candidates", "common.edm"),
+    *("qvpo.weights", "sdac.targets", "diffusion_ql.losses", "dtql.losses"),
 }
 COMPOSERS = {"common.policies", "common.off_policy_algorithm"}
 """Where the fast classes are chosen. No other module outside ``speed/`` knows them, but for the optimisers."""
