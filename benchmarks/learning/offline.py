@@ -1,0 +1,166 @@
+"""
+Learning from data that the project records itself: half of the transitions from a trained agent, half from random actions.
+
+``python benchmarks/learning/offline.py record MODEL.zip Hopper-v5 hopper-mixed`` writes a Minari dataset of a few MB.
+``python benchmarks/learning/offline.py learn hopper-mixed Hopper-v5 --csv mine_offline.csv`` learns from it, with
+Diffusion-QL, DTQL and behaviour cloning, and then goes on in the environment with ``--steps``. Both need
+``pip install ".[offline,mujoco]"``.
+
+A row that is in the CSV already is not made again. Returns are means of 10 episodes from the same start states: of the
+policies' own way to act (one of many draws, by a softmax of values; ``mean_return``), and of ``predict(deterministic=True)``
+(``greedy_return``). ``data_return`` is the mean over the data's episodes, ``agent_return`` that over the trained agent's.
+"""
+
+import argparse
+import csv
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import minari
+import numpy as np
+import torch as th
+from evaluation import SEED
+from minari.data_collector import EpisodeBuffer
+from run import append, setup
+from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.monitor import Monitor
+
+from sb3_qvpo import QVPO
+from sb3_qvpo.diffusion_ql import DiffusionQL
+from sb3_qvpo.dtql import DTQL
+
+NO_CHOICE = dict(n_behavior_candidates=1, n_eval_candidates=1)
+SETTINGS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "diffusion_ql": (DiffusionQL, dict(target_actor_start=0)),
+    "behaviour_cloning": (DiffusionQL, dict(eta=0.0, **NO_CHOICE)),
+    "dtql": (DTQL, dict(n_pretraining_updates=2_000)),
+}
+"""Paper's settings, but for what is meant for a million updates: when the target actor first moves, how long DTQL pre-trains."""
+
+
+def record(model_file: Path, task: str, name: str, n_transitions: int, seed: int) -> None:
+    """Write a dataset: whole episodes of the agent, then of random actions, as many transitions of each."""
+    model, env = QVPO.load(model_file, device="cpu"), gym.make(task)
+    env.action_space.seed(seed)
+    th.manual_seed(seed)
+    episodes: list[Any] = []
+    for act in (lambda observation: model.predict(observation)[0], lambda observation: env.action_space.sample()):
+        n, returns = 0, []
+        while n < n_transitions // 2:
+            episodes.append(episode_of(act, env, len(episodes), seed))
+            n += len(episodes[-1].rewards)
+            returns.append(sum(episodes[-1].rewards))
+        print(f"{len(returns)} episodes, return {np.mean(returns):.0f}")
+    about = dict(algorithm_name="QVPO and random actions", author="sb3_qvpo", description="Half of the transitions of each.")
+    minari.create_dataset_from_buffers(f"sb3_qvpo/{name}-v0", episodes, env=env, **about)
+
+
+def episode_of(act: Callable[[np.ndarray], np.ndarray], env: gym.Env[Any, Any], number: int, seed: int) -> Any:
+    """An episode, in Minari's form."""
+    observation, _ = env.reset(seed=seed + number)
+    observations, actions, rewards, ends = [observation], [], [], []
+    while not ends or not any(ends[-1]):
+        actions.append(act(observations[-1]))
+        observation, reward, terminated, truncated, _ = env.step(actions[-1])
+        observations.append(observation)
+        rewards.append(float(reward))
+        ends.append((terminated, truncated))
+    terminations, truncations = (list(flags) for flags in zip(*ends, strict=True))
+    return EpisodeBuffer(
+        id=number,
+        seed=seed + number,
+        observations=np.array(observations),
+        actions=np.array(actions),
+        rewards=rewards,
+        terminations=terminations,
+        truncations=truncations,
+    )
+
+
+def returns_of_data(dataset: minari.MinariDataset) -> dict[str, float]:
+    """The mean return of all episodes, and that of the agent's, which come first and have half of the transitions."""
+    episodes = [(len(episode.rewards), float(episode.rewards.sum())) for episode in dataset.iterate_episodes()]
+    n, total, of_agent = 0, sum(length for length, _ in episodes), []
+    for length, value in episodes:
+        if n < total / 2 - 1_000:  # the last episode of the agent may go beyond its half
+            of_agent.append(value)
+        n += length
+    return {"data_return": float(np.mean([value for _, value in episodes])), "agent_return": float(np.mean(of_agent))}
+
+
+def evaluated(model: Any, task: str) -> dict[str, float]:
+    """Returns of both ways to act."""
+    results = {}
+    for name, deterministic in (("mean_return", False), ("greedy_return", True)):
+        env = Monitor(gym.make(task))
+        env.reset(seed=SEED)
+        results[name] = float(np.mean(evaluate_policy(model, env, 10, deterministic=deterministic, warn=False)[0]))
+    return results
+
+
+def learn(name: str, task: str, algo: str, seed: int, arguments: argparse.Namespace) -> None:
+    """One run, evaluated at quarters; then, if asked for, steps in the environment."""
+    dataset = minari.load_dataset(f"sb3_qvpo/{name}-v0")
+    algorithm, settings = SETTINGS[algo]
+    n_rows = dataset.total_steps + arguments.steps + 1_000
+    model = algorithm("MlpPolicy", gym.make(task), seed=seed, device="cpu", buffer_size=n_rows, **settings)
+    known, updates, steps = {"task": task, "algo": algo, "seed": seed, **returns_of_data(dataset)}, arguments.updates, 0
+    minutes = 0.0
+
+    def note() -> None:
+        row = {**known, "updates": model._n_updates, "steps": steps, **evaluated(model, task), "minutes": minutes, **setup()}
+        append(arguments.csv, [{key: round(v, 2) if isinstance(v, float) else v for key, v in row.items()}])
+        print(row)
+
+    for quarter in range(4):
+        start = time.process_time()
+        if quarter == 0:
+            model.learn_offline(dataset, updates // 4)
+        else:
+            model.learn_offline(gradient_steps=updates // 4, reset_num_timesteps=False)
+        minutes += (time.process_time() - start) / 60
+        note()
+    for _ in range(4 if arguments.steps else 0):
+        start = time.process_time()
+        model.learn(arguments.steps // 4, reset_num_timesteps=False)
+        steps += arguments.steps // 4
+        minutes += (time.process_time() - start) / 60
+        note()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    recording = commands.add_parser("record")
+    recording.add_argument("model", type=Path)
+    recording.add_argument("task")
+    recording.add_argument("name")
+    recording.add_argument("--transitions", type=int, default=40_000)
+    recording.add_argument("--seed", type=int, default=0)
+    learning = commands.add_parser("learn")
+    learning.add_argument("name")
+    learning.add_argument("task")
+    learning.add_argument("--algos", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
+    learning.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    learning.add_argument("--updates", type=int, default=10_000)
+    learning.add_argument("--steps", type=int, default=0, help="in the environment, afterwards")
+    learning.add_argument("--csv", type=Path, required=True)
+    arguments = parser.parse_args()
+    th.set_num_threads(1)
+    if arguments.command == "record":
+        record(arguments.model, arguments.task, arguments.name, arguments.transitions, arguments.seed)
+        return
+    for seed in arguments.seeds:
+        for algo in arguments.algos:
+            rows = list(csv.DictReader(arguments.csv.open())) if arguments.csv.exists() else []
+            if any((row["task"], row["algo"], row["seed"]) == (arguments.task, algo, str(seed)) for row in rows):
+                print(f"{arguments.task} {algo} seed {seed}: is there")
+                continue
+            learn(arguments.name, arguments.task, algo, seed, arguments)
+
+
+if __name__ == "__main__":
+    main()
