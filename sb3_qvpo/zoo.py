@@ -1,6 +1,6 @@
 """
-The algorithms in RL Zoo (rl_zoo3): registration, default settings, the search space for Optuna. Only this module
-knows rl_zoo3. Another algorithm is another row of :data:`ALGORITHMS`.
+The algorithms in RL Zoo (rl_zoo3): registration, default settings, learning from data. Only this module and the search spaces
+know rl_zoo3. Another algorithm is another row of :data:`ALGORITHMS`.
 
 After installation nothing needs to be called: ``sb3_qvpo_autoload`` calls :func:`register_loaded` when rl_zoo3 is imported.
 Explicitly: :func:`register`, or ``python -m sb3_qvpo.zoo train --algo qvpo ...`` instead of ``python -m rl_zoo3.train ...``.
@@ -9,7 +9,6 @@ Explicitly: :func:`register`, or ``python -m sb3_qvpo.zoo train --algo qvpo ...`
 import functools
 import importlib
 import inspect
-import math
 import os
 import runpy
 import sys
@@ -18,15 +17,28 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
+import numpy as np
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.type_aliases import MaybeCallback
 from stable_baselines3.common.utils import configure_logger
 
-from sb3_qvpo import presets
 from sb3_qvpo.common.off_policy_algorithm import DiffusionOffPolicyAlgorithm
 from sb3_qvpo.common.runs.checkpoints import is_checkpoint
+from sb3_qvpo.diffusion_ql import DiffusionQL
+from sb3_qvpo.dtql import DTQL
+from sb3_qvpo.offline import fill_replay_buffer
 from sb3_qvpo.qvpo import QVPO
 from sb3_qvpo.sdac import SDAC
+from sb3_qvpo.search_spaces import (
+    convert_diffusion_ql_params,
+    convert_dtql_params,
+    convert_qvpo_params,
+    convert_sdac_params,
+    sample_diffusion_ql_params,
+    sample_dtql_params,
+    sample_qvpo_params,
+    sample_sdac_params,
+)
 
 if TYPE_CHECKING:
     import optuna
@@ -44,9 +56,29 @@ class InZoo(DiffusionOffPolicyAlgorithm):
     A model loaded to play gets a replay buffer of one transition, as RL Zoo arranges for SAC. A model loaded to continue
     (``-i``) goes on counting steps, so that its schedules do not start again. If the file is a checkpoint of a whole run, that
     run is resumed.
+
+    With ``dataset``, training is from data alone: :meth:`learn` makes as many updates as RL Zoo asks for steps.
+
+    :param args: Positional arguments of the algorithm.
+    :param dataset: What :func:`~sb3_qvpo.offline.fill_replay_buffer` takes, a name or a path for instance. It is not saved:
+        continued without it, a model goes on in its environment.
+    :param reward_transform: A function of rewards, or its source, such as ``"lambda r: 4 * (r - 0.5)"``.
+    :param kwargs: Keyword arguments of the algorithm.
     """
 
     _resumed = False
+    dataset: Any = None
+    reward_transform: str | Callable[[np.ndarray], np.ndarray] | None = None
+
+    def __init__(
+        self,
+        *args: Any,
+        dataset: Any = None,
+        reward_transform: str | Callable[[np.ndarray], np.ndarray] | None = None,
+        **kwargs: Any,
+    ):
+        super().__init__(*args, **kwargs)
+        self.dataset, self.reward_transform = dataset, reward_transform
 
     @classmethod
     def load(cls: type[SelfInZoo], path: Any, *args: Any, **kwargs: Any) -> SelfInZoo:
@@ -73,6 +105,26 @@ class InZoo(DiffusionOffPolicyAlgorithm):
                 warnings.warn(f"{name} stays {saved}, as in the saved model; {value} was asked for", stacklevel=2)
         return model
 
+    def learn(self: SelfInZoo, total_timesteps: float, *args: Any, **kwargs: Any) -> SelfInZoo:
+        """
+        Train the model, from ``dataset`` if there is one.
+
+        :param total_timesteps: Number of environment steps, or of updates.
+        :param args: Further positional arguments of the algorithm's ``learn``.
+        :param kwargs: Its keyword arguments.
+        :return: The trained model.
+        :raises ValueError: If the dataset is refused.
+        """
+        if self.dataset is None:
+            return super().learn(total_timesteps, *args, **kwargs)
+        transform = self.reward_transform
+        if isinstance(transform, str):
+            transform = eval(transform, {"np": np})  # RL Zoo's way of writing functions in its settings
+        fill_replay_buffer(self, self.dataset, reward_transform=transform)
+        # Once: who calls it again goes on in the environment
+        self.dataset = None
+        return self.learn_offline(None, int(total_timesteps), *args, **kwargs)
+
     def load_replay_buffer(self, path: Any, truncate_last_traj: bool = True) -> None:
         """
         Load a replay buffer, unless a run has just been resumed. RL Zoo loads any ``replay_buffer.pkl`` beside the file, but a
@@ -87,7 +139,7 @@ class InZoo(DiffusionOffPolicyAlgorithm):
             super().load_replay_buffer(path, truncate_last_traj)
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_resumed"]
+        return [*super()._excluded_save_params(), "_resumed", "dataset", "reward_transform"]
 
     def _setup_learn(
         self,
@@ -123,6 +175,8 @@ def in_zoo(algorithm: type[DiffusionOffPolicyAlgorithm]) -> type[DiffusionOffPol
 
 ZooQVPO = in_zoo(QVPO)
 ZooSDAC = in_zoo(SDAC)
+ZooDiffusionQL = in_zoo(DiffusionQL)
+ZooDTQL = in_zoo(DTQL)
 
 
 def hyperparams_folder() -> Path:
@@ -188,200 +242,6 @@ def _patch_experiment_manager(experiment_manager: Any) -> None:
     experiment_manager.__init__ = __init__
 
 
-# The search space of QVPO. Costly settings share one budget, and tuning decides how to spend it. An update makes
-# batch_size * n_diffusion_steps * n_train_candidates = 5 * 2**draws_pow network passes, half as many with the wider network.
-
-WIDTHS = {"small": [128, 128], "medium": [256, 256]}
-"""Hidden layers, of which a search chooses."""
-DRAWS_POW = (12, 13)
-"""Range of the exponent of the drawing budget 5 * 2**draws_pow: from 20 480 to 40 960 passes; the paper's is 327 680."""
-
-
-def _max_draws_pow() -> int:
-    """The upper end of the budget, raised by the environment variable SB3_QVPO_SEARCH_COST (a factor of at least 1)."""
-    value = os.environ.get("SB3_QVPO_SEARCH_COST", "1")
-    try:
-        factor = float(value)
-    except ValueError:
-        factor = math.nan
-    if not 1 <= factor < math.inf:
-        raise ValueError(f"The environment variable SB3_QVPO_SEARCH_COST must be a factor of at least 1, got {value!r}")
-    return DRAWS_POW[1] + round(math.log2(factor))
-
-
-def _with_sampled_her(trial: "optuna.Trial", sampled: dict[str, Any], additional_args: dict[str, Any]) -> dict[str, Any]:
-    """What has been sampled, and hindsight's arguments where the replay buffer is HER's."""
-    if not additional_args["using_her_replay_buffer"]:
-        return sampled
-    from rl_zoo3.hyperparams_opt import sample_her_params
-
-    return sample_her_params(trial, sampled, additional_args["her_kwargs"])
-
-
-def _gather_her(params: dict[str, Any]) -> dict[str, Any]:
-    """Hindsight's arguments, which a trial's parameters name one by one, as those of the replay buffer."""
-    her_kwargs = {name: params.pop(name) for name in ("n_sampled_goal", "goal_selection_strategy") if name in params}
-    return {**params, "replay_buffer_kwargs": her_kwargs} if her_kwargs else params
-
-
-def sample_qvpo_params(trial: "optuna.Trial", n_actions: int, n_envs: int, additional_args: dict[str, Any]) -> dict[str, Any]:
-    """
-    Sampler of QVPO's hyperparameters, in RL Zoo's manner.
-
-    Half of the trials are around the paper's settings, half around ``presets.fast``. A trial of the first half costs at most
-    about four times the cheapest one. The environment variable ``SB3_QVPO_SEARCH_COST`` widens the range: with 16 it reaches
-    the paper's settings. A trial of the second half costs at most about as much as the dearest of the first.
-
-    :param trial: Optuna's trial.
-    :param n_actions: Action dimensions (not used).
-    :param n_envs: Number of environments (not used).
-    :param additional_args: RL Zoo's further information: whether the replay buffer is HER's, and its arguments.
-    :return: Keyword arguments for QVPO.
-    """
-    sampled: dict[str, Any] = {
-        "one_minus_gamma": trial.suggest_float("one_minus_gamma", 0.0001, 0.03, log=True),
-        "learning_rate": trial.suggest_float("learning_rate", 1e-5, 0.002, log=True),
-        "qf_learning_rate": trial.suggest_float("qf_learning_rate", 1e-5, 0.002, log=True),
-        "train_freq": trial.suggest_int("train_freq", 1, 10),
-        "ent_coef": trial.suggest_float("ent_coef", 0.001, 0.3, log=True),
-        "net_arch": trial.suggest_categorical("net_arch", ["small", "medium"]),
-        # 1, 2, 4 or 8
-        "n_behavior_candidates_pow": trial.suggest_int("n_behavior_candidates_pow", 0, 3),
-        "around": trial.suggest_categorical("around", ["paper", "presets.fast"]),
-    }
-    sampled |= _sample_around_paper(trial) if sampled["around"] == "paper" else _sample_around_fast(trial)
-    converted = convert_qvpo_params(_with_sampled_her(trial, sampled, additional_args))
-    # Display true values
-    candidate_counts = ("n_behavior_candidates", "n_target_candidates", "n_train_candidates")
-    for name in ("gamma", "batch_size", "n_diffusion_steps", *candidate_counts):
-        if name in converted:
-            trial.set_user_attr(name, converted[name])
-    return converted
-
-
-def _sample_around_paper(trial: "optuna.Trial") -> dict[str, Any]:
-    return {
-        "tau": trial.suggest_float("tau", 0.001, 0.08, log=True),
-        "q_weighting": trial.suggest_categorical("q_weighting", ["qadv", "qcut"]),
-        "noise_schedule": trial.suggest_categorical("noise_schedule", ["cosine", "vp", "linear"]),
-        "n_uniform_actions": trial.suggest_int("n_uniform_actions", 4, 10),
-        # K_t is at most K_b: the paper found that a larger K_t overestimates (Sec. 4.4)
-        "target_candidates_shift": trial.suggest_int("target_candidates_shift", 0, 3),
-        # How the drawing budget is spent: 128 or 256 states, 5, 10 or 20 steps, the rest on candidates
-        "batch_size_pow": trial.suggest_int("batch_size_pow", 7, 8),
-        "diffusion_steps_pow": trial.suggest_int("diffusion_steps_pow", 0, 2),
-        "draws_pow": trial.suggest_int("draws_pow", DRAWS_POW[0], _max_draws_pow()),
-    }
-
-
-def _sample_around_fast(trial: "optuna.Trial") -> dict[str, Any]:
-    return {
-        "critic_type": trial.suggest_categorical("critic_type", ["twin", "crossq", "quantile"]),
-        "policy_delay": trial.suggest_int("policy_delay", 1, 3),
-        "n_improvement_steps": trial.suggest_int("n_improvement_steps", 0, 3),
-        "improvement_step": trial.suggest_float("improvement_step", 0.05, 0.5, log=True),
-        "n_train_candidates_pow": trial.suggest_int("n_train_candidates_pow", 1, 3),
-        "n_target_candidates_pow": trial.suggest_int("n_target_candidates_pow", 0, 2),
-    }
-
-
-def convert_qvpo_params(sampled_params: dict[str, Any]) -> dict[str, Any]:
-    """
-    Turn sampled values into keyword arguments for QVPO.
-
-    :param sampled_params: What :func:`sample_qvpo_params` sampled, or the parameters of a trial of a study. Studies of version
-        0.1 are all around the paper's settings.
-    :return: Keyword arguments for QVPO.
-    """
-    params = sampled_params.copy()
-    params["gamma"] = 1 - params.pop("one_minus_gamma")
-    params["gradient_steps"] = params["train_freq"]  # one update for each step
-    params["n_behavior_candidates"] = 2 ** params.pop("n_behavior_candidates_pow")
-    convert = _convert_around_paper if params.pop("around", "paper") == "paper" else _convert_around_fast
-    return _gather_her(convert(params, params.pop("net_arch")))
-
-
-def _convert_around_paper(params: dict[str, Any], net_arch: str) -> dict[str, Any]:
-    batch_size_pow, steps_pow = params.pop("batch_size_pow"), params.pop("diffusion_steps_pow")
-    params["batch_size"] = 2**batch_size_pow
-    params["n_diffusion_steps"] = 5 * 2**steps_pow
-    # A pass through the wider network costs two to three times as much: it gets half the draws
-    params["n_train_candidates"] = 2 ** (params.pop("draws_pow") - batch_size_pow - steps_pow - (net_arch == "medium"))
-    # At most a quarter of N_d: more would cost as much as the budget allows for the policy step
-    n_target_candidates = params["n_behavior_candidates"] >> params.pop("target_candidates_shift")
-    params["n_target_candidates"] = max(1, min(n_target_candidates, params["n_train_candidates"] // 4))
-    params["policy_kwargs"] = dict(net_arch=WIDTHS[net_arch], noise_schedule=params.pop("noise_schedule"))
-    return params
-
-
-def _convert_around_fast(params: dict[str, Any], net_arch: str) -> dict[str, Any]:
-    for name in ("n_train_candidates", "n_target_candidates"):
-        params[name] = 2 ** params.pop(f"{name}_pow")
-    kept = ("q_weighting", "n_uniform_actions")
-    own = dict(net_arch=WIDTHS[net_arch], optimizer_kwargs=_betas_for(params["critic_type"]))
-    return {
-        **{name: presets.fast[name] for name in kept},
-        **params,
-        "policy_kwargs": {**presets.fast["policy_kwargs"], **own},
-    }
-
-
-def _betas_for(critic_type: str) -> dict[str, tuple[float, float]]:
-    """Adam's, which batch normalisation wants shorter."""
-    return dict(betas=(0.5, 0.999) if critic_type == "crossq" else (0.9, 0.999))
-
-
-def sample_sdac_params(trial: "optuna.Trial", n_actions: int, n_envs: int, additional_args: dict[str, Any]) -> dict[str, Any]:
-    """
-    Sampler of SDAC's hyperparameters, in RL Zoo's manner, around ``presets.sdac``. A trial costs at most about five times the
-    cheapest one.
-
-    :param trial: Optuna's trial.
-    :param n_actions: Action dimensions (not used).
-    :param n_envs: Number of environments (not used).
-    :param additional_args: RL Zoo's further information: whether the replay buffer is HER's, and its arguments.
-    :return: Keyword arguments for SDAC.
-    """
-    sampled: dict[str, Any] = {
-        "one_minus_gamma": trial.suggest_float("one_minus_gamma", 0.0001, 0.03, log=True),
-        "learning_rate": trial.suggest_float("learning_rate", 1e-4, 0.003, log=True),
-        "qf_learning_rate": trial.suggest_float("qf_learning_rate", 1e-4, 0.003, log=True),
-        "train_freq": trial.suggest_int("train_freq", 1, 10),
-        "temperature": trial.suggest_float("temperature", 0.02, 2.0, log=True),
-        "critic_type": trial.suggest_categorical("critic_type", ["twin", "crossq"]),
-        "net_arch": trial.suggest_categorical("net_arch", ["small", "medium"]),
-        "n_reverse_samples_pow": trial.suggest_int("n_reverse_samples_pow", 3, 4),
-        "n_target_candidates_pow": trial.suggest_int("n_target_candidates_pow", 0, 2),
-    }
-    converted = convert_sdac_params(_with_sampled_her(trial, sampled, additional_args))
-    for name in ("gamma", "n_reverse_samples", "n_target_candidates"):  # display true values
-        trial.set_user_attr(name, converted[name])
-    return converted
-
-
-def convert_sdac_params(sampled_params: dict[str, Any]) -> dict[str, Any]:
-    """
-    Turn sampled values into keyword arguments for SDAC.
-
-    :param sampled_params: What :func:`sample_sdac_params` sampled, or the parameters of a trial of a study.
-    :return: Keyword arguments for SDAC.
-    """
-    params = {
-        "q_scaling": "spread",
-        "proposal_actions": "replay",
-        "n_behavior_candidates": 4,
-        "policy_delay": 2,
-        **sampled_params,
-    }
-    params["gamma"] = 1 - params.pop("one_minus_gamma")
-    params["gradient_steps"] = params["train_freq"]  # one update for each step
-    for name in ("n_reverse_samples", "n_target_candidates"):
-        params[name] = 2 ** params.pop(f"{name}_pow")
-    own = dict(net_arch=WIDTHS[params.pop("net_arch")], optimizer_kwargs=_betas_for(params["critic_type"]))
-    params["policy_kwargs"] = {**presets.sdac["policy_kwargs"], **own}
-    return _gather_her(params)
-
-
 class ZooRow(NamedTuple):
     """
     What RL Zoo needs to know of an algorithm. Its default settings are in ``hyperparams/NAME.yml``.
@@ -399,6 +259,8 @@ class ZooRow(NamedTuple):
 ALGORITHMS = {
     "qvpo": ZooRow(ZooQVPO, sample_qvpo_params, convert_qvpo_params),
     "sdac": ZooRow(ZooSDAC, sample_sdac_params, convert_sdac_params),
+    "diffusion_ql": ZooRow(ZooDiffusionQL, sample_diffusion_ql_params, convert_diffusion_ql_params),
+    "dtql": ZooRow(ZooDTQL, sample_dtql_params, convert_dtql_params),
 }
 """The registry: the name in ``--algo``, and its row."""
 

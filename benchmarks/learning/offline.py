@@ -38,7 +38,7 @@ SETTINGS: dict[str, tuple[Any, dict[str, Any]]] = {
     "behaviour_cloning": (DiffusionQL, dict(eta=0.0, **NO_CHOICE)),
     "dtql": (DTQL, dict(n_pretraining_updates=2_000)),
 }
-"""Paper's settings, but for what is meant for a million updates: when the target actor first moves, how long DTQL pre-trains."""
+"""The defaults, but for what is meant for a million updates: when the target actor first moves, how long DTQL pre-trains."""
 
 
 def record(model_file: Path, task: str, name: str, n_transitions: int, seed: int) -> None:

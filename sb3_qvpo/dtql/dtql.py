@@ -74,8 +74,8 @@ class DTQL(TDAlgorithm):
     :param alpha: Weight of the trust region (Eq. 5), at least 0, in units of reward: about the size of the critics' gradient
         over that of the trust region, which the log shows.
     :param expectile: Of the value function's loss (Eq. 6), in (0, 1).
-    :param log_prob_coef: xi, weight of the data's likelihood, at least 0. 1 in the paper; in the authors' code 1 on AntMaze, else
-        0. Only a Gaussian policy has one.
+    :param log_prob_coef: xi, weight of the data's likelihood, at least 0. 1 in the paper; in their code on AntMaze,
+        and else 0. Only a Gaussian policy has one.
     :param n_pretraining_updates: Updates of the diffusion model and the critics before the policy's first one.
     :param value_target: Which critics the value function follows: ``"target"`` (Eq. 6) or ``"online"`` (the authors' code).
         With the latter the target critics stand still while pre-training, as there.

@@ -36,6 +36,7 @@ LAYERS = [
     "qvpo.qvpo sdac.sdac diffusion_ql.diffusion_ql dtql.dtql",
     "qvpo sdac diffusion_ql dtql",
     "presets offline",
+    "search_spaces",
     "zoo sb3_qvpo",
 ]
 """The house from bottom to top. A module imports from the lines above its own, and from no other of this package."""
@@ -70,7 +71,7 @@ def inside(name):
 def may_import(module, imported):
     """Whether the rules of the house allow an import."""
     if imported.startswith(("rl_zoo3", "optuna")):
-        return module == "zoo"
+        return module in ("zoo", "search_spaces")
     if module in MATHEMATICS and not imported.startswith("sb3_qvpo"):
         return imported.split(".")[0] in {*sys.stdlib_module_names, "torch"}
     if not imported.startswith("sb3_qvpo"):

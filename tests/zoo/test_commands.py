@@ -208,3 +208,40 @@ def test_a_diverging_trial_is_pruned(zoo, work, monkeypatch):
         gym.registry.pop("DivergingOnce-v0", None)
         sys.modules.pop("diverging", None)
     assert [trial.state.name for trial in trials(work, "diverging.log", "d")] == ["PRUNED", "COMPLETE"]
+
+
+# Learning from data
+
+
+@pytest.mark.parametrize("algo", ["diffusion_ql", "dtql", "qvpo"])
+def test_training_from_a_dataset_then_online(work, algo):
+    """As docs/offline.md shows it: updates instead of steps, evaluations and files as ever; -i goes on in the environment."""
+
+    def run(script, *arguments):
+        return output_of(cli.main, "rl_zoo3", script, "--algo", algo, *PENDULUM, *arguments, folder=work)
+
+    rng = np.random.default_rng(0)
+    np.savez(
+        work / "data.npz",
+        observations=rng.normal(size=(300, 3)).astype(np.float32),
+        actions=rng.uniform(-2, 2, (300, 1)).astype(np.float32),
+        rewards=rng.normal(size=300),
+        terminals=np.zeros(300, bool),
+        timeouts=np.arange(300) % 50 == 49,
+    )
+    few = () if algo == "qvpo" else ("n_behavior_candidates:4", "n_eval_candidates:4")
+    settings = ("-params", "learning_starts:10", "buffer_size:1000", "policy_kwargs:dict(net_arch=[8])", *few)
+    output = run(
+        "train", *settings, "dataset:'data.npz'", "reward_transform:'lambda r: r - 1'", "-n", "40", "-f", "offline",
+        "--eval-freq", "20", "--eval-episodes", "1", "--save-replay-buffer", "--seed", "0",
+    )  # fmt: skip
+    assert output.count("Eval num_timesteps") == 2
+    folder = work / "offline" / algo / "Pendulum-v1_1"
+    data = saved_data(folder / "Pendulum-v1.zip")
+    assert (data["num_timesteps"], data["_n_updates"]) == (40, 40) and "dataset" not in data
+    buffer = np.load(folder / "evaluations.npz")
+    assert buffer["timesteps"].tolist() == [20, 40]
+    assert "Mean reward: -" in run("enjoy", "-f", "offline", "--no-render", "-n", "50")
+    run("train", *settings, "-i", str(folder / "Pendulum-v1.zip"), "-n", "60", "-f", "offline", "--eval-episodes", "1")
+    data = saved_data(work / "offline" / algo / "Pendulum-v1_2" / "Pendulum-v1.zip")
+    assert (data["num_timesteps"], data["_n_updates"]) == (100, 100), "the data stay, so there are no random steps"

@@ -20,6 +20,7 @@ AUTOLOAD = ROOT / "sb3_qvpo" / "_autoload"
 def test_registration_is_automatic_and_idempotent():
     """This test run has imported rl_zoo3 and called nothing."""
     assert rl_zoo3.ALGOS["qvpo"] is zoo.ZooQVPO and rl_zoo3.ALGOS["sdac"] is zoo.ZooSDAC
+    assert rl_zoo3.ALGOS["diffusion_ql"] is zoo.ZooDiffusionQL and rl_zoo3.ALGOS["dtql"] is zoo.ZooDTQL
     assert HYPERPARAMS_SAMPLER["qvpo"] is zoo.sample_qvpo_params
     assert HYPERPARAMS_CONVERTER["qvpo"] is zoo.convert_qvpo_params
     before = ExperimentManager.__init__

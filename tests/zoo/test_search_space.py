@@ -3,7 +3,7 @@
 import optuna
 import pytest
 
-from sb3_qvpo import QVPO, SDAC, zoo
+from sb3_qvpo import DTQL, QVPO, SDAC, DiffusionQL, zoo
 
 LOW = dict(
     one_minus_gamma=0.02, learning_rate=1e-3, qf_learning_rate=1e-3, tau=0.01, train_freq=2, ent_coef=0.01, q_weighting="qadv",
@@ -134,3 +134,18 @@ def test_sdac_is_searched_with_hindsight_too():
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     params = zoo.sample_sdac_params(study.ask(), 1, 1, her)
     assert {"n_sampled_goal", "goal_selection_strategy"} <= params["replay_buffer_kwargs"].keys()
+
+
+@pytest.mark.parametrize(("name", "algorithm"), [("diffusion_ql", DiffusionQL), ("dtql", DTQL)])
+def test_settings_sampled_for_data_are_valid(name, algorithm):
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    row = zoo.ALGORITHMS[name]
+    for i, trial in enumerate(study.ask() for _ in range(100)):
+        params = row.sample(trial, 1, 1, dict(NO_HER))
+        assert row.convert(trial.params) == params  # what --trial-id does
+        assert all(params[key] == value for key, value in trial.user_attrs.items())
+        model = algorithm("MlpPolicy", "Pendulum-v1", learning_starts=4, buffer_size=100, device="cpu", **params)
+        if i < 3:
+            assert model.learn(12)._n_updates > 0
+    her = dict(using_her_replay_buffer=True, her_kwargs=dict())
+    assert "n_sampled_goal" in row.sample(study.ask(), 1, 1, her)["replay_buffer_kwargs"]

@@ -18,9 +18,9 @@ from sb3_qvpo import QVPO, SDAC, presets, zoo
 
 CONFIGS = {
     name: yaml.safe_load((ROOT / "hyperparams" / f"{name}.yml").read_text())
-    for name in ("qvpo", "qvpo_official", "qvpo_fast", "sdac", "sdac_official")
+    for name in ("qvpo", "qvpo_official", "qvpo_fast", "sdac", "sdac_official", "diffusion_ql", "dtql")
 }
-PAPER, OFFICIAL, FAST, SOFT, SOFT_OFFICIAL = CONFIGS.values()
+PAPER, OFFICIAL, FAST, SOFT, SOFT_OFFICIAL, FROM_DATA, TRUSTED = CONFIGS.values()
 
 
 def test_table_3_and_explicit_values():
@@ -50,7 +50,7 @@ def test_the_four_settings_are_written_out_in_every_entry():
 
 
 def test_every_value_has_its_source():
-    texts = [(ROOT / "hyperparams" / f"{name}.yml").read_text() for name in ("qvpo", "sdac")]
+    texts = [(ROOT / "hyperparams" / f"{name}.yml").read_text() for name in ("qvpo", "sdac", "diffusion_ql", "dtql")]
     for line in "".join(texts).splitlines():
         if re.match(r"  \w+: ", line) and not line.startswith("  policy: "):
             assert re.search(r"# \[(paper|code|zoo|study|guess)\]", line), line
@@ -131,6 +131,8 @@ def stand_ins(monkeypatch):
     for name in ("FetchReach-v4", "FetchPush-v4"):
         gym.register(name, entry_point=FakeFetch)
     gym.register("Pusher-v4", entry_point="gymnasium.envs.mujoco.pusher_v5:PusherEnv")
+    for name in {*FROM_DATA, *TRUSTED} - {*gym.envs.registry, "default"}:  # D4RL's
+        gym.register(name, entry_point="gymnasium.envs.classic_control.pendulum:PendulumEnv", max_episode_steps=200)
     yield
     gym.envs.registry.clear()
     gym.envs.registry.update(registry)
@@ -158,16 +160,17 @@ def test_every_entry_builds_a_model(config, name, tmp_path, monkeypatch):
     if name == "default":
         gym.register("Other-v0", entry_point="gymnasium.envs.classic_control.pendulum:PendulumEnv")
         env_id = "Other-v0"
-    algo = config.partition("_")[0]
+    algo = config.removesuffix("_official").removesuffix("_fast")
     config_file = None if config == algo else str(zoo.hyperparams_folder() / f"{config}.yml")
     model = set_up(env_id, tmp_path, config=config_file, algo=algo)
     assert type(model) is zoo.ALGORITHMS[algo].algorithm
     entry = CONFIGS[config][name]
     numbers = ("n_behavior_candidates", "n_target_candidates", "n_train_candidates", "n_diffusion_steps", "policy_delay")
-    for key in (*numbers, "ent_coef", "max_grad_norm", "temperature", "n_reverse_samples"):
+    others = ("eta", "max_q_backup", "alpha", "expectile", "log_prob_coef", "n_pretraining_updates", "reward_transform")
+    for key in (*numbers, *others, "ent_coef", "max_grad_norm", "temperature", "n_reverse_samples"):
         if key in entry:
             assert getattr(model, key) == entry[key], key
-    assert model.policy.n_diffusion_steps == entry["n_diffusion_steps"]
+    assert model.policy.n_diffusion_steps == entry.get("n_diffusion_steps", 1)
 
 
 def test_the_settings_of_the_learning_curves():
@@ -222,3 +225,17 @@ def test_the_papers_settings_are_the_default():
     assert (model.learning_rate, model.qf_learning_rate, model.max_grad_norm, model.ent_coef) == (3e-4, None, None, 0.01)
     assert model.learning_starts == 100
     assert [layer.out_features for layer in model.critic.qf0 if isinstance(layer, th.nn.Linear)] == [256, 256, 1]
+
+
+def test_the_rows_of_diffusion_ql_and_dtql():
+    """A few of each table, by hand."""
+    row = FROM_DATA["antmaze-large-play-v0"]
+    assert (row["learning_rate"], row["eta"], row["max_q_backup"], row["max_grad_norm"]) == (3e-4, 4.5, True, 10.0)
+    assert eval(row["reward_transform"])(np.array([0.0, 1.0])).tolist() == [-2.0, 2.0]
+    assert (FROM_DATA["kitchen-complete-v0"]["n_timesteps"], FROM_DATA["pen-cloned-v1"]["eta"]) == (250_000, 0.1)
+    row = TRUSTED["antmaze-large-diverse-v0"]
+    assert (row["alpha"], row["expectile"], row["batch_size"], row["log_prob_coef"]) == (0.5, 0.9, 2048, 1.0)
+    assert (TRUSTED["halfcheetah-medium-expert-v2"]["alpha"], TRUSTED["pen-human-v1"]["alpha"]) == (50.0, 1500.0)
+    decaying = {name for name, entry in TRUSTED.items() if isinstance(entry["learning_rate"], str)}
+    assert len(decaying) == 9 and "hopper-medium-v2" in decaying and "pen-cloned-v1" not in decaying
+    assert len(FROM_DATA.keys() & TRUSTED.keys()) == 26
