@@ -102,7 +102,7 @@ def evaluated(model: Any, task: str) -> dict[str, float]:
 
 
 def learn(name: str, task: str, algo: str, seed: int, arguments: argparse.Namespace) -> None:
-    """One run, evaluated at quarters; then, if asked for, steps in the environment."""
+    """One run, evaluated at its half and its end; then, if asked for, steps in the environment."""
     dataset = minari.load_dataset(f"sb3_qvpo/{name}-v0")
     algorithm, settings = SETTINGS[algo]
     n_rows = dataset.total_steps + arguments.steps + 1_000
@@ -115,18 +115,18 @@ def learn(name: str, task: str, algo: str, seed: int, arguments: argparse.Namesp
         append(arguments.csv, [{key: round(v, 2) if isinstance(v, float) else v for key, v in row.items()}])
         print(row)
 
-    for quarter in range(4):
+    for half in range(2):
         start = time.process_time()
-        if quarter == 0:
-            model.learn_offline(dataset, updates // 4)
+        if half == 0:
+            model.learn_offline(dataset, updates // 2)
         else:
-            model.learn_offline(gradient_steps=updates // 4, reset_num_timesteps=False)
+            model.learn_offline(gradient_steps=updates // 2, reset_num_timesteps=False)
         minutes += (time.process_time() - start) / 60
         note()
-    for _ in range(4 if arguments.steps else 0):
+    for _ in range(2 if arguments.steps else 0):
         start = time.process_time()
-        model.learn(arguments.steps // 4, reset_num_timesteps=False)
-        steps += arguments.steps // 4
+        model.learn(arguments.steps // 2, reset_num_timesteps=False)
+        steps += arguments.steps // 2
         minutes += (time.process_time() - start) / 60
         note()
 
@@ -145,7 +145,7 @@ def main() -> None:
     learning.add_argument("task")
     learning.add_argument("--algos", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
     learning.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    learning.add_argument("--updates", type=int, default=10_000)
+    learning.add_argument("--updates", type=int, default=6_000)
     learning.add_argument("--steps", type=int, default=0, help="in the environment, afterwards")
     learning.add_argument("--csv", type=Path, required=True)
     arguments = parser.parse_args()

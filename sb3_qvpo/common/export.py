@@ -3,7 +3,8 @@ A policy as a file that runs without this package: the whole decision from raw o
 
 Normalisation, encoding, all steps of the chain, choice by the critics, scaling to the action space. Inputs are observations as
 in the policy's observation space (images with their channels first), with a batch axis of any size. The output is actions.
-The noise is an optional input. Without it the decision is that of ``predict(deterministic=True)``.
+The noise is an optional input. Without it the decision is that of ``predict(deterministic=True)``. The file of a one-step
+policy with a single candidate holds no critics.
 
 Shapes: B batch, K candidates for each state, A action dimensions, T diffusion steps.
 """
@@ -26,7 +27,7 @@ from stable_baselines3.common.vec_env import VecNormalize
 from torch import nn
 
 from sb3_qvpo.common.candidates import ScoredCandidates, best_candidate
-from sb3_qvpo.common.networks import n_observations
+from sb3_qvpo.common.networks import evaluation_mode, n_observations
 from sb3_qvpo.common.runs.files import atomic_file
 
 FORMATS = {"onnx": ".onnx", "torch": ".pt2"}
@@ -82,6 +83,12 @@ class Decision(nn.Module):
     def __init__(self, policy: ExportablePolicy, vec_normalize: VecNormalize | None = None):
         super().__init__()
         self.policy = cast(Any, copy.deepcopy(policy)).to("cpu").requires_grad_(False)
+        # Policies of users may not say so
+        self.acts_alone = bool(getattr(policy, "acts_alone", False))
+        if self.acts_alone:
+            for name, module in list(self.policy.named_children()):
+                if module is not self.policy.actor:
+                    delattr(self.policy, name)
         action_space = cast(spaces.Box, policy.action_space)
         self.action_shape = action_space.shape
         self.register_buffer("noise_bank", self.policy.noise_bank(policy.n_eval_candidates).contiguous())
@@ -104,8 +111,15 @@ class Decision(nn.Module):
         noise = self.noise_bank if noise is None else noise
         # Row i, or row 0 if it is the only one. Any other number of rows fails. In this form it can be exported for any B
         rows = th.arange(n_observations(observation)).clamp(max=(noise.shape[1] - 1) * 2**32)
-        _, candidates, scores = self.policy.score_candidates(observation, noise.index_select(1, rows))
-        scaled_actions = best_candidate(candidates, scores)
+        noise = noise.index_select(1, rows)
+        scaled_actions: th.Tensor
+        if self.acts_alone:
+            actor = self.policy.actor
+            with evaluation_mode(actor):
+                scaled_actions = actor.sample_candidates(actor.features(observation), noise).squeeze(1)
+        else:
+            _, candidates, scores = self.policy.score_candidates(observation, noise)
+            scaled_actions = best_candidate(candidates, scores)
         # SB3's unscale_action(), kept within the bounds
         actions = self.low + 0.5 * (scaled_actions + 1) * (self.high - self.low)
         return actions.clamp(self.low, self.high).reshape(-1, *self.action_shape)
@@ -194,8 +208,8 @@ def _export_program(decision: Decision, with_noise: bool) -> th.export.ExportedP
     if with_noise:
         n_steps, _, _, action_dim = decision.noise_bank.shape
         # Two rows and three candidates: sizes of 1 would be taken for constants
-        arguments += (th.zeros(n_steps, 2, 3, action_dim),)
-        dynamic_shapes += ({1: any_size, 2: any_size},)
+        arguments += (th.zeros(n_steps, 2, 1 if decision.acts_alone else 3, action_dim),)
+        dynamic_shapes += ({1: any_size} if decision.acts_alone else {1: any_size, 2: any_size},)
     try:
         with th.no_grad():
             program = th.export.export(decision, arguments, dynamic_shapes=dynamic_shapes, strict=False)
@@ -273,6 +287,7 @@ def _name_axes(graph: Any) -> None:
     noise_axes = noise.type.tensor_type.shape.dim
     # One row of noise, or as many as the batch has
     names |= {noise_axes[1].dim_param: "noise_rows", noise_axes[2].dim_param: "candidates"}
+    names.pop("", None)  # a size that is fixed
     for value in (*graph.input, *graph.output, *graph.value_info):
         for axis in value.type.tensor_type.shape.dim:
             if axis.dim_param in names:

@@ -79,6 +79,11 @@ class MlpPolicy(SoftmaxPolicy):
         self.cloned.optimizer = self._make_optimizer(list(self.cloned.parameters()), lr_schedule(1))
 
     @property
+    def acts_alone(self) -> bool:
+        """Whether deterministic predictions ask no critic. Then an exported file holds the one-step policy alone."""
+        return bool(self.n_eval_candidates == 1)
+
+    @property
     def trained_process(self) -> DiffusionProcess:
         """The diffusion process of the cloned model."""
         return self.cloned.diffusion

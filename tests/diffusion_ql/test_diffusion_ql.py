@@ -1,14 +1,19 @@
 """Whole calls of ``DiffusionQL.train()`` against the float64 reference; closed forms of its losses; saving and acting."""
 
 import numpy as np
+import onnxruntime
 import pytest
 import reference
 import torch as th
 from gymnasium import spaces
 from helpers import (
+    BOX,
+    IMAGE,
     TINY,
     TOLERANCE,
+    AnySpacesEnv,
     CountdownEnv,
+    DictEnv,
     actor_parameters,
     actor_to_numpy,
     assert_gradients_close,
@@ -19,6 +24,7 @@ from helpers import (
 )
 
 from sb3_qvpo.common.candidates import softmax_choice
+from sb3_qvpo.common.speed.settings import settings as speed_settings
 from sb3_qvpo.diffusion_ql import DiffusionQL
 from sb3_qvpo.diffusion_ql.losses import max_q_target, q_term
 from sb3_qvpo.offline import SpacesEnv
@@ -177,6 +183,100 @@ def test_it_goes_on_as_if_it_had_never_stopped(tmp_path):
     resumed = DiffusionQL.resume(tmp_path / "run.zip", "Pendulum-v1")
     assert same_weights(weights_of(whole), weights_of(resumed))
     assert resumed.learn(10, reset_num_timesteps=False)._n_updates == whole._n_updates + 10
+
+
+def test_an_exported_file_decides_as_predict_does(tmp_path):
+    model = tiny_diffusion_ql().learn(20)
+    observations = np.random.default_rng(0).normal(size=(3, 3)).astype(np.float32)
+    model.export(tmp_path / "policy.onnx")
+    (actions,) = onnxruntime.InferenceSession(str(tmp_path / "policy.onnx")).run(None, {"observation": observations})
+    np.testing.assert_allclose(actions, model.predict(observations, deterministic=True)[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("policy", "env", "policy_kwargs"),
+    [
+        ("CnnPolicy", lambda: AnySpacesEnv(IMAGE, BOX), dict(features_extractor_kwargs=dict(features_dim=8))),
+        ("MultiInputPolicy", DictEnv, dict()),
+        ("MlpPolicy", lambda: AnySpacesEnv(BOX, BOX), dict(share_features_extractor=True, n_critics=3)),
+        ("MlpPolicy", lambda: AnySpacesEnv(BOX, BOX), dict(prediction="v", sampler="dpm++", n_sampling_steps=2)),
+    ],
+)
+def test_observations_and_chains_of_all_kinds(policy, env, policy_kwargs):
+    model = tiny_diffusion_ql(env(), policy, policy_kwargs=dict(net_arch=[8], **policy_kwargs))
+    before = weights_of(model)
+    model.learn(16)
+    after = weights_of(model)
+    for part in ("actor.", "critic."):
+        assert any(not before[name].equal(after[name]) for name in before if name.startswith(part)), part
+    assert model.action_space.contains(model.predict(model.observation_space.sample())[0])
+
+
+def test_fast_code_changes_nothing(monkeypatch):
+    """The chain with gradients and the critics at its end, wide enough for the fast paths."""
+    weights = []
+    for fast in (True, False):
+        monkeypatch.setattr(speed_settings, "enabled", fast)
+        model = tiny_diffusion_ql(batch_size=64, policy_kwargs=dict(net_arch=[256, 256]), target_actor_start=0).learn(12)
+        weights.append(weights_of(model))
+    for name, value in weights[0].items():
+        np.testing.assert_allclose(value, weights[1][name], rtol=1e-3, atol=3e-5, err_msg=name)
+
+
+# What the table of deviations says of the authors' code and of the paper
+
+
+def test_the_networks_are_those_of_the_authors_code():
+    """Three layers of 256, Mish; a time network 16, 32, 16 wide; torch's initial weights."""
+    model = DiffusionQL("MlpPolicy", "Pendulum-v1", buffer_size=10, device="cpu")
+    predictor = model.actor.noise_predictor
+    linear = [layer for layer in predictor.modules() if isinstance(layer, th.nn.Linear)]
+    assert [layer.out_features for layer in linear] == [32, 16, 256, 256, 256, 1]
+    assert [layer.out_features for layer in model.critic.qf0 if isinstance(layer, th.nn.Linear)] == [256, 256, 256, 1]
+    assert isinstance(predictor.later_layers[0], th.nn.Mish) and isinstance(model.critic.qf0[1], th.nn.Mish)
+    assert predictor.first_layer.bias.abs().max() > 0
+    np.testing.assert_allclose(model.actor.diffusion.sqrt_alpha_bars**2, [0.8041, 0.4352, 0.1585, 0.0389, 0.00641], rtol=2e-3)
+
+
+PAPERS = dict(target_actor_interval=1, target_actor_start=0)
+
+
+@pytest.mark.parametrize(("arguments", "moves"), [(dict(target_actor_start=3), [5]), (PAPERS, [2, 3, 4, 5, 6])])
+def test_when_the_target_actor_moves(arguments, moves):
+    """In the code every fifth update from update 1 000 on, here from 3; in the paper always."""
+    model = tiny_diffusion_ql(**arguments).learn(6)
+    seen = []
+    for update in range(2, 7):
+        before = weights_of(model)
+        model.train(1, 8)
+        if any(not before[name].equal(value) for name, value in weights_of(model).items() if name.startswith("actor_target")):
+            seen.append(update)
+    assert seen == moves
+    assert DiffusionQL("MlpPolicy", "Pendulum-v1", buffer_size=10, device="cpu").target_actor_start == 1_000
+
+
+def test_one_sample_acts_as_in_the_paper_if_asked_for():
+    """No critic is asked: with values of NaN the action is the same."""
+    model = tiny_diffusion_ql(n_behavior_candidates=1)
+    observation = np.ones(3, np.float32)
+    th.manual_seed(0)
+    action, _ = model.predict(observation)
+    with th.no_grad():
+        for parameter in model.critic_target.parameters():
+            parameter.mul_(-3)
+    th.manual_seed(0)
+    assert model.predict(observation)[0] == action
+
+
+def test_the_learning_rate_is_constant_unless_it_is_a_schedule():
+    """The code's decay leaves 0.999 of it; a real cosine is a string."""
+    rates = {}
+    for rate in (1e-3, "cos_1e-3"):
+        model = tiny_diffusion_ql(learning_rate=rate)
+        model.learn(20)
+        rates[rate] = model.actor.optimizer.param_groups[0]["lr"]
+        assert model.critic.optimizer.param_groups[0]["lr"] == pytest.approx(3e-4)
+    assert float(rates[1e-3]) == pytest.approx(1e-3) and float(rates["cos_1e-3"]) < 2e-5
 
 
 PLACES, MEANS = 0.8 * np.array([[-1, -1], [-1, 1], [1, -1], [1, 1]]), np.array([3, 0, 1.5, 5])

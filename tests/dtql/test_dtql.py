@@ -3,6 +3,8 @@
 import math
 
 import numpy as np
+import onnx
+import onnxruntime
 import pytest
 import reference
 import torch as th
@@ -23,6 +25,7 @@ from helpers import (
     weights_of,
 )
 from torch import nn
+from torch.export.pt2_archive._package import load_pt2
 
 from sb3_qvpo.dtql import DTQL
 from sb3_qvpo.dtql.losses import expectile_loss, squashed_log_density
@@ -309,6 +312,33 @@ def test_what_the_log_says_of_alpha():
     logged = model.logger.name_to_value
     assert logged["train/trust_region_gradient"] > 0 and logged["train/q_value_gradient"] > 0
     assert {"train/trust_region_loss", "train/value_loss", "train/state_value", "train/bc_loss"} <= logged.keys()
+
+
+@pytest.mark.parametrize(("kind", "n_candidates"), [("gaussian", 1), ("implicit", 1), ("gaussian", 5)])
+def test_an_exported_file_decides_as_predict_does(tmp_path, kind, n_candidates):
+    """With one candidate it holds the one-step policy alone."""
+    model = tiny_dtql(n_eval_candidates=n_candidates, policy_kwargs=dict(net_arch=[32, 32], one_step_policy=kind)).learn(20)
+    observations = np.random.default_rng(0).normal(size=(3, 3)).astype(np.float32)
+    expected, _ = model.predict(observations, deterministic=True)
+    model.export(tmp_path / "policy.onnx")
+    session = onnxruntime.InferenceSession(str(tmp_path / "policy.onnx"))
+    np.testing.assert_allclose(session.run(None, {"observation": observations})[0], expected, rtol=1e-4, atol=1e-5)
+    noise = np.random.default_rng(1).normal(size=(1, 3, 1, 1)).astype(np.float32)
+    (given,) = session.run(None, {"observation": observations, "noise": noise})
+    with th.no_grad():
+        features = model.actor.features(th.as_tensor(observations))
+        from_noise = 2 * model.actor.sample_candidates(features, th.as_tensor(noise))[:, 0]
+    np.testing.assert_allclose(given, from_noise, rtol=1e-4, atol=1e-5)
+    sizes = {name: sum(p.numel() for p in getattr(model.policy, name).parameters()) for name in ("actor", "critic")}
+    held = sum(int(np.prod(each.dims)) for each in onnx.load(tmp_path / "policy.onnx").graph.initializer)
+    assert (held < sizes["actor"] + 20) == (n_candidates == 1)
+    assert n_candidates == 1 or held > sizes["critic"] / 2, "the value function is not asked either"
+    if kind == "implicit":
+        return
+    model.export(tmp_path / "policy.pt2")
+    program = load_pt2(str(tmp_path / "policy.pt2")).exported_programs["model"].module()
+    np.testing.assert_allclose(program(th.as_tensor(observations)), expected, rtol=1e-4, atol=1e-5)
+    assert model.policy.critic is model.critic, "the policy itself is as it was"
 
 
 PLACES, MEANS = 0.8 * np.array([[-1, -1], [-1, 1], [1, -1], [1, 1]]), np.array([3, 0, 1.5, 5])

@@ -35,7 +35,10 @@ class FastActor(DiffusionActor):
         """As in :class:`DiffusionActor`; with ``for_training`` hidden layers may be multiplied in bfloat16."""
         predictor, device = self.noise_predictor, features.device
         is_known = type(predictor) is NoisePredictor and predictor.first_layer.weight.dtype == th.float32
-        if not (is_switched_on() and is_known and not th.is_grad_enabled()):
+        if is_switched_on() and is_known and th.is_grad_enabled():
+            network = trainable(predictor, len(features) * noise.shape[2])
+            return self.diffusion.sample(network or predictor, predictor.condition(features), noise)
+        if not (is_switched_on() and is_known):
             return super().sample_candidates(features, noise, for_training)
         n_states, later_layers = len(features), list(predictor.later_layers)
         has_noise_for_each = noise.shape[1] == n_states
@@ -108,7 +111,7 @@ class FastCritic(CandidateCritic):
                 continue
             # Rows, as the eager critics have them: a layer may treat other axes in a way of its own
             hidden = (F.linear(candidates, action_weight) + state_part).flatten(0, 1)
-            for layer in later_layers:
+            for layer in (hidden.requires_grad and cpu.trainable_layers(later_layers, n_rows)) or later_layers:
                 hidden = layer(hidden)
             predictions.append(hidden.view(*candidates.shape[:2], hidden.shape[-1]))
         return th.stack(predictions)
