@@ -94,10 +94,11 @@ def preset(policy_kwargs: dict[str, Any] | None = None, **changes: Any) -> tuple
     return "qvpo", in_zoo({**presets.fast, **changes, "policy_kwargs": kwargs})
 
 
-LEAN: dict[str, Any] = dict(
-    n_train_candidates=1, n_uniform_actions=1, policy_kwargs=dict(net_arch=dict(pi=[128, 128], qf=[256, 256]))
-)
-"""Half as wide an actor, and the fewest candidates that gradient steps and the entropy term need."""
+WIDE: dict[str, Any] = dict(net_arch=[256, 256])
+"""An actor as wide as the critics."""
+
+LEAN: dict[str, Any] = dict(n_train_candidates=1, n_uniform_actions=1)
+"""The fewest candidates that gradient steps and the entropy term need."""
 
 ALGOS: dict[str, tuple[str, dict[str, Any]]] = {
     "preset_fast": preset(),
@@ -110,14 +111,19 @@ ALGOS: dict[str, tuple[str, dict[str, Any]]] = {
     "preset_fast_ddpm": preset(policy_kwargs=dict(sampler="ddpm")),
     "preset_fast_karras": preset(n_diffusion_steps=5, policy_kwargs=dict(noise_schedule="karras")),
     "preset_fast_nd8": preset(n_train_candidates=8),
-    **{f"preset_fast_kt{k}": preset(n_target_candidates=k) for k in (1, 2)},
-    "preset_fast_eta0.1": preset(improvement_step=0.1),
-    "preset_fast_mish": preset(policy_kwargs=MISH),
-    "preset_fast_kt1_eta0.1_mish": preset(n_target_candidates=1, improvement_step=0.1, policy_kwargs=MISH),
-    "preset_fast_pi128": preset(policy_kwargs=LEAN["policy_kwargs"]),
+    "preset_fast_kt1": preset(n_target_candidates=1),
     "preset_fast_lean": preset(**LEAN),
     "preset_fast_lean_lr2e-3": preset(**LEAN, learning_rate=2e-3, qf_learning_rate=1e-3),
-    "preset_fast_3steps": preset(policy_kwargs=dict(n_sampling_steps=3)),
+    # With a wide actor, which the preset had at first
+    "preset_fast_pi256": preset(policy_kwargs=WIDE),
+    "preset_fast_pi256_nd8": preset(policy_kwargs=WIDE, n_train_candidates=8),
+    **{f"preset_fast_pi256_kt{k}": preset(policy_kwargs=WIDE, n_target_candidates=k) for k in (1, 2)},
+    "preset_fast_pi256_eta0.1": preset(policy_kwargs=WIDE, improvement_step=0.1),
+    "preset_fast_pi256_mish": preset(policy_kwargs={**WIDE, **MISH}),
+    "preset_fast_pi256_kt1_eta0.1_mish": preset(n_target_candidates=1, improvement_step=0.1, policy_kwargs={**WIDE, **MISH}),
+    "preset_fast_pi256_3steps": preset(policy_kwargs={**WIDE, "n_sampling_steps": 3}),
+    "preset_fast_pi256_ddpm": preset(policy_kwargs={**WIDE, "sampler": "ddpm"}),
+    "preset_fast_pi256_karras": preset(n_diffusion_steps=5, policy_kwargs={**WIDE, "noise_schedule": "karras"}),
     "crossq_256": ("crossq", CROSSQ_256),
     # Without the bonus for a policy that stays random: what it does to CrossQ
     "crossq_256_no_entropy": ("crossq", {**CROSSQ_256, "ent_coef": 1e-4}),
