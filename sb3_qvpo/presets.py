@@ -120,8 +120,8 @@ sdac = Preset(
 For :class:`~sb3_qvpo.sdac.sdac.SDAC` on MuJoCo and tasks like it, on a CPU: the critics and the sampler of :data:`fast`. The
 temperature is in units of the values' spread. A first guess.
 
-Cost: 58 ms a step, 1.4 times CrossQ's. Returns of the best of 32, seed 0: 2394 on HalfCheetah-v5 and 141 on Hopper-v5 after 10 000
-steps (``benchmarks/learning/preset.csv``).
+Cost: 58 ms a step, 1.4 times CrossQ's. Returns of the best of 32, seed 0: 2394 on HalfCheetah-v5 and 141 on Hopper-v5 after
+10 000 steps (``benchmarks/learning/preset.csv``).
 """
 
 sdac_several = Preset(

@@ -85,7 +85,7 @@ class DiffusionOffPolicyAlgorithm(OfflineLearner):
     _count_arguments: ClassVar[tuple[str, ...]] = ("batch_size", "buffer_size", "n_steps", "policy_delay", *_policy_counts)
     """Arguments that are whole numbers of at least 1."""
     _preset: ClassVar[tuple[str, int]] = ("", 0)
-    """The preset to name where a run takes long, and its :meth:`_chain_rows`."""
+    """The preset to name where a run takes long, and its :meth:`_chain_rows`, in rows of networks of 256 units."""
     _not_read_by_updates: ClassVar[frozenset[str]] = RUN_STATE
     """Attributes that change while graphs of updates stay valid. A name that is missing here only costs a new capture."""
 
