@@ -74,6 +74,9 @@ class MlpPolicy(SoftmaxPolicy):
         own = dict(one_step_policy=self._one_step["one_step_policy"], activation_fn=self._one_step["policy_activation_fn"])
         self.actor_kwargs = {**shared, **own}
         super()._build(lr_schedule)
+        # Nothing takes a moving average of the policy. Past torch's list of modules, as where there are no targets at all
+        del self.actor_target
+        vars(self)["actor_target"] = self.actor
         self.cloned_kwargs = {**shared, **self._levels}
         self.cloned = ClonedActor(**self._update_features_extractor(self.cloned_kwargs)).to(self.device)
         self.cloned.optimizer = self._make_optimizer(list(self.cloned.parameters()), lr_schedule(1))

@@ -166,3 +166,12 @@ def test_schedules_return_plain_numbers(tmp_path):
     model = bandit_qvpo(learning_rate=lambda progress: np.float64(1e-3)).learn(8)
     assert type(model.actor.optimizer.param_groups[0]["lr"]) is float
     assert type(model.critic.optimizer.param_groups[0]["lr"]) is float
+
+
+def test_a_cosine_schedule():
+    """Half a cosine: slow, fast, slow. Then it stays."""
+    schedule = parse_schedule("learning_rate", "cos_1.0_0.2_0.5")
+    values = [schedule(progress) for progress in (1.0, 0.875, 0.75, 0.625, 0.5, 0.0)]
+    low, high = (1 - 2**-0.5) / 2, (1 + 2**-0.5) / 2
+    assert values == pytest.approx([1.0, 0.2 + 0.8 * high, 0.6, 0.2 + 0.8 * low, 0.2, 0.2])
+    assert parse_schedule("learning_rate", "cos_3e-4")(0.0) == pytest.approx(0.0)

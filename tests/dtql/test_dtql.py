@@ -130,6 +130,8 @@ def test_train_step_by_step(name, env):
         for kind, arrays in learner.arrays.items():
             for parameter, array in zip(parameters[kind], arrays, strict=True):
                 np.testing.assert_allclose(parameter.detach(), array, **TOLERANCE)
+                # The next update begins with the same numbers: a last bit decides on which side of its kink a ReLU is
+                array[...] = parameter.detach()
         targets = [array for layers in learner.critics_target for array in reference.flatten(layers)]
         own = [p for network in model.critic_target.q_networks for p in network.parameters()]
         for parameter, array in zip(own, targets, strict=True):
@@ -302,6 +304,39 @@ def test_the_policy_waits_while_the_others_learn():
     assert not weights_of(model)["actor.noise_predictor.layers.0.weight"].equal(
         before["actor.noise_predictor.layers.0.weight"]
     )
+
+
+def test_the_networks_are_those_of_the_authors_code():
+    """Three layers of 256 each: ReLU in the policy, Mish elsewhere, layer norms in the critics but not in V."""
+    model = DTQL("MlpPolicy", "Pendulum-v1", buffer_size=10, device="cpu")
+
+    def kinds(network):
+        return [type(layer).__name__ for layer in network.modules() if not list(layer.children())]
+
+    assert kinds(model.actor.noise_predictor) == ["Linear", "ReLU"] * 3 + ["Linear"]
+    assert kinds(model.critic.qf0) == ["Linear", "LayerNorm", "Mish"] * 3 + ["Linear"]
+    assert kinds(model.critic.value_network) == ["Linear", "Mish"] * 3 + ["Linear"]
+    predictor = model.cloned.noise_predictor
+    assert [layer.out_features for layer in predictor.modules() if isinstance(layer, nn.Linear)] == [32, 16, 256, 256, 256, 1]
+    weight = model.actor.noise_predictor.layers[2].weight
+    np.testing.assert_allclose(weight.detach() @ weight.detach().T, np.eye(256), atol=1e-4)
+    diffusion = model.cloned.diffusion
+    assert (diffusion.sigma_min, diffusion.sigma_max, diffusion.sigma_data) == (0.002, 80.0, 0.5)
+    assert (model.n_behavior_candidates, model.n_pretraining_updates, model.expectile) == (1024, 50_000, 0.7)
+
+
+def test_there_is_no_moving_average_of_the_policy():
+    model = tiny_dtql()
+    assert model.actor_target is model.actor
+    assert not any(name.startswith("actor_target") for name in model.policy.state_dict())
+
+
+def test_learning_rates_follow_their_schedules():
+    """A cosine to 0 for policy and diffusion model; the critics have their own."""
+    model = tiny_dtql(learning_rate="cos_1e-3", n_pretraining_updates=0).learn(40)
+    for optimizer in (model.actor.optimizer, model.cloned.optimizer):
+        assert float(optimizer.param_groups[0]["lr"]) < 1e-5
+    assert float(model.critic.optimizer.param_groups[0]["lr"]) == pytest.approx(3e-4)
 
 
 def test_what_the_log_says_of_alpha():
