@@ -53,11 +53,14 @@ def normed_layers(network):
     return [tuple(to_double(parameter.detach()) for parameter in row) for row in rows]
 
 
-def close(parameters, arrays, relative_to_largest=2e-4):
-    """Gradients can be small as a whole, and single numbers of them cancel: compared with the largest of each tensor."""
+def close(parameters, arrays):
+    """
+    Gradients, compared with the largest number of each tensor, because single ones cancel. Where the policy's actions are at the
+    edge of the box its gradients are small, and float32 has few digits of 1 - tanh^2.
+    """
     for parameter, array in zip(parameters, arrays, strict=True):
-        scale = max(1e-9, np.abs(array).max())
-        np.testing.assert_allclose(parameter / scale, array / scale, rtol=0, atol=relative_to_largest)
+        scale = max(1e-2, np.abs(array).max())
+        np.testing.assert_allclose(parameter / scale, array / scale, rtol=0, atol=2e-4)
 
 
 SETTINGS = {
