@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import bench_action
 import bench_learn
+import bench_offline
 import bench_step
 import bench_update
 import numpy as np
@@ -129,8 +130,12 @@ QUICK = ("--quick", "--repeats", "2", "--threads", "1", "--csv")
 
 @pytest.mark.parametrize(
     "benchmark",
-    [*(pytest.param(each, marks=pytest.mark.slow) for each in (bench_update, bench_step)), bench_action, bench_learn],
-    ids=["bench_update", "bench_step", "bench_action", "bench_learn"],
+    [
+        *(pytest.param(each, marks=pytest.mark.slow) for each in (bench_update, bench_step, bench_offline)),
+        bench_action,
+        bench_learn,
+    ],
+    ids=["bench_update", "bench_step", "bench_offline", "bench_action", "bench_learn"],
 )
 def test_benchmark(benchmark, tmp_path, monkeypatch):
     """Without what takes long: one process for the reference in each setting, two measured memories, and the compiler."""
