@@ -2,7 +2,7 @@
 Diffusion-QL and DTQL at their papers' settings, in turn: an update, with fast paths and without, and an action.
 
 ``python benchmarks/bench_offline.py [--threads 1] [--repeats 7]``; needs ``pip install ".[export]"`` and onnxruntime. Sizes
-are those of HalfCheetah-v5. ``ratio`` is over the time of Diffusion-QL in the same repeat: of its update with the fast paths, of
+are those of HalfCheetah-v5. ``ratio`` is over the time of Diffusion-QL in the same repeat: of its update with fast paths, of
 its action by the softmax. The action of an ONNX file is a deterministic one.
 """
 

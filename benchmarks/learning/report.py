@@ -22,6 +22,7 @@ from tables import (
     follow_table,
     front_table,
     multi_goal_table,
+    offline_table,
     quickstart_table,
     returns_table,
     screen_table,
@@ -72,7 +73,7 @@ def main() -> None:
     tables["follow"] = follow_table(read("follow"))
     front, steps = front_curves([*read("preset"), *read("results")]), list(csv.DictReader(STEPS.open()))
     answers = {"front": front_table(front), "step": step_table(steps), "blocked_goal": blocked_table(read("blocked_goal"))}
-    answers["quickstart"] = quickstart_table(read("quickstart"))
+    answers |= {"quickstart": quickstart_table(read("quickstart")), "offline": offline_table(read("offline"))}
     for name, shown in (("notes", tables), ("results", answers)):
         page = arguments.docs / f"{name}.md"
         page.write_text(fill(page.read_text(), shown))

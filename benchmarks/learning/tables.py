@@ -222,6 +222,33 @@ def quickstart_table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
+def offline_table(rows: Sequence[Row]) -> str:
+    """Returns after the last update of each run, means over seeds with the range."""
+    names = {"behaviour_cloning": "behaviour cloning", "diffusion_ql": "Diffusion-QL", "dtql": "DTQL"}
+    lines = ["| task | algorithm | seeds | updates | return | of `deterministic=True` | minutes |", "|---" * 7 + "|"]
+    rows = [row for row in rows if row["steps"] == "0"]
+    for task in dict.fromkeys(row["task"] for row in rows):
+        of_task = [row for row in rows if row["task"] == task]
+        for what, label in (("data_return", "the data"), ("agent_return", "the agent in the data")):
+            lines.append(f"| {task} | {label} | | | {float(of_task[0][what]):.0f} | | |")
+        for algo, label in names.items():
+            last = {row["seed"]: row for row in of_task if row["algo"] == algo}
+            if not last:
+                continue
+            updates = max(int(row["updates"]) for row in last.values())
+            ended = [row for row in last.values() if int(row["updates"]) == updates]
+            cells = [ranged([float(row[name]) for row in ended]) for name in ("mean_return", "greedy_return")]
+            minutes = np.mean([float(row["minutes"]) for row in ended])
+            lines.append(f"| {task} | {label} | {len(ended)} | {updates} | {' | '.join(cells)} | {minutes:.0f} |")
+    return "\n".join(lines)
+
+
+def ranged(values: Sequence[float]) -> str:
+    """A mean, with the range if there are several."""
+    spread = f" ({min(values):.0f} to {max(values):.0f})" if len(values) > 1 else ""
+    return f"{np.mean(values):.0f}{spread}"
+
+
 def follow_table(rows: Sequence[Row]) -> str:
     """How far the policy is from the best actions before and after they change, means over seeds."""
     moments = list(dict.fromkeys(row["moment"] for row in rows))

@@ -55,8 +55,8 @@ def normed_layers(network):
 
 def close(parameters, arrays):
     """
-    Gradients, compared with the largest number of each tensor, because single ones cancel. Where actions are at the edge of the
-    box the policy's gradients are small, and float32 has few digits of 1 - tanh^2.
+    Gradients, compared with the largest number of each tensor, because single ones cancel. Where actions are at the edge of
+    the box the policy's gradients are small, and float32 has few digits of 1 - tanh^2.
     """
     for parameter, array in zip(parameters, arrays, strict=True):
         scale = max(1e-2, np.abs(array).max())

@@ -18,7 +18,7 @@ import yaml
 from helpers import ROOT
 from packaging.requirements import Requirement
 
-from sb3_qvpo import QVPO, SDAC, DiffusionPolicy
+from sb3_qvpo import DTQL, QVPO, SDAC, DiffusionPolicy, DiffusionQL, zoo
 from sb3_qvpo.common.off_policy_algorithm import DiffusionOffPolicyAlgorithm
 
 README = (ROOT / "README.md").read_text()
@@ -138,7 +138,7 @@ def check_arguments(arguments):
         assert set(map(str, tasks)) <= set(gym.registry), tasks
     if "eval_freq" in values and "steps" in values:  # run.py
         assert values["steps"] % values["eval_freq"] == 0
-    if values.get("algo") == "qvpo" and values.get("hyperparams"):
+    if isinstance(values.get("algo"), str) and values["algo"] in zoo.ALGORITHMS and values.get("hyperparams"):
         of_rl_zoo = {
             "callback",
             "env_wrapper",
@@ -149,7 +149,9 @@ def check_arguments(arguments):
             "policy",
             "vec_env_wrapper",
         }
-        assert values["hyperparams"].keys() <= inspect.signature(QVPO).parameters.keys() | of_rl_zoo, values["hyperparams"]
+        algorithm = zoo.ALGORITHMS[values["algo"]].algorithm
+        own = {*inspect.signature(algorithm.__mro__[2]).parameters, *inspect.signature(zoo.InZoo).parameters}
+        assert values["hyperparams"].keys() <= own | of_rl_zoo, values["hyperparams"]
     assert Path(values.get("conf_file") or ROOT).exists(), values["conf_file"]
 
 
@@ -319,7 +321,7 @@ def test_measurements_that_pages_name_exist():
         assert len((ROOT / path).read_text().splitlines()) > 1, path
 
 
-@pytest.mark.parametrize(("name", "n_rows"), [("algorithm", 24), ("sdac", 11)])
+@pytest.mark.parametrize(("name", "n_rows"), [("algorithm", 24), ("sdac", 11), ("diffusion_ql", 12), ("dtql", 12)])
 def test_every_deviation_has_its_test(name, n_rows):
     page = (ROOT / "docs" / f"{name}.md").read_text()
     rows = re.findall(r"^\| (\d+)\. .*\|$", page, flags=re.M)
@@ -357,6 +359,15 @@ def test_argument_tables():
     own = own_arguments(QVPO, "ent_coef", "use_sde")
     assert own | {"policy_kwargs"} <= in_qvpo and len(in_readme) == 8 and in_readme < own
     assert own_arguments(SDAC, "temperature", "qf_learning_rate") <= arguments_in_tables(sdac, SDAC)
+
+
+@pytest.mark.parametrize(("name", "algorithm", "first"), [("diffusion_ql", DiffusionQL, "eta"), ("dtql", DTQL, "alpha")])
+def test_argument_tables_of_algorithms_for_data(name, algorithm, first):
+    page = (ROOT / "docs" / f"{name}.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \| ([^|]*) \| [^|]* \|$", page, flags=re.M)
+    defaults = {row: inspect.signature(algorithm).parameters[row].default for row, _ in rows}
+    assert {row: default.strip("` ").strip('"') for row, default in rows} == {k: str(v) for k, v in defaults.items()}
+    assert defaults.keys() == own_arguments(algorithm, first, "qf_learning_rate")
 
 
 def test_the_front_page_is_short():
