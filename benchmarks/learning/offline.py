@@ -6,13 +6,12 @@ Learning from data that the project records itself: half of the transitions from
 Diffusion-QL, DTQL and behaviour cloning, and then goes on in the environment with ``--steps``. Both need
 ``pip install ".[offline,mujoco]"``.
 
-A row that is in the CSV already is not made again. Returns are means of 10 episodes from the same start states: of the
+A run that is in the CSV already is not made again; one that broke off is. Returns are means of 10 episodes from the same start states: of the
 policies' own way to act (one of many draws, by a softmax of values; ``mean_return``), and of ``predict(deterministic=True)``
 (``greedy_return``). ``data_return`` is the mean over the data's episodes, ``agent_return`` that over the trained agent's.
 """
 
 import argparse
-import csv
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +23,7 @@ import numpy as np
 import torch as th
 from evaluation import SEED
 from minari.data_collector import EpisodeBuffer
-from run import append, setup
+from run import append, read, setup, write
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.monitor import Monitor
 
@@ -36,9 +35,12 @@ NO_CHOICE = dict(n_behavior_candidates=1, n_eval_candidates=1)
 SETTINGS: dict[str, tuple[Any, dict[str, Any]]] = {
     "diffusion_ql": (DiffusionQL, dict(target_actor_start=0)),
     "behaviour_cloning": (DiffusionQL, dict(eta=0.0, **NO_CHOICE)),
-    "dtql": (DTQL, dict(n_pretraining_updates=2_000)),
+    "dtql": (DTQL, dict(n_pretraining_updates=2_000, n_behavior_candidates=128, n_eval_candidates=1)),
 }
-"""The defaults, but for what is meant for a million updates: when the target actor first moves, how long DTQL pre-trains."""
+"""
+The defaults, but for what is meant for a million updates: when the target actor first moves, how long DTQL pre-trains. DTQL acts
+by 128 draws instead of 1024, because evaluating would take longer than learning; its ``greedy_return`` is the policy alone.
+"""
 
 
 def record(model_file: Path, task: str, name: str, n_transitions: int, seed: int) -> None:
@@ -155,10 +157,13 @@ def main() -> None:
         return
     for seed in arguments.seeds:
         for algo in arguments.algos:
-            rows = list(csv.DictReader(arguments.csv.open())) if arguments.csv.exists() else []
-            if any((row["task"], row["algo"], row["seed"]) == (arguments.task, algo, str(seed)) for row in rows):
+            rows = read(arguments.csv)
+            own = [row for row in rows if (row["task"], row["algo"], row["seed"]) == (arguments.task, algo, str(seed))]
+            if any(int(row["updates"]) >= arguments.updates and int(row["steps"]) >= arguments.steps for row in own):
                 print(f"{arguments.task} {algo} seed {seed}: is there")
                 continue
+            if own:  # it broke off
+                write(arguments.csv, [row for row in rows if row not in own], list(rows[0]))
             learn(arguments.name, arguments.task, algo, seed, arguments)
 
 
