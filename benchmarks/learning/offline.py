@@ -8,8 +8,8 @@ Diffusion-QL, DTQL and behaviour cloning, and then goes on in the environment wi
 
 A run that is in the CSV already is not made again; one that broke off is. Returns are means of 10 episodes from the same start
 states: of the policies' own way to act (one of many draws, by a softmax of values; ``mean_return``), and of
-``predict(deterministic=True)`` (``greedy_return``). ``data_return`` is the mean over the data's episodes, ``agent_return`` that
-over the trained agent's.
+``predict(deterministic=True)`` (``greedy_return``). ``data_return`` is the mean over the data's episodes, ``agent_return``
+that over the trained agent's.
 """
 
 import argparse
@@ -40,7 +40,8 @@ SETTINGS: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 """
 The defaults, but for what is meant for a million updates: when the target actor first moves, how long DTQL pre-trains. DTQL
-acts by 128 draws instead of 1024, because evaluating would take longer than learning; its ``greedy_return`` is the policy alone.
+acts by 128 draws instead of 1024, because evaluating would take longer than learning. Its ``greedy_return`` is the policy
+alone.
 """
 
 

@@ -354,7 +354,10 @@ def test_what_the_log_says_of_alpha():
     assert {"train/trust_region_loss", "train/value_loss", "train/state_value", "train/bc_loss"} <= logged.keys()
 
 
-@pytest.mark.parametrize(("kind", "n_candidates"), [("gaussian", 1), ("implicit", 1), ("gaussian", 5)])
+@pytest.mark.parametrize(
+    ("kind", "n_candidates"),
+    [("gaussian", 1), *(pytest.param(*each, marks=pytest.mark.slow) for each in (("implicit", 1), ("gaussian", 5)))],
+)
 def test_an_exported_file_decides_as_predict_does(tmp_path, kind, n_candidates):
     """With one candidate it holds the one-step policy alone."""
     model = tiny_dtql(n_eval_candidates=n_candidates, policy_kwargs=dict(net_arch=[32, 32], one_step_policy=kind)).learn(20)

@@ -213,7 +213,7 @@ def test_a_diverging_trial_is_pruned(zoo, work, monkeypatch):
 # Learning from data
 
 
-@pytest.mark.parametrize("algo", ["diffusion_ql", "dtql", "qvpo"])
+@pytest.mark.parametrize("algo", ["diffusion_ql", *(pytest.param(name, marks=pytest.mark.slow) for name in ("dtql", "qvpo"))])
 def test_training_from_a_dataset_then_online(work, algo):
     """As docs/offline.md shows it: updates instead of steps, evaluations and files as ever; -i goes on in the environment."""
 

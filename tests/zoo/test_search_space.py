@@ -140,7 +140,7 @@ def test_sdac_is_searched_with_hindsight_too():
 def test_settings_sampled_for_data_are_valid(name, algorithm):
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     row = zoo.ALGORITHMS[name]
-    for i, trial in enumerate(study.ask() for _ in range(100)):
+    for i, trial in enumerate(study.ask() for _ in range(12)):
         params = row.sample(trial, 1, 1, dict(NO_HER))
         assert row.convert(trial.params) == params  # what --trial-id does
         assert all(params[key] == value for key, value in trial.user_attrs.items())
