@@ -370,6 +370,14 @@ def test_argument_tables_of_algorithms_for_data(name, algorithm, first):
     assert defaults.keys() == own_arguments(algorithm, first, "qf_learning_rate")
 
 
+def test_cells_of_the_hyperparameter_page_are_short():
+    """A cell holds a word or a number: at most eight words."""
+    lines = (ROOT / "docs" / "hyperparameters.md").read_text().splitlines()
+    cells = [cell for line in lines if line.startswith("| ") for cell in line.strip("|").split(" | ")]
+    assert len(cells) > 200
+    assert not [cell for cell in cells if len(cell.split()) > 8]
+
+
 def test_the_front_page_is_short():
     """House rules: 90 lines, and outside code 600 words and 25 numbers."""
     text = re.sub(r"\]\([^)]*\)", "]", BLOCK.sub("", README))
