@@ -22,7 +22,7 @@ from stable_baselines3.common.logger import KVWriter
 from stable_baselines3.common.noise import NormalActionNoise
 from stable_baselines3.common.vec_env import VecNormalize
 
-from sb3_qvpo import QVPO, SDAC, DiffusionPolicy
+from sb3_qvpo import DTQL, QVPO, SDAC, DiffusionPolicy, DiffusionQL
 from sb3_qvpo.common.runs.finite_checks import FiniteGuard
 
 TOLERANCE = dict(rtol=1e-5, atol=1e-5)
@@ -60,6 +60,33 @@ TINY_SOFT = {
 def tiny_sdac(env="Pendulum-v1", policy="MlpPolicy", **kwargs):
     """A small SDAC; ``kwargs`` override :data:`TINY_SOFT`."""
     return SDAC(policy, env, **{**TINY_SOFT, **kwargs})
+
+
+TINY_FROM_DATA = {
+    **{name: value for name, value in TINY.items() if name not in {"n_train_candidates", "n_uniform_actions"}},
+    **dict(n_behavior_candidates=6, n_target_candidates=3, target_actor_start=5),
+}
+"""The same for Diffusion-QL."""
+
+TINY_TRUSTED = {
+    **{
+        name: value
+        for name, value in TINY.items()
+        if name not in {"n_train_candidates", "n_uniform_actions", "n_diffusion_steps"}
+    },
+    **dict(n_behavior_candidates=6, n_pretraining_updates=2),
+}
+"""The same for DTQL."""
+
+
+def tiny_diffusion_ql(env="Pendulum-v1", policy="MlpPolicy", **kwargs):
+    """A small Diffusion-QL; ``kwargs`` override :data:`TINY_FROM_DATA`."""
+    return DiffusionQL(policy, env, **{**TINY_FROM_DATA, **kwargs})
+
+
+def tiny_dtql(env="Pendulum-v1", policy="MlpPolicy", **kwargs):
+    """A small DTQL; ``kwargs`` override :data:`TINY_TRUSTED`."""
+    return DTQL(policy, env, **{**TINY_TRUSTED, **kwargs})
 
 
 SMALL_MODELS = {

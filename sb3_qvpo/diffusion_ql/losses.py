@@ -19,10 +19,13 @@ def q_term(q_values: th.Tensor, coin: th.Tensor, data_q_values: th.Tensor | None
     :return: A scalar.
     """
     n_critics = len(q_values)
-    chosen = (coin * n_critics).long().clamp(max=n_critics - 1)
-    size = q_values[(chosen + 1) % n_critics] if data_q_values is None else data_q_values[chosen]
-    size = size.detach()
-    return -q_values[chosen].mean() / size.abs().mean()
+    # As a tensor of one number: indexing by a scalar would read it back from a GPU
+    chosen = (coin * n_critics).long().clamp(max=n_critics - 1).view(1)
+    if data_q_values is None:
+        size = q_values.index_select(0, (chosen + 1) % n_critics)
+    else:
+        size = data_q_values.index_select(0, chosen)
+    return -q_values.index_select(0, chosen).mean() / size.detach().abs().mean()
 
 
 def max_q_target(q_values: th.Tensor) -> th.Tensor:

@@ -9,7 +9,6 @@ from gymnasium import spaces
 from helpers import (
     BOX,
     IMAGE,
-    TINY,
     TOLERANCE,
     AnySpacesEnv,
     CountdownEnv,
@@ -19,6 +18,7 @@ from helpers import (
     assert_gradients_close,
     critics_to_numpy,
     same_weights,
+    tiny_diffusion_ql,
     to_double,
     weights_of,
 )
@@ -28,17 +28,6 @@ from sb3_qvpo.common.speed.settings import settings as speed_settings
 from sb3_qvpo.diffusion_ql import DiffusionQL
 from sb3_qvpo.diffusion_ql.losses import max_q_target, q_term
 from sb3_qvpo.offline import SpacesEnv
-
-SMALL = {
-    **{name: value for name, value in TINY.items() if name not in {"n_train_candidates", "n_uniform_actions"}},
-    **dict(n_behavior_candidates=6, n_target_candidates=3, n_eval_candidates=4),
-}
-
-
-def tiny_diffusion_ql(env="Pendulum-v1", policy="MlpPolicy", **kwargs):
-    """A small Diffusion-QL."""
-    return DiffusionQL(policy, env, **{**SMALL, **kwargs})
-
 
 SETTINGS = {
     "authors' code": dict(),

@@ -12,7 +12,6 @@ from gymnasium import spaces
 from helpers import (
     BOX,
     IMAGE,
-    TINY,
     TOLERANCE,
     AnySpacesEnv,
     CountdownEnv,
@@ -21,6 +20,7 @@ from helpers import (
     actor_to_numpy,
     layers_to_numpy,
     same_weights,
+    tiny_dtql,
     to_double,
     weights_of,
 )
@@ -30,16 +30,6 @@ from torch.export.pt2_archive._package import load_pt2
 from sb3_qvpo.dtql import DTQL
 from sb3_qvpo.dtql.losses import expectile_loss, squashed_log_density
 from sb3_qvpo.offline import SpacesEnv
-
-SMALL = {
-    **{name: TINY[name] for name in ("learning_starts", "batch_size", "buffer_size", "seed", "device", "policy_kwargs")},
-    **dict(n_behavior_candidates=6, n_eval_candidates=4, n_pretraining_updates=2),
-}
-
-
-def tiny_dtql(env="Pendulum-v1", policy="MlpPolicy", **kwargs):
-    """A small DTQL."""
-    return DTQL(policy, env, **{**SMALL, **kwargs})
 
 
 def normed_layers(network):

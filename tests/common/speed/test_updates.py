@@ -15,7 +15,9 @@ import pytest
 import torch as th
 from helpers import (
     TINY,
+    TINY_FROM_DATA,
     TINY_SOFT,
+    TINY_TRUSTED,
     DictEnv,
     Samples,
     batch_of,
@@ -25,6 +27,8 @@ from helpers import (
     runner_of,
     same_weights,
     take_bad_steps,
+    tiny_diffusion_ql,
+    tiny_dtql,
     tiny_qvpo,
     tiny_sdac,
     use_runner,
@@ -35,7 +39,7 @@ from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sb3_qvpo import QVPO, SDAC
+from sb3_qvpo import DTQL, QVPO, SDAC, DiffusionQL
 from sb3_qvpo.common.speed import optimizers, updates
 from sb3_qvpo.common.speed.updates import UpdateRunner, flat_items, rebuild
 
@@ -106,6 +110,24 @@ def test_captured_training_of_sdac_is_training(name):
     assert len(runner_of(model).graphs) == 2 and not runner_of(model).failed
     th.testing.assert_close(model.log_temperature, plain.log_temperature)
     th.testing.assert_close(model.value_spread, plain.value_spread)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "defaults", "settings", "n_graphs"),
+    [
+        (DiffusionQL, TINY_FROM_DATA, dict(max_grad_norm=0.5), 2),
+        (DiffusionQL, TINY_FROM_DATA, dict(q_normalization="data", max_q_backup=True), 2),
+        (DTQL, TINY_TRUSTED, dict(log_prob_coef=1.0), 3),
+        (DTQL, TINY_TRUSTED, dict(value_target="online", policy_kwargs=dict(net_arch=[8], one_step_policy="implicit")), 3),
+    ],
+)
+def test_captured_training_of_algorithms_for_data_is_training(algorithm, defaults, settings, n_graphs):
+    """Gradients through a chain, and those that are read back for the log. What happens every few updates is no part of it."""
+    model = on_an_accelerator(algorithm=algorithm, defaults=defaults, **settings).learn(60)
+    plain = algorithm("MlpPolicy", "Pendulum-v1", **{**defaults, **settings}).learn(60)
+    assert close(model, plain)
+    assert len(runner_of(model).graphs) == n_graphs and not runner_of(model).failed
+    assert metric_sums(model).keys() == metric_sums(plain).keys()
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -344,6 +366,10 @@ def fused_adam_on_meta(monkeypatch):
         (tiny_qvpo, dict(q_weighting="qcut"), "critic_contrast"),
         (tiny_sdac, {}, "divergence"),
         (tiny_sdac, dict(temperature="auto", q_scaling="spread", proposal_actions="replay"), "divergence"),
+        (tiny_diffusion_ql, dict(max_q_backup=True), "q_loss"),
+        (tiny_diffusion_ql, dict(eta=0.0), "bc_loss"),
+        (tiny_dtql, {}, "trust_region_gradient"),
+        (tiny_dtql, dict(log_prob_coef=1.0, value_target="online"), "log_density"),
     ],
 )
 def test_an_update_reads_nothing_back_and_copies_nothing(build, kwargs, metric, chosen, fused_adam_on_meta):
@@ -351,30 +377,32 @@ def test_an_update_reads_nothing_back_and_copies_nothing(build, kwargs, metric, 
     policy_kwargs = dict(net_arch=[8, 8], time_embedding_dim=4, optimizer_kwargs=chosen)
     model = build(device="meta", seed=None, policy_kwargs=policy_kwargs, **kwargs)
     # Moving to this device makes other parameters, which the optimisers do not know
-    for network, parameters in (
-        (model.actor, list(model.actor.parameters())),
-        (model.critic, model.policy.critic_parameters(model.critic)),
-    ):
+    networks = [model.actor, model.critic, *([model.policy.cloned] if isinstance(model, DTQL) else [])]
+    for network in networks:
+        parameters = model.policy.critic_parameters(network) if network is model.critic else list(network.parameters())
         network.optimizer = model.policy._make_optimizer(parameters, 1e-3)
         assert optimizers.make_capturable(network.optimizer)
         assert network.optimizer.param_groups[0]["fused"] is (None if chosen else True)
     batch = ReplayBufferSamples(*(th.empty(8, size, device="meta") for size in (3, 1, 3, 1, 1)))
-    coefficient = th.empty((), device="meta")  # ent_coef, or the temperature
+    # ent_coef, or the temperature
+    coefficients = [th.empty((), device="meta")] if isinstance(model, QVPO | SDAC) else []
     guard_of(model).start_update(1, {})
     with OnDeviceOnly():
         for _ in range(2):
-            assert {"critic_loss", "q_value"} == model._update_critics(batch).keys()
-            metrics = model._update_policy(batch, coefficient)
+            assert {"critic_loss", "q_value"} <= model._update_critics(batch).keys()
+            metrics = model._update_policy(batch, *coefficients)
+            if isinstance(model, DTQL):
+                assert {"bc_loss"} == model._update_cloned(batch).keys()
             assert {"actor_loss", metric} <= metrics.keys()
-    for network in (model.actor, model.critic):
+    for network in networks:
         state = network.optimizer.state_dict()["state"]
         assert len(state) == len(network.optimizer.param_groups[0]["params"]) > 5, "all parameters were stepped"
-    assert len(fused_adam_on_meta) == (0 if chosen else 4)
+    assert len(fused_adam_on_meta) == (0 if chosen else 2 * len(networks))
     assert all(found_inf.device.type == "meta" for found_inf in fused_adam_on_meta)
     with pytest.raises(RuntimeError, match="cannot be called on meta tensors"):
         metrics["actor_loss"].item()
     with pytest.raises(AssertionError, match="tensor on the CPU"), OnDeviceOnly():
-        model.actor.diffusion.betas + th.ones(())
+        model.actor.noise_predictor.state_dict().popitem()[1] + th.ones(())
 
 
 @pytest.mark.parametrize("kind", ["vector", "n-step", "dict"])
