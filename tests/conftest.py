@@ -14,7 +14,7 @@ th.set_num_threads(1)
 LONGEST_FILES = [
     "test_export.py", "test_studies.py", "test_programs.py", "test_checkpoints.py", "test_examples.py", "test_networks.py",
     "test_reports.py", "test_weights.py", "test_report.py", "test_installation.py", "test_files.py", "test_updates.py",
-    "test_documentation.py", "test_benchmarks.py", "test_commands.py", "test_qvpo.py",
+    "test_documentation.py", "test_benchmarks.py", "test_commands.py", "test_qvpo.py", "test_dtql.py", "test_diffusion_ql.py",
 ]
 # fmt: on
 
