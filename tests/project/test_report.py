@@ -270,6 +270,25 @@ def test_tables_of_costs_and_of_the_quick_start():
     assert tables.quickstart_table(runs).splitlines()[2:] == ["| 5 000 | 2 | -150 | -146 | -141 |"]
 
 
+def test_the_table_of_learning_from_data():
+    """The last update of each run, without what came later in the environment, and without runs that broke off."""
+
+    def run(algo, seed, updates, value, steps="0"):
+        known = dict(task="T", data_return="50", agent_return="90", greedy_return="7", minutes="4")
+        return dict(algo=algo, seed=seed, updates=updates, steps=steps, mean_return=value, **known)
+
+    rows = [
+        *(run("dtql", "0", "10", "1"), run("dtql", "0", "20", "60"), run("dtql", "0", "25", "99", steps="5")),
+        *(run("dtql", "1", "20", "70"), run("dtql", "2", "10", "0"), run("behaviour_cloning", "0", "20", "40")),
+    ]
+    assert tables.offline_table(rows).splitlines()[2:] == [
+        "| T | the data | | | 50 | | |",
+        "| T | the agent in the data | | | 90 | | |",
+        "| T | behaviour cloning | 1 | 20 | 40 | 7 | 4 |",
+        "| T | DTQL | 2 | 20 | 65 (60 to 70) | 7 (7 to 7) | 4 |",
+    ]
+
+
 def test_every_length_of_runs_is_shown(monkeypatch):
     """Those of small tasks and long ones; ablations only beside what they vary, and drawn when one has come to its end."""
     monkeypatch.setitem(selection.THRESHOLDS, "T", [3])

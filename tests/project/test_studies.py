@@ -185,6 +185,28 @@ def test_learning_curves_are_resumed(tmp_path):
     assert rows() == finished
 
 
+@pytest.mark.slow
+def test_the_study_of_learning_from_data(tmp_path, monkeypatch):
+    """Recorded, learnt from, gone on with in the environment; a second call makes nothing again."""
+    minari = pytest.importorskip("minari")
+    import offline
+
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "datasets"))
+    tiny_qvpo("Pendulum-v1").save(tmp_path / "model.zip")
+    small = dict(learning_starts=0, policy_kwargs=dict(net_arch=[8]), n_behavior_candidates=2, n_eval_candidates=2)
+    settings = {name: (kind, {**own, **small}) for name, (kind, own) in offline.SETTINGS.items()}
+    monkeypatch.setattr(offline, "SETTINGS", settings)
+    output_of(offline.main, "offline.py", "record", tmp_path / "model.zip", "Pendulum-v1", "t", "--transitions", "800")
+    assert minari.load_dataset("sb3_qvpo/t-v0").total_steps == 800
+    file = tmp_path / "offline.csv"
+    command = ("learn", "t", "Pendulum-v1", "--seeds", "0", "--updates", "20", "--steps", "200", "--csv", file)
+    output_of(offline.main, "offline.py", *command)
+    rows = list(csv.DictReader(file.open()))
+    assert [(row["updates"], row["steps"]) for row in rows[:4]] == [("10", "0"), ("20", "0"), ("120", "100"), ("220", "200")]
+    assert [row["algo"] for row in rows[::4]] == ["diffusion_ql", "behaviour_cloning", "dtql"]
+    assert output_of(offline.main, "offline.py", *command).count("is there") == 3
+
+
 def test_a_policy_that_must_follow():
     """The task's closed form, the search for the critics' best action, and that rewards change with the best actions."""
     env = toy_tasks.FollowEnv()
