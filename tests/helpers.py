@@ -24,6 +24,7 @@ from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_qvpo import DTQL, QVPO, SDAC, DiffusionPolicy, DiffusionQL
 from sb3_qvpo.common.runs.finite_checks import FiniteGuard
+from sb3_qvpo.offline import SpacesEnv
 
 TOLERANCE = dict(rtol=1e-5, atol=1e-5)
 """Between float32 here and the float64 reference."""
@@ -303,6 +304,31 @@ def sampled_observations(space, n, seed=0):
     if isinstance(space, spaces.Dict):
         return {key: np.stack([sample[key] for sample in samples]) for key in space.spaces}
     return np.stack(samples)
+
+
+# Data
+
+PLACES, MEANS = 0.8 * np.array([[-1, -1], [-1, 1], [1, -1], [1, 1]]), np.array([3, 0, 1.5, 5])
+"""The toy data of Diffusion-QL's authors: four places of actions, and the means of their rewards."""
+
+
+def four_gaussians():
+    """Their data in one state, in D4RL's layout, and an environment with their spaces."""
+    rng, n = np.random.default_rng(0), 10_000
+    which = rng.integers(4, size=n)
+    data = {
+        "observations": np.zeros((n, 1), np.float32),
+        "next_observations": np.zeros((n, 1), np.float32),
+        "actions": (PLACES[which] + 0.05 * rng.normal(size=(n, 2))).clip(-1, 1).astype(np.float32),
+        "rewards": MEANS[which] + 0.5 * rng.normal(size=n),
+        "terminals": np.ones(n, bool),
+    }
+    return data, SpacesEnv(spaces.Box(-1, 1, (1,), np.float32), spaces.Box(-1, 1, (2,), np.float32))
+
+
+def shares_of_places(actions):
+    """Which part of actions, shape (n, 2), is near each of the four places."""
+    return (np.linalg.norm(actions[:, None] - PLACES, axis=-1) < 0.3).mean(axis=0)
 
 
 # From torch modules to NumPy arrays

@@ -5,7 +5,6 @@ import onnxruntime
 import pytest
 import reference
 import torch as th
-from gymnasium import spaces
 from helpers import (
     BOX,
     IMAGE,
@@ -17,7 +16,9 @@ from helpers import (
     actor_to_numpy,
     assert_gradients_close,
     critics_to_numpy,
+    four_gaussians,
     same_weights,
+    shares_of_places,
     tiny_diffusion_ql,
     to_double,
     weights_of,
@@ -27,7 +28,6 @@ from sb3_qvpo.common.candidates import softmax_choice
 from sb3_qvpo.common.speed.settings import settings as speed_settings
 from sb3_qvpo.diffusion_ql import DiffusionQL
 from sb3_qvpo.diffusion_ql.losses import max_q_target, q_term
-from sb3_qvpo.offline import SpacesEnv
 
 SETTINGS = {
     "authors' code": dict(),
@@ -272,10 +272,6 @@ def test_the_learning_rate_is_constant_unless_it_is_a_schedule():
     assert float(rates[1e-3]) == pytest.approx(1e-3) and float(rates["cos_1e-3"]) < 2e-5
 
 
-PLACES, MEANS = 0.8 * np.array([[-1, -1], [-1, 1], [1, -1], [1, 1]]), np.array([3, 0, 1.5, 5])
-"""The authors' toy data: four places, and the means of their rewards."""
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("eta", [0.0, 2.5])
 def test_the_bandit_of_four_gaussians(eta):
@@ -283,20 +279,10 @@ def test_the_bandit_of_four_gaussians(eta):
     Cloning keeps all four places. With the critics the policy itself goes to the best one, and stays on the data. It needs the
     wide networks: with 64 units cloning learns a single Gaussian in as many updates.
     """
-    rng = np.random.default_rng(0)
-    which = rng.integers(4, size=10_000)
-    data = {
-        "observations": np.zeros((10_000, 1), np.float32),
-        "next_observations": np.zeros((10_000, 1), np.float32),
-        "actions": (PLACES[which] + 0.05 * rng.normal(size=(10_000, 2))).clip(-1, 1).astype(np.float32),
-        "rewards": MEANS[which] + 0.5 * rng.normal(size=10_000),
-        "terminals": np.ones(10_000, bool),
-    }
-    env = SpacesEnv(spaces.Box(-1, 1, (1,), np.float32), spaces.Box(-1, 1, (2,), np.float32))
+    data, env = four_gaussians()
     settings = dict(n_diffusion_steps=20, batch_size=100, learning_rate=1e-3, target_actor_start=0, n_behavior_candidates=1)
     model = DiffusionQL("MlpPolicy", env, eta=eta, buffer_size=10_000, seed=0, device="cpu", **settings)
     model.learn_offline(data, 2_000)
-    actions, _ = model.predict(np.zeros((1_000, 1), np.float32))
-    shares = (np.linalg.norm(actions[:, None] - PLACES, axis=-1) < 0.3).mean(axis=0)
+    shares = shares_of_places(model.predict(np.zeros((1_000, 1), np.float32))[0])
     print(eta, shares)
     assert ((shares > 0.15).all() and shares.sum() > 0.85) if eta == 0 else shares[3] > 0.9

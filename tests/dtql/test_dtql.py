@@ -8,7 +8,6 @@ import onnxruntime
 import pytest
 import reference
 import torch as th
-from gymnasium import spaces
 from helpers import (
     BOX,
     IMAGE,
@@ -18,8 +17,10 @@ from helpers import (
     DictEnv,
     actor_parameters,
     actor_to_numpy,
+    four_gaussians,
     layers_to_numpy,
     same_weights,
+    shares_of_places,
     tiny_dtql,
     to_double,
     weights_of,
@@ -29,7 +30,6 @@ from torch.export.pt2_archive._package import load_pt2
 
 from sb3_qvpo.dtql import DTQL
 from sb3_qvpo.dtql.losses import expectile_loss, squashed_log_density
-from sb3_qvpo.offline import SpacesEnv
 
 
 def normed_layers(network):
@@ -378,29 +378,17 @@ def test_an_exported_file_decides_as_predict_does(tmp_path, kind, n_candidates):
     assert model.policy.critic is model.critic, "the policy itself is as it was"
 
 
-PLACES, MEANS = 0.8 * np.array([[-1, -1], [-1, 1], [1, -1], [1, 1]]), np.array([3, 0, 1.5, 5])
-
-
 @pytest.mark.slow
 def test_the_bandit_of_four_gaussians():
     """The diffusion model clones all four places. The policy goes to the best one, and stays on the data."""
-    rng = np.random.default_rng(0)
-    which = rng.integers(4, size=10_000)
-    data = {
-        "observations": np.zeros((10_000, 1), np.float32),
-        "next_observations": np.zeros((10_000, 1), np.float32),
-        "actions": (PLACES[which] + 0.05 * rng.normal(size=(10_000, 2))).clip(-1, 1).astype(np.float32),
-        "rewards": MEANS[which] + 0.5 * rng.normal(size=10_000),
-        "terminals": np.ones(10_000, bool),
-    }
-    env = SpacesEnv(spaces.Box(-1, 1, (1,), np.float32), spaces.Box(-1, 1, (2,), np.float32))
+    data, env = four_gaussians()
     settings = dict(n_pretraining_updates=1_000, learning_rate=1e-3, n_behavior_candidates=1, n_eval_candidates=1)
     model = DTQL("MlpPolicy", env, buffer_size=10_000, seed=0, device="cpu", **settings)
     model.learn_offline(data, 3_000)
     with th.no_grad():
         cloned = model.policy.cloned.sample_candidates(th.zeros(1, 1), th.randn(1, 1, 1_000, 2))[0].numpy()
-    actions, _ = model.predict(np.zeros((1_000, 1), np.float32))
-    of_clone, of_policy = ((np.linalg.norm(each[:, None] - PLACES, axis=-1) < 0.3).mean(axis=0) for each in (cloned, actions))
+    of_clone = shares_of_places(cloned)
+    of_policy = shares_of_places(model.predict(np.zeros((1_000, 1), np.float32))[0])
     print(of_clone, of_policy)
     assert (of_clone > 0.15).all() and of_clone.sum() > 0.85
     assert of_policy[3] > 0.9
