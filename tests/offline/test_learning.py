@@ -7,7 +7,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
-from helpers import same_weights, tiny_qvpo, tiny_sdac, weights_of
+from helpers import normalized, same_weights, tiny_diffusion_ql, tiny_dtql, tiny_qvpo, tiny_sdac, weights_of
 from stable_baselines3.common.callbacks import BaseCallback, CheckpointCallback, EvalCallback, StopTrainingOnMaxEpisodes
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.logger import configure
@@ -54,7 +54,7 @@ class Watch(BaseCallback):
         self.calls.append("end")
 
 
-@pytest.mark.parametrize("build", [tiny_qvpo, tiny_sdac])
+@pytest.mark.parametrize("build", [tiny_qvpo, tiny_sdac, tiny_diffusion_ql, tiny_dtql])
 def test_it_is_a_loop_over_updates(build):
     """One gradient step is one step of callbacks, schedules and counters; nothing is done in the environment."""
     model, watch = build(learning_rate=lambda left: 1e-3 * left), Watch()
@@ -196,3 +196,15 @@ def test_an_error_leaves_weights_and_data_whole():
 def test_a_progress_bar(capsys):
     tiny_qvpo().learn_offline(random_data(), 10, progress_bar=True)
     assert "10/10" in capsys.readouterr().out.replace(" ", "")
+
+
+def test_statistics_of_the_data_normalise_them():
+    """As the page about data says: given to ``VecNormalize`` first, they count when batches are drawn."""
+    data = random_data(500)
+    data |= {name: 5 + 3 * data[name] for name in ("observations", "next_observations")}
+    env = normalized()
+    env.obs_rms.update(data["observations"])
+    model = tiny_qvpo(env, buffer_size=1_000).learn_offline(data, 5)
+    observations = model._sample_batch(500).observations.numpy()
+    np.testing.assert_allclose(observations.mean(axis=0), 0, atol=0.2)
+    np.testing.assert_allclose(observations.std(axis=0), 1, atol=0.2)
