@@ -12,7 +12,7 @@ from gymnasium import spaces
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 
 from sb3_qvpo.common.arguments import PolicyValue
-from sb3_qvpo.common.candidates import select, softmax_choice
+from sb3_qvpo.common.candidates import best_candidate, select, softmax_choice
 from sb3_qvpo.common.networks import evaluation_mode
 from sb3_qvpo.common.policies import DiffusionPolicy
 
@@ -52,6 +52,10 @@ class SoftmaxPolicy(DiffusionPolicy):
             candidates = self.actor.sample_candidates(features, noise)
             q_values = self.critic_target.score(self.critic_target.features(observation), candidates)
         return select(candidates, softmax_choice(q_values, self.selection_temperature, th.rand_like(q_values)))
+
+    def _best_action(self, observation: PyTorchObs, noise: th.Tensor | int) -> th.Tensor:
+        # A single candidate asks no critic
+        return best_candidate(*self.score_candidates(observation, noise, only_to_choose=True)[1:])
 
     def _scores_as_known(self) -> bool:
         # Compiled decisions take the best candidate

@@ -16,10 +16,12 @@ argument or variable        symbol          meaning
 ==========================  ==============  ========================================================
 """
 
+import warnings
 from typing import Any, ClassVar, NamedTuple, TypeVar, cast
 
 import torch as th
 from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, ReplayBufferSamples, Schedule
@@ -232,7 +234,7 @@ class DTQL(TDAlgorithm):
         """
         actions = batch.actions.unsqueeze(1)
         teacher = self.critic_target if self.value_target == "target" else self.critic
-        with th.no_grad(), evaluation_mode(teacher):
+        with th.no_grad(), evaluation_mode(teacher, self.critic):
             followed = teacher.score(teacher.features(batch.observations), actions).squeeze(1)
             next_values = self.critic.state_values(self.critic.features(batch.next_observations))
         with th.set_grad_enabled(not self.critic.share_features_extractor):  # the actor's loss trains a shared extractor
@@ -322,6 +324,15 @@ class DTQL(TDAlgorithm):
     def _setup_model(self) -> None:
         super()._setup_model()
         self.cloned = self.policy.cloned
+
+    def _setup_learn(self, total_timesteps: int, *args: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
+        if self._n_updates + total_timesteps <= self.n_pretraining_updates:
+            warnings.warn(
+                f"n_pretraining_updates is {self.n_pretraining_updates}: the policy will not be trained in the "
+                f"{total_timesteps} updates or steps that were asked for",
+                stacklevel=4,
+            )
+        return super()._setup_learn(total_timesteps, *args, **kwargs)
 
     def _optimizers(self) -> dict[str, th.optim.Optimizer]:
         return {**super()._optimizers(), "cloned.optimizer": self.policy.cloned.optimizer}

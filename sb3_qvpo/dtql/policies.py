@@ -59,6 +59,11 @@ class MlpPolicy(SoftmaxPolicy):
         for name in OF_CHAINS:
             if name in kwargs:
                 raise ValueError(f"{name} must be left out, got {kwargs[name]!r}: DTQL's policy has no chain")
+        if kwargs.get("share_features_extractor"):
+            raise ValueError(
+                "share_features_extractor must be False, got True: while DTQL pre-trains, the actor, whose loss would train a "
+                "shared extractor, waits"
+            )
         check_choice("one_step_policy", one_step_policy, ONE_STEP_POLICIES)
         check_class("policy_activation_fn", policy_activation_fn, nn.Module)
         self._levels = dict(sigma_min=sigma_min, sigma_max=sigma_max, sigma_data=sigma_data)

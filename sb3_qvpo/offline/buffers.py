@@ -37,6 +37,8 @@ def fill_replay_buffer(
         raise ValueError("model must have a replay buffer, got one without")
     with opened(dataset) as source:
         check_spaces(source, buffer)
+        # An episode that is going on in the environment does not go on in the data
+        cut_last_episode(buffer)
         parts = (
             checked(part, buffer, reward_transform, clip_actions) for part in with_progress(rows_of(source), progress_bar)
         )

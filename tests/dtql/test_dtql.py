@@ -233,6 +233,7 @@ def test_acting_follows_the_softmax_of_the_target_critics():
         (dict(selection_temperature=0.0), "selection_temperature must be"),
         (dict(policy_kwargs=dict(one_step_policy="flow")), "one_step_policy must be"),
         (dict(policy_kwargs=dict(sampler="ddim")), "sampler must be left out"),
+        (dict(policy_kwargs=dict(share_features_extractor=True)), "share_features_extractor must be False"),
         (dict(policy_kwargs=dict(sigma_min=-1.0)), "sigma_min"),
         (dict(policy_kwargs=dict(one_step_policy="implicit"), log_prob_coef=1.0), "log_prob_coef must be 0"),
     ],
@@ -278,7 +279,6 @@ def test_it_goes_on_as_if_it_had_never_stopped(tmp_path):
     [
         ("CnnPolicy", lambda: AnySpacesEnv(IMAGE, BOX), dict(features_extractor_kwargs=dict(features_dim=8))),
         ("MultiInputPolicy", DictEnv, dict()),
-        ("MlpPolicy", lambda: AnySpacesEnv(BOX, BOX), dict(share_features_extractor=True)),
         ("MlpPolicy", lambda: AnySpacesEnv(BOX, BOX), dict(n_critics=3, initialization="normal")),
     ],
 )
@@ -338,6 +338,22 @@ def test_learning_rates_follow_their_schedules():
     assert float(model.critic.optimizer.param_groups[0]["lr"]) == pytest.approx(3e-4)
 
 
+def test_short_runs_say_that_the_policy_is_not_trained():
+    with pytest.warns(UserWarning, match="n_pretraining_updates is 50: the policy will not be trained in the 20"):
+        tiny_dtql(n_pretraining_updates=50).learn(20)
+
+
+def test_a_single_candidate_asks_no_critic():
+    """With values that are no numbers the action is the same."""
+    model = tiny_dtql(n_eval_candidates=1)
+    observation = np.ones(3, np.float32)
+    action, _ = model.predict(observation, deterministic=True)
+    with th.no_grad():
+        for parameter in model.critic.parameters():
+            parameter.mul_(float("nan"))
+    assert model.predict(observation, deterministic=True)[0] == action
+
+
 def test_what_the_log_says_of_alpha():
     """The gradients that the two terms have at an action: from their ratio a user finds alpha."""
     model = tiny_dtql(n_pretraining_updates=0, alpha=3.0, policy_kwargs=dict(net_arch=[8])).learn(20)
@@ -379,6 +395,7 @@ def test_an_exported_file_decides_as_predict_does(tmp_path, kind, n_candidates):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_the_bandit_of_four_gaussians():
     """The diffusion model clones all four places. The policy goes to the best one, and stays on the data."""
     data, env = four_gaussians()

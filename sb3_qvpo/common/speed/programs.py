@@ -172,6 +172,9 @@ class DecidingPolicy(Protocol):
     def critic(self) -> CandidateCritic:
         """The critics."""
 
+    def _scores_as_known(self) -> bool:
+        """Whether it scores candidates as a program does."""
+
     def encode(self, observation: PyTorchObs) -> tuple[th.Tensor, th.Tensor]:
         """Features of the actor and of the critics."""
 
@@ -228,7 +231,8 @@ class Programs:
         The count of this ``learn()``'s environment steps so far, ``n_steps`` of ``total``, decides. So the same seed gives the
         same run, even one that is interrupted and resumed.
         """
-        if n_envs == 1 and n_steps >= COMPILE_AFTER and total >= LONG_RUN and settings.compile_actions:
+        is_known = policy._scores_as_known()
+        if is_known and n_envs == 1 and n_steps >= COMPILE_AFTER and total >= LONG_RUN and settings.compile_actions:
             self.compile(policy, n_candidates, for_predictions=False)
         self._collects = True
         try:
