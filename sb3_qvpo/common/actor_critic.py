@@ -50,7 +50,7 @@ def fixed_noise(seed: int, sizes: tuple[int, int, int]) -> th.Tensor:
     """
     # NumPy's legacy generator: torch's generators promise none of these
     draws = np.random.RandomState(seed).standard_normal(sizes)
-    return th.as_tensor(draws, dtype=th.float32).transpose(0, 1).unsqueeze(1)
+    return th.as_tensor(draws, dtype=th.float32, device="cpu").transpose(0, 1).unsqueeze(1)
 
 
 class DiffusionActor(BasePolicy):

@@ -367,7 +367,7 @@ class DiffusionPolicy(BasePolicy):
         :return: Number of states, at least 1.
         """
         widths = cast(list[int], [*self.actor_kwargs["net_arch"], *self.critic_kwargs["net_arch"]])
-        numbers = max([*widths, self.actor.diffusion.n_noises * self.actor.action_dim])
+        numbers = max([*map(int, widths), self.actor.diffusion.n_noises * self.actor.action_dim])
         return max(1, LARGEST_DRAW // (n_candidates * numbers))
 
     def compile_actions(self, n_candidates: int | None = None) -> bool:
