@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch as th
 from torch import nn
@@ -271,5 +271,5 @@ class ContinuousTimePredictor(NoisePredictor):
         :return: Pre-activations of shape (B, K, H).
         """
         action_weight, time_weight, _ = th.split(self.first_layer.weight, self.split_sizes, dim=1)
-        features = sinusoidal_embedding(th.as_tensor(t), self.split_sizes[1])
+        features = sinusoidal_embedding(cast(th.Tensor, t), self.split_sizes[1])
         return F.linear(x_t, action_weight) + F.linear(self.time_mlp(features), time_weight) + cond.state_part

@@ -5,7 +5,7 @@ chain.
 Shapes: B batch, K candidates, A action dimensions, N noises of a chain, C critics.
 """
 
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar, cast
 
 import torch as th
 from stable_baselines3.common.buffers import ReplayBuffer
@@ -223,7 +223,7 @@ class DiffusionQL(CandidateTDAlgorithm):
         """
         with th.no_grad(), evaluation_mode(self.actor_target, self.critic_target):
             features, critic_features = self.policy.encode(batch.next_observations, of="target")
-            candidates = self.actor_target.sample_candidates(features, th.as_tensor(target_noise), for_training=True)
+            candidates = self.actor_target.sample_candidates(features, cast(th.Tensor, target_noise), for_training=True)
             next_values = max_q_target(self.critic_target.value_candidates(critic_features, candidates).squeeze(-1))
         return self._td_loss(batch, self.critic(batch.observations, batch.actions), next_values)
 

@@ -212,11 +212,16 @@ DEFAULT_DEVICE = """
 import torch as th
 {before}
 import numpy as np
-from helpers import BanditEnv, tiny_qvpo
+from helpers import BanditEnv, tiny_diffusion_ql, tiny_dtql, tiny_qvpo
 {between}
 model = tiny_qvpo(BanditEnv(action_dim=2), n_train_candidates=64, batch_size=64, policy_kwargs=dict(net_arch=[64, 64]))
 th.set_default_device("meta")
 model.learn(70)
+for build in (tiny_diffusion_ql, tiny_dtql):
+    th.set_default_device(None)
+    other = build(BanditEnv(action_dim=2))
+    th.set_default_device("meta")
+    assert np.isfinite(other.learn(20).predict(np.zeros((2, 2), np.float32))[0]).all()
 for deterministic in (True, False):
     assert np.isfinite(model.predict(np.zeros((2, 2), np.float32), deterministic=deterministic)[0]).all()
     assert np.isfinite(model.predict(np.zeros(2, np.float32), deterministic=deterministic)[0]).all()
