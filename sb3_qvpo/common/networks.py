@@ -207,8 +207,11 @@ class NoisePredictor(nn.Module):
         """
         _, time_weight, state_weight = th.split(self.first_layer.weight, self.split_sizes, dim=1)
         state_part = F.linear(features, state_weight, self.first_layer.bias).unsqueeze(1)
-        time_parts = F.linear(self.time_mlp(self.time_features), time_weight)
-        return Condition(state_part, time_parts)
+        return Condition(state_part, self._time_parts(time_weight))
+
+    def _time_parts(self, time_weight: th.Tensor) -> th.Tensor:
+        """Time part of the first layer for every step, shape (T, H)."""
+        return F.linear(self.time_mlp(self.time_features), time_weight)
 
     def forward(self, x_t: th.Tensor, t: int | th.Tensor, cond: Condition) -> th.Tensor:
         """
@@ -250,16 +253,9 @@ class ContinuousTimePredictor(NoisePredictor):
     def __init__(self, action_dim: int, features_dim: int, net_arch: list[int], **options: Any):
         super().__init__(action_dim, features_dim, 1, net_arch, **options)
 
-    def condition(self, features: th.Tensor) -> Condition:
-        """
-        The state part of the first layer.
-
-        :param features: State features of shape (B, S).
-        :return: That part; there are no time parts to know in advance.
-        """
-        _, _, state_weight = th.split(self.first_layer.weight, self.split_sizes, dim=1)
-        state_part = F.linear(features, state_weight, self.first_layer.bias).unsqueeze(1)
-        return Condition(state_part, state_part.new_empty(0))
+    def _time_parts(self, time_weight: th.Tensor) -> th.Tensor:
+        # Times are not known in advance
+        return time_weight.new_empty(0)
 
     def first_output(self, x_t: th.Tensor, t: int | th.Tensor, cond: Condition) -> th.Tensor:
         """

@@ -237,8 +237,7 @@ class DTQL(TDAlgorithm):
         with th.no_grad(), evaluation_mode(teacher, self.critic):
             followed = teacher.score(teacher.features(batch.observations), actions).squeeze(1)
             next_values = self.critic.state_values(self.critic.features(batch.next_observations))
-        with th.set_grad_enabled(not self.critic.share_features_extractor):  # the actor's loss trains a shared extractor
-            features = self.critic.features(batch.observations)
+        features = self.critic.features(batch.observations)
         values = self.critic.state_values(features)
         q_values = tuple(self.critic.value_candidates(features, actions).squeeze(-1))
         value_loss = expectile_loss(followed - values, self.expectile)
