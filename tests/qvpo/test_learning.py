@@ -20,7 +20,7 @@ SETTINGS["policy_kwargs"] = eval(SETTINGS["policy_kwargs"], {"nn": th.nn})  # RL
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_pendulum(seed):
-    """Mean return over 20 episodes above -200 within 6 000 steps, with the shipped settings. Measured: see CHANGELOG.md."""
+    """Mean return over 20 episodes above -200 within 6 000 steps, with the shipped settings. Measured: see docs/notes.md."""
     start = time.time()
     model = QVPO(POLICY, "Pendulum-v1", seed=seed, device="cpu", **SETTINGS).learn(N_TIMESTEPS)
     env = make_vec_env("Pendulum-v1", seed=1_000)
