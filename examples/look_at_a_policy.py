@@ -8,11 +8,11 @@ With no file it first trains for a minute on a robot arm, and ``training.png`` s
 import argparse
 
 import gymnasium as gym
-import matplotlib.pyplot as plt
-from matplotlib.animation import FuncAnimation, PillowWriter
+from matplotlib.animation import PillowWriter
+from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 import sb3_qvpo
-from sb3_qvpo.common.figures import candidate_figure, denoise, draw_candidates, snapshot, stacked
+from sb3_qvpo.common.figures import candidate_figure, chain_animation, denoise, snapshot, stacked
 
 
 def main() -> None:
@@ -20,6 +20,7 @@ def main() -> None:
     parser.add_argument("model", nargs="?", help="a file that model.save() or a checkpoint callback wrote")
     parser.add_argument("--env", default="Reacher-v5", help="the task it was trained on")
     parser.add_argument("--algo", default="QVPO", choices=["QVPO", "SDAC"])
+    parser.add_argument("--vec-normalize", help="a file of the statistics of its observations")
     parser.add_argument("--timesteps", type=float, default=3_000, help="environment steps, if there is no file")
     parser.add_argument("--dimensions", type=int, nargs=2, default=(0, 1), help="which two of the actions' dimensions")
     arguments = parser.parse_args()
@@ -30,29 +31,20 @@ def main() -> None:
         model = sb3_qvpo.QVPO("MlpPolicy", arguments.env, **sb3_qvpo.presets.small, seed=0, device="cpu")
         model.learn(arguments.timesteps, sb3_qvpo.CandidateFigureCallback(int(arguments.timesteps / 4), "training.png"))
 
-    if model.policy.normalized_observations:
-        parser.error("the model was trained on normalised observations: draw it with CandidateFigureCallback")
+    if model.policy.normalized_observations and not arguments.vec_normalize:
+        parser.error("the model was trained on normalised observations: name their statistics by --vec-normalize")
+    statistics = arguments.vec_normalize and VecNormalize.load(arguments.vec_normalize, DummyVecEnv([lambda: env]))
+    seen = statistics.normalize_obs if statistics else lambda observation: observation
 
-    observations = [env.reset(seed=0)[0]]
+    observations = [seen(env.reset(seed=0)[0])]
     for _ in range(40):
-        observations.append(env.step(model.predict(observations[-1], deterministic=True)[0])[0])
+        observations.append(seen(env.step(model.predict(observations[-1], deterministic=True)[0])[0]))
     moment = snapshot(model.policy, stacked(observations[::20]), step=model.num_timesteps)
     candidate_figure(model.policy, [moment], dimensions).savefig("candidates.png", dpi=100)
     print(f"Values of {moment.values.shape[1]} candidates: {moment.values.min():.1f} to {moment.values.max():.1f}")
 
-    states, values = denoise(model.policy, observations[20]), moment.values[1]
-    figure, axis = plt.subplots(figsize=(4, 4))
-    low, high = env.action_space.low.ravel(), env.action_space.high.ravel()
-
-    def draw(frame: int) -> None:
-        step = min(frame, len(states) - 1)  # the result stays for a while
-        axis.clear()
-        draw_candidates(axis, states[step], values, dimensions)
-        axis.set_title(f"{step} of {len(states) - 1} steps")
-        for limit, i in zip((axis.set_xlim, axis.set_ylim), dimensions[: len(low)], strict=False):
-            limit(2 * low[i], 2 * high[i])
-
-    FuncAnimation(figure, draw, frames=len(states) + 6).save("chain.gif", PillowWriter(fps=3), dpi=70)
+    states = denoise(model.policy, observations[20])
+    chain_animation(model.policy, states, moment.values[1], dimensions).save("chain.gif", PillowWriter(fps=3), dpi=70)
 
 
 if __name__ == "__main__":

@@ -18,10 +18,12 @@ import numpy as np
 from matplotlib.animation import FuncAnimation, PillowWriter
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from selection import (
     FRONT,
     GOALS,
+    OFFLINE,
     Curves,
     Row,
     Runs,
@@ -32,6 +34,7 @@ from selection import (
     label_of,
     last_rows,
     mean_over_timed,
+    offline_ends,
     ordered,
     policy_name,
 )
@@ -124,6 +127,58 @@ def minutes(milliseconds: float, n_random: int, steps: np.ndarray) -> np.ndarray
     return (steps - n_random).clip(0) * milliseconds / 60_000
 
 
+def draw_steps(rows: Sequence[Row], file: Path) -> None:
+    """A bar for each setting, as many times CrossQ's step as it takes; lines reach from the least to the most of repeats."""
+    envs = list(dict.fromkeys(row["env"] for row in rows))
+    figure, axes = plt.subplots(1, len(envs), figsize=(4.2 * len(envs), 2.6), sharey=True, squeeze=False)
+    for axis, env in zip(axes[0], envs, strict=True):
+        shown = [row for row in rows if row["env"] == env]
+        ratios, least, most = (np.array([float(row[name]) for row in shown]) for name in ("ratio", "ratio_min", "ratio_max"))
+        colors = ["C0" if row["setting"].startswith("presets.") else "0.6" for row in shown]
+        axis.barh([row["setting"] for row in shown], ratios, xerr=(ratios - least, most - ratios), color=colors)
+        axis.axvline(1, color="black", linewidth=0.8, linestyle=":")
+        axis.set(title=env, xlabel="times CrossQ's step")
+    axes[0, 0].invert_yaxis()  # the others share it
+    finish(figure, file, rows)
+
+
+def draw_quickstart(rows: Sequence[Row], file: Path) -> None:
+    """Returns of each seed, and their median."""
+    curves: dict[str, list[tuple[int, float]]] = defaultdict(list)
+    for row in rows:
+        if row["algo"] == "small":
+            curves[row["seed"]].append((int(row["step"]), float(row["mean_return"])))
+    steps, returns = np.transpose([sorted(curve) for curve in curves.values()])
+    figure, axis = plt.subplots(figsize=(6, 3))
+    axis.plot(steps, returns, color="C0", alpha=0.3, linewidth=0.8)
+    axis.plot(steps[:, 0], np.median(returns, axis=1), color="C0", linewidth=2.5)
+    axis.set(title="Pendulum-v1", xlabel="environment steps", ylabel="return")
+    finish(figure, file, rows)
+
+
+def draw_offline(rows: Sequence[Row], file: Path) -> None:
+    """A bar for each algorithm, a point for each seed; lines are the returns of the data and of the agent in them."""
+    ends = offline_ends(rows)
+    figure, axes = plt.subplots(1, len(ends), figsize=(4.2 * len(ends), 3), squeeze=False)
+    for axis, (task, algos) in zip(axes[0], ends.items(), strict=True):
+        for i, (algo, ended) in enumerate(algos.items()):
+            returns = [float(row["mean_return"]) for row in ended]
+            axis.bar(OFFLINE[algo], np.mean(returns), color=f"C{i}", alpha=0.6)
+            axis.scatter([i] * len(returns), returns, color="black", s=10, zorder=3)
+        for what, label, style in (("data_return", "the data", ":"), ("agent_return", "the agent in the data", "--")):
+            axis.axhline(float(ended[0][what]), color="black", linewidth=1, linestyle=style, label=label)
+        axis.set(title=task, ylabel="return")
+    axes[0, 0].legend(fontsize=8)
+    finish(figure, file, rows)
+
+
+def finish(figure: Figure, file: Path, shown: Any) -> None:
+    """Write a figure with the digest of what it shows."""
+    figure.tight_layout()
+    figure.savefig(file, dpi=100, metadata=metadata(shown))
+    plt.close(figure)
+
+
 def draw_multi_goal(rows: Sequence[Row], file: Path) -> None:
     """A bar for each seed at the end of training: above the goals of 200 episodes, below the quarters of first actions."""
     groups = last_rows(rows, "setting", "candidates")
@@ -190,9 +245,7 @@ def draw_blocked(rows: Sequence[Row], file: Path) -> None:
     axes[0, 0].set_ylabel("20 episodes,\nfour equal goals")
     axes[1, 0].set_ylabel("then one is blocked:\nreaches another goal")
     figure.supxlabel("environment steps after blocking", fontsize=9)
-    figure.tight_layout()
-    figure.savefig(file, dpi=100, metadata=metadata(rows))
-    plt.close(figure)
+    finish(figure, file, rows)
 
 
 def contours(axis: Axes) -> None:

@@ -13,7 +13,17 @@ import csv
 from collections.abc import Sequence
 from pathlib import Path
 
-from figures import draw_bandit, draw_blocked, draw_chain, draw_curves, draw_front, draw_multi_goal
+from figures import (
+    draw_bandit,
+    draw_blocked,
+    draw_chain,
+    draw_curves,
+    draw_front,
+    draw_multi_goal,
+    draw_offline,
+    draw_quickstart,
+    draw_steps,
+)
 from selection import ABLATED, PREFIX, SCREEN, SCREENS, Row, Runs, front_curves, timed_runs
 from tables import (
     bandit_table,
@@ -83,6 +93,9 @@ def main() -> None:
     milliseconds = {row["setting"]: float(row["median_ms"]) for row in steps if row["env"] == "HalfCheetah-v5"}
     draw_front(front, milliseconds, figures / "front.png")
     draw_blocked(read("blocked_goal"), figures / "blocked_goal.png")
+    draw_steps(steps, figures / "step.png")
+    draw_quickstart(read("quickstart"), figures / "quickstart.png")
+    draw_offline(read("offline"), figures / "offline.png")
     draw_multi_goal(read("multi_goal"), figures / "multi_goal.png")
     draw_bandit(read("bandit_samples"), figures / "bandit.png")
     draw_chain(read("bandit_chain"), figures / "chain.gif")

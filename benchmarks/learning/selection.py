@@ -73,6 +73,9 @@ ABLATED, PREFIX = "qvpo_ddpm5_nd8_delay2", "fast_"
 GOALS = ("right", "left", "top", "bottom")
 """Names of the goals of ``examples/multi_goal.py``, in its order."""
 
+OFFLINE = {"behaviour_cloning": "behaviour cloning", "diffusion_ql": "Diffusion-QL", "dtql": "DTQL"}
+"""Algorithms that learn from data, in the order of table and figure."""
+
 FRONT = {
     "preset_fast": ("QVPO", "presets.fast", 5_000),
     "crossq_256": ("CrossQ", "CrossQ-256", 5_000),
@@ -224,3 +227,21 @@ def by_moment(rows: Sequence[Row]) -> dict[tuple[str, str], dict[str, list[Row]]
         moments = groups.setdefault((row["setting"], row["candidates"]), {})
         moments.setdefault(row["moment"], []).append(row)
     return groups
+
+
+def offline_ends(rows: Sequence[Row]) -> dict[str, dict[str, list[Row]]]:
+    """
+    How runs on data ended, before steps in the environment. Where seeds have come to different lengths, the longest count.
+
+    :param rows: Of ``offline.csv``.
+    :return: A row for each seed, by task and algorithm.
+    """
+    ends: dict[str, dict[str, list[Row]]] = {}
+    for task in dict.fromkeys(row["task"] for row in rows):
+        ends[task] = {}
+        for algo in OFFLINE:
+            last = {row["seed"]: row for row in rows if (row["task"], row["algo"], row["steps"]) == (task, algo, "0")}
+            updates = max((int(row["updates"]) for row in last.values()), default=0)
+            if ended := [row for row in last.values() if int(row["updates"]) == updates]:
+                ends[task][algo] = ended
+    return ends

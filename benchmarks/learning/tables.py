@@ -8,6 +8,7 @@ import numpy as np
 from selection import (
     FRONT,
     GOALS,
+    OFFLINE,
     PROCESSORS,
     THRESHOLDS,
     Curves,
@@ -20,6 +21,7 @@ from selection import (
     last_rows,
     mean_over_timed,
     name_of,
+    offline_ends,
     ordered,
     policy_name,
 )
@@ -224,22 +226,16 @@ def quickstart_table(rows: Sequence[Row]) -> str:
 
 def offline_table(rows: Sequence[Row]) -> str:
     """Returns after the last update of each run, means over seeds with the range."""
-    names = {"behaviour_cloning": "behaviour cloning", "diffusion_ql": "Diffusion-QL", "dtql": "DTQL"}
     lines = ["| task | algorithm | seeds | updates | return | of `deterministic=True` | minutes |", "|---" * 7 + "|"]
-    rows = [row for row in rows if row["steps"] == "0"]
-    for task in dict.fromkeys(row["task"] for row in rows):
-        of_task = [row for row in rows if row["task"] == task]
+    for task, algos in offline_ends(rows).items():
+        (first, *_), *_ = algos.values()
         for what, label in (("data_return", "the data"), ("agent_return", "the agent in the data")):
-            lines.append(f"| {task} | {label} | | | {float(of_task[0][what]):.0f} | | |")
-        for algo, label in names.items():
-            last = {row["seed"]: row for row in of_task if row["algo"] == algo}
-            if not last:
-                continue
-            updates = max(int(row["updates"]) for row in last.values())
-            ended = [row for row in last.values() if int(row["updates"]) == updates]
+            lines.append(f"| {task} | {label} | | | {float(first[what]):.0f} | | |")
+        for algo, ended in algos.items():
             cells = [ranged([float(row[name]) for row in ended]) for name in ("mean_return", "greedy_return")]
             minutes = np.mean([float(row["minutes"]) for row in ended])
-            lines.append(f"| {task} | {label} | {len(ended)} | {updates} | {' | '.join(cells)} | {minutes:.0f} |")
+            known = f"{task} | {OFFLINE[algo]} | {len(ended)} | {ended[0]['updates']}"
+            lines.append(f"| {known} | {' | '.join(cells)} | {minutes:.0f} |")
     return "\n".join(lines)
 
 

@@ -12,7 +12,10 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 import torch as th
 from gymnasium import spaces
+from matplotlib.animation import FuncAnimation
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Figure as LoggedFigure
@@ -163,6 +166,38 @@ def candidate_figure(
     for i, axis in enumerate(axes[:, 0]):
         axis.set_ylabel(f"observation {i + 1}\n" + (f"action {dimensions[1]}" if n_dimensions > 1 else "value"), fontsize=8)
     return figure
+
+
+def chain_animation(
+    policy: DiffusionPolicy, states: np.ndarray, values: np.ndarray, dimensions: tuple[int, int] = (0, 1), n_still: int = 6
+) -> FuncAnimation:
+    """
+    A chain while it denoises, coloured by the values that its candidates have at the end.
+
+    :param policy: The policy, whose action space gives the bounds; the axes reach twice as far.
+    :param states: From :func:`denoise`, shape (S + 1, K, A).
+    :param values: Of the candidates, shape (K,).
+    :param dimensions: Which two of the A dimensions.
+    :param n_still: Frames for which the result stays.
+    :return: The animation; ``save()`` writes it.
+    """
+    figure = Figure(figsize=(4, 4))
+    FigureCanvasAgg(figure)
+    axis = figure.subplots()
+    low, high = bounds_of(policy)
+
+    def draw(frame: int) -> list[Artist]:
+        step = min(frame, len(states) - 1)
+        axis.clear()
+        draw_candidates(axis, states[step], values, dimensions)
+        axis.set_title(f"{step} of {len(states) - 1} steps")
+        x, y = dimensions if len(low) > 1 else (0, None)
+        axis.set_xlim(2 * low[x], 2 * high[x])
+        if y is not None:
+            axis.set_ylim(2 * low[y], 2 * high[y])
+        return list(axis.get_children())
+
+    return FuncAnimation(figure, draw, frames=len(states) + n_still)
 
 
 def bounds_of(policy: DiffusionPolicy) -> tuple[np.ndarray, np.ndarray]:

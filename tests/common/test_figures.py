@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 import torch as th
 from helpers import DictEnv, same_weights, tiny_qvpo, tiny_sdac, weights_of
+from matplotlib.animation import PillowWriter
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
+from PIL import Image, ImageSequence
 from stable_baselines3 import SAC
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.logger import configure
@@ -13,7 +15,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from sb3_qvpo import CandidateFigureCallback
-from sb3_qvpo.common.figures import Snapshot, candidate_figure, denoise, draw_candidates, snapshot
+from sb3_qvpo.common.figures import Snapshot, candidate_figure, chain_animation, denoise, draw_candidates, snapshot
 
 
 @pytest.mark.parametrize("critic_type", ["twin", "crossq", "quantile"])
@@ -44,6 +46,18 @@ def test_a_chain_goes_from_the_noise_to_the_candidates(sampler):
     assert states.shape == (6, 200, 1)
     assert states[0].std() == pytest.approx(2, rel=0.15), "noise of deviation 1, in [-2, 2]"
     np.testing.assert_allclose(states[-1], snapshot(model.policy, observation[None], 200).actions[0], atol=1e-6)
+
+
+def test_an_animation_has_a_frame_for_each_state_and_stays_at_the_last(tmp_path):
+    """Read back from the file."""
+    policy, observation = tiny_qvpo().policy, np.zeros(3, np.float32)
+    states = denoise(policy, observation, 20)
+    values = snapshot(policy, observation[None], 20).values[0]
+    animation = chain_animation(policy, states, values, n_still=2)
+    animation.save(tmp_path / "chain.gif", PillowWriter(fps=3))
+    times = [frame.info["duration"] for frame in ImageSequence.Iterator(Image.open(tmp_path / "chain.gif"))]
+    assert len(times) == len(states), "equal frames are one that stays longer"
+    assert set(times[:-1]) == {330} and times[-1] == 3 * 330
 
 
 def test_observations_must_be_counted():

@@ -10,9 +10,11 @@ import time
 import gymnasium as gym
 import matplotlib.pyplot as plt
 import pytest
-from helpers import ROOT, GoalEnv, output_of
+from helpers import ROOT, GoalEnv, output_of, tiny_qvpo
 from stable_baselines3.common import evaluation
+from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.vec_env import VecNormalize
 
 EXAMPLES = ROOT / "examples"
 PENDULUM = r"Return over 20 episodes after 520 steps: -\d+ \+- \d+"
@@ -81,6 +83,20 @@ def test_example(name, tmp_path):
     assert all((tmp_path / picture).stat().st_size > 5_000 for picture in pictures)
     saved = re.findall(r'(?:save|export)\("(.*?)"\)', (EXAMPLES / name).read_text())
     assert all([*tmp_path.glob(f"{file}*")] for file in saved)
+
+
+def test_a_policy_of_normalised_observations_is_looked_at_with_their_statistics(tmp_path):
+    """Without them it says how to name them."""
+    env = VecNormalize(make_vec_env("Pendulum-v1"))
+    model = tiny_qvpo(env=env).learn(20)
+    model.save(tmp_path / "model")
+    env.save(tmp_path / "statistics.pkl")
+    arguments = ["model.zip", "--env", "Pendulum-v1"]
+    with pytest.raises(SystemExit):
+        run_example("look_at_a_policy.py", arguments, tmp_path)
+    output = run_example("look_at_a_policy.py", [*arguments, "--vec-normalize", "statistics.pkl"], tmp_path)
+    low, high = map(float, re.search(r"candidates: (\S+) to (\S+)\n", output).groups())
+    assert low < high and (tmp_path / "chain.gif").stat().st_size > 5_000
 
 
 def test_a_killed_run_is_resumed_by_the_same_command(tmp_path):

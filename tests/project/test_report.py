@@ -345,6 +345,57 @@ def test_the_pages_of_results_show_what_the_csv_files_say(tmp_path, monkeypatch)
             assert old.n_frames == new.n_frames, name
 
 
+def drawn(draw, rows, tmp_path, monkeypatch):
+    """A figure, as it was before it was closed."""
+    shown = []
+    monkeypatch.setattr(figures.plt, "close", shown.append)
+    draw(rows, tmp_path / "figure.png")
+    assert Image.open(tmp_path / "figure.png").text["Description"] == figures.metadata(rows)["Description"]
+    return shown[0]
+
+
+def test_the_figure_of_costs(tmp_path, monkeypatch):
+    rows = [
+        dict(env=env, setting=setting, ratio=str(ratio), ratio_min=str(ratio - 0.1), ratio_max=str(ratio + 0.2))
+        for env, setting, ratio in (("E", "CrossQ-256", 1.0), ("E", "presets.fast", 1.1), ("F", "CrossQ-256", 1.0))
+    ]
+    first, second = drawn(figures.draw_steps, rows, tmp_path, monkeypatch).axes
+    assert [bar.get_width() for bar in first.patches] == [1.0, 1.1] and len(second.patches) == 1
+    assert first.yaxis_inverted() and second.yaxis_inverted(), "as in the table"
+    lines = first.collections[0].get_segments()[1]
+    np.testing.assert_allclose(lines[:, 0], [1.0, 1.3])
+
+
+def test_the_figure_of_the_quick_start(tmp_path, monkeypatch):
+    returns = {0: (-9, -1), 1: (-7, -2), 2: (-8, -3)}
+    rows = [
+        dict(algo=algo, seed=str(seed), step=str(step), mean_return=str(value))
+        for seed, values in returns.items()
+        for algo, extra in (("small", 0), ("version_0.1", 5))
+        for step, value in zip((1000, 2000), np.array(values) + extra, strict=True)
+    ]
+    (axis,) = drawn(figures.draw_quickstart, rows, tmp_path, monkeypatch).axes
+    *seeds, median = [line.get_xydata().tolist() for line in axis.lines]
+    assert seeds == [[[1000, first], [2000, last]] for first, last in returns.values()]
+    assert median == [[1000, -8], [2000, -2]]
+
+
+def test_the_figure_of_data_shows_the_runs_that_came_furthest(tmp_path, monkeypatch):
+    known = {"task": "T", "data_return": "3", "agent_return": "9"}
+    rows = [
+        {**known, "algo": algo, "seed": seed, "updates": updates, "steps": steps, "mean_return": value}
+        for algo, seed, updates, steps, value in (
+            *(("dtql", "0", "10", "0", "2"), ("dtql", "0", "20", "0", "4"), ("dtql", "1", "20", "0", "6")),
+            *(("dtql", "1", "30", "10", "8"), ("dtql", "2", "10", "0", "7"), ("behaviour_cloning", "0", "10", "0", "1")),
+        )
+    ]
+    (axis,) = drawn(figures.draw_offline, rows, tmp_path, monkeypatch).axes
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["behaviour cloning", "DTQL"]
+    assert [bar.get_height() for bar in axis.patches] == [1.0, 5.0]
+    assert sorted({line.get_ydata()[0] for line in axis.lines}) == [3.0, 9.0]
+    assert [points.get_offsets().tolist() for points in axis.collections] == [[[0, 1]], [[1, 4], [1, 6]]]
+
+
 def quickstart(settings, step):
     """Returns of all seeds after a step."""
     rows = csv.DictReader((LEARNING / "quickstart.csv").open())
