@@ -113,7 +113,7 @@ def checked(
             row = int(beyond.argmax())
             raise ValueError(
                 f"actions must be within [{box.low.min()}, {box.high.max()}], got {actions[row].tolist()} in {part.place} "
-                f"{part.first + row}; clip_actions=True clips them"
+                f"{part.numbers[row]}; clip_actions=True clips them"
             )
     observations = stored("observations", part.observations, buffer, part)
     following = stored("next_observations", part.next_observations, buffer, part)
@@ -126,11 +126,16 @@ def check_rows(name: str, values: np.ndarray, part: Transitions) -> None:
     :param name: Of the field.
     :param values: Shape (n, ...).
     :param part: Where they come from.
-    :raises ValueError: Naming the first row with a number that is not finite.
+    :raises ValueError: Naming the first row with a number that is not finite in float32, which buffers have.
     """
-    if np.issubdtype(values.dtype, np.floating) and not np.isfinite(values).all():
-        row = int((~np.isfinite(values.reshape(len(values), -1))).any(axis=1).argmax())
-        raise ValueError(f"{name} must be finite, got {values[row].tolist()} in {part.place} {part.first + row}")
+    if not np.issubdtype(values.dtype, np.floating):
+        return
+    by_row = values.reshape(len(values), -1)
+    with np.errstate(invalid="ignore"):
+        finite = (np.abs(by_row) <= np.finfo(np.float32).max).all(axis=1)  # false for NaN
+    if not finite.all():
+        row = int((~finite).argmax())
+        raise ValueError(f"{name} must be finite, got {values[row].tolist()} in {part.place} {part.numbers[row]}")
 
 
 def stored(name: str, values: Observations, buffer: ReplayBuffer, part: Transitions) -> Observations:
@@ -144,27 +149,37 @@ def stored(name: str, values: Observations, buffer: ReplayBuffer, part: Transiti
     :return: What the buffer stores.
     :raises ValueError: If they are of another space.
     """
-    shape = buffer.obs_shape
+    shape, space = buffer.obs_shape, cast(Any, buffer.observation_space)
     if isinstance(shape, dict):
         if not isinstance(values, dict) or values.keys() != shape.keys():
             got = sorted(values) if isinstance(values, dict) else "an array"
             raise ValueError(f"{name} must have the model's keys, {sorted(shape)}, got {got}")
-        return {key: as_shape(f"{name}[{key!r}]", values[key], cast(Any, shape)[key], part) for key in shape}
+        return {key: as_shape(f"{name}[{key!r}]", values[key], cast(Any, shape)[key], space[key].dtype, part) for key in shape}
     if isinstance(values, dict):
         raise ValueError(f"{name} must be an array, as the model's observation space is, got keys {sorted(values)}")
-    return as_shape(name, values, shape, part)
+    return as_shape(name, values, shape, space.dtype, part)
 
 
-def as_shape(name: str, values: np.ndarray, shape: tuple[int, ...], part: Transitions) -> np.ndarray:
+def as_shape(name: str, values: np.ndarray, shape: tuple[int, ...], dtype: Any, part: Transitions) -> np.ndarray:
     """
     :param name: Of the field.
     :param values: Shape (n, ...).
     :param shape: Of one observation in the buffer.
+    :param dtype: Of the buffer.
     :param part: Where they come from.
     :return: Shape (n, *shape).
-    :raises ValueError: If the shape is another, or a number is not finite.
+    :raises ValueError: If the shape is another, or the buffer cannot hold a number: it is not finite, or a fraction where the
+        buffer has whole numbers.
     """
     check_rows(name, values, part)
+    if np.issubdtype(dtype, np.integer):
+        bounds = np.iinfo(dtype)
+        fits = (values >= bounds.min) & (values <= bounds.max) & (values == np.floor(values))
+        fits = fits.reshape(len(values), -1).all(axis=1)
+        if not fits.all():
+            row = part.numbers[int((~fits).argmax())]
+            wanted = f"whole numbers from {bounds.min} to {bounds.max}"
+            raise ValueError(f"{name} must be {wanted}, got others in {part.place} {row}")
     if values.shape[1:] != shape and len(shape) == 3 and values.shape[1:] == (*shape[1:], shape[0]):
         values = np.moveaxis(values, -1, 1)
     if values.shape[1:] != shape and (values.shape[1:], shape) != ((), (1,)):

@@ -10,6 +10,8 @@ from gymnasium import spaces
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.save_util import load_from_pkl
 
+from sb3_qvpo.offline.npz import columns
+
 ROWS = 65_536
 """Rows that are read at a time."""
 
@@ -29,9 +31,9 @@ class Transitions(NamedTuple):
     timeouts: np.ndarray
     """Where an episode was cut: the value of the next observation counts."""
     place: str
-    """What the first row is called in messages."""
-    first: int
-    """Its number there."""
+    """What rows are called in messages."""
+    numbers: np.ndarray
+    """Of each row there, shape (n,)."""
 
 
 @contextmanager
@@ -47,8 +49,8 @@ def opened(dataset: Any) -> Iterator[Any]:
         with h5py.File(path, "r") as file:
             yield file
     elif path.suffix == ".npz":
-        with np.load(path) as file:
-            yield {name: file[name] for name in file.files}
+        with columns(path) as arrays:
+            yield arrays
     elif path.suffix == ".pkl":
         yield load_from_pkl(path)
     else:
@@ -109,6 +111,28 @@ def n_rows_of(values: Observations) -> int:
     return len(values)
 
 
+def flags(name: str, values: np.ndarray, place: str, first: int) -> np.ndarray:
+    """
+    Whether something ended at each row.
+
+    :param name: Of the field.
+    :param values: Truth values, or numbers that are 0 or 1.
+    :param place: What rows are called in messages.
+    :param first: The number of the first one.
+    :return: Truth values, shape (n,).
+    :raises ValueError: If there is another number, or several a row.
+    """
+    n_rows = len(values)
+    if values.shape not in ((n_rows,), (n_rows, 1)):
+        raise ValueError(f"{name} must be one flag a row, got shape {values.shape}")
+    values = values.reshape(n_rows)
+    others = ~((values == 0) | (values == 1))
+    if others.any():
+        row = int(others.argmax())
+        raise ValueError(f"{name} must be 0 or 1, got {values[row]} in {place} {first + row}")
+    return values.astype(bool)
+
+
 def rows_of_arrays(arrays: Any) -> Iterator[Transitions]:
     """
     Flat arrays in D4RL's layout. Without ``next_observations`` the next row's observation follows. A transition that a time
@@ -134,15 +158,16 @@ def rows_of_arrays(arrays: Any) -> Iterator[Transitions]:
             raise ValueError(f"{name} must have as many rows as observations, {n_rows}, got {n_rows_of(arrays[name])}")
     for start in range(0, n_rows, ROWS):
         rows = slice(start, min(start + ROWS, n_rows))
-        terminals = sliced(arrays["terminals"], rows).astype(bool).reshape(-1)
+        terminals = flags("terminals", sliced(arrays["terminals"], rows), "row", start)
         timeouts = np.zeros(len(terminals), bool)
         if "timeouts" in names:
-            timeouts = sliced(arrays["timeouts"], rows).astype(bool).reshape(-1) & ~terminals
+            timeouts = flags("timeouts", sliced(arrays["timeouts"], rows), "row", start) & ~terminals
+        numbers = np.arange(start, rows.stop)
         observations, actions = sliced(arrays["observations"], rows), sliced(arrays["actions"], rows)
         rewards = sliced(arrays["rewards"], rows)
         if has_next:
             following = sliced(arrays["next_observations"], rows)
-            yield Transitions(observations, actions, rewards, following, terminals, timeouts, "row", start)
+            yield Transitions(observations, actions, rewards, following, terminals, timeouts, "row", numbers)
             continue
         following = sliced(arrays["observations"], slice(start + 1, rows.stop + 1))
         if rows.stop == n_rows:
@@ -165,7 +190,7 @@ def rows_of_arrays(arrays: Any) -> Iterator[Transitions]:
             terminals[kept],
             cut[kept],
             "row",
-            start,
+            numbers[kept],
         )
 
 
@@ -183,7 +208,8 @@ def rows_of_episodes(episodes: Iterable[Any]) -> Iterator[Transitions]:
 
         actions, rewards = np.asarray(field(episode, "actions", number)), np.asarray(field(episode, "rewards", number))
         terminals, truncations = (
-            np.asarray(field(episode, name, number)).astype(bool) for name in ("terminations", "truncations")
+            flags(f"{name} of episode {number}", np.asarray(field(episode, name, number)), place, 0)
+            for name in ("terminations", "truncations")
         )
         observations, length = field(episode, "observations", number), len(actions)
         if length == 0:
@@ -198,7 +224,7 @@ def rows_of_episodes(episodes: Iterable[Any]) -> Iterator[Transitions]:
         timeouts = truncations & ~terminals
         timeouts[-1] |= ~terminals[-1]
         now, following = sliced(observations, slice(0, length)), sliced(observations, slice(1, length + 1))
-        yield Transitions(now, actions, rewards, following, terminals, timeouts, place, 0)
+        yield Transitions(now, actions, rewards, following, terminals, timeouts, place, np.arange(length))
 
 
 def field(episode: Any, name: str, number: int) -> Any:
@@ -249,5 +275,5 @@ def rows_of_buffer(source: ReplayBuffer) -> Iterator[Transitions]:
                 dones & ~timeouts,
                 timeouts,
                 f"environment {env}, row",
-                start,
+                rows,
             )

@@ -1,5 +1,6 @@
 """Datasets in a replay buffer: every layout gives the same transitions, and bad data are refused before anything is stored."""
 
+import tracemalloc
 from types import SimpleNamespace
 
 import gymnasium as gym
@@ -12,7 +13,7 @@ from stable_baselines3.common.buffers import NStepReplayBuffer, ReplayBuffer
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.save_util import save_to_pkl
 
-from sb3_qvpo.offline import SpacesEnv, fill_replay_buffer, normalized_score, reading
+from sb3_qvpo.offline import SpacesEnv, fill_replay_buffer, normalized_score, npz, reading
 
 LENGTHS = (3, 1, 4)
 """Of the episodes: one ends, one is cut, one is neither, as where recording stopped."""
@@ -275,6 +276,11 @@ def with_change(name, change):
     return arrays
 
 
+def without(name, arrays):
+    """All but one."""
+    return {other: values for other, values in arrays.items() if other != name}
+
+
 def set_to(row, value):
     def change(array):
         array[row] = value
@@ -303,6 +309,18 @@ BAD = {
     "action out of bounds": (
         lambda: with_change("actions", set_to((3, 0), 2.1)),
         r"actions must be within .*, got \[2.1, .*\] in row 3; clip_actions=True clips them",
+    ),
+    "reward beyond float32": (lambda: with_change("rewards", set_to(5, 1e39)), r"rewards must be finite, got 1e\+39 in row 5"),
+    "NaN flag": (lambda: with_change("terminals", set_to(4, np.nan)), r"terminals must be 0 or 1, got nan in row 4"),
+    "other flag": (lambda: with_change("timeouts", set_to(6, 2)), r"timeouts must be 0 or 1, got 2.0 in row 6"),
+    "two flags a row": (lambda: flat(terminals=np.zeros((8, 2))), r"terminals must be one flag a row, got shape \(3, 2\)"),
+    "flag of an episode": (
+        lambda: broken(2, truncations=np.array([0, 0, 0, 0.5])),
+        r"truncations of episode 2 must be 0 or 1, got 0.5 in episode 2, row 3",
+    ),
+    "behind a row that is left out": (
+        lambda: without("next_observations", with_change("actions", set_to((5, 0), 2.1))),
+        r"got \[2.1, .*\] in row 5",
     ),
     "no timeouts": (lambda: flat(timeouts=None, next_observations=None), "the field 'timeouts' or 'next_observations'"),
     "no rewards": (lambda: flat(rewards=None), "must have the field 'rewards', got"),
@@ -375,6 +393,63 @@ def test_clipping_and_rewards():
         fill_replay_buffer(model_for(), flat(), reward_transform=lambda rewards: rewards[:2])
     with pytest.raises(ValueError, match="reward_transform of rewards must be finite"):
         fill_replay_buffer(model_for(), flat(), reward_transform=lambda rewards: rewards * np.nan)
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_columns_of_a_file_are_the_arrays_in_it(save, tmp_path, monkeypatch):
+    """Read forward, backward and with gaps, in whatever order the bytes are."""
+    monkeypatch.setattr(npz, "PIECE", 40)
+    arrays = {
+        "vectors": np.arange(200.0).reshape(50, 4),
+        "flags": np.arange(50) % 3 == 0,
+        "images": np.arange(50 * 6, dtype=np.uint8).reshape(50, 1, 2, 3),
+        "columns": np.asfortranarray(np.arange(100.0).reshape(50, 2)),
+        "swapped": np.arange(50).astype(">i4"),
+        "nothing": np.zeros((50, 0)),
+        "about": np.array("text"),
+        "infos": np.array([{}, None], object),
+    }
+    save(tmp_path / "data.npz", **arrays)
+    with npz.columns(tmp_path / "data.npz") as columns:
+        assert set(columns) == set(arrays)
+        for name in list(arrays)[:6]:
+            assert len(columns[name]) == 50
+            for start, stop in ((0, 7), (1, 8), (7, 14), (8, 15), (30, 33), (33, 60), (49, 50), (0, 50), (3, 3)):
+                np.testing.assert_array_equal(columns[name][start:stop], arrays[name][start:stop], err_msg=name)
+        for name in ("about", "infos"):
+            with pytest.raises(ValueError, match=f"{name}.npy must be numbers with a first dimension that counts rows"):
+                len(columns[name])
+
+
+def test_a_file_is_read_in_parts(tmp_path):
+    """Of 64 MB at most a fifth is in memory at a time."""
+    rows = 1_000_000
+    np.savez(tmp_path / "data.npz", observations=np.zeros((rows, 8), np.float64))
+    tracemalloc.start()
+    with npz.columns(tmp_path / "data.npz") as columns:
+        total = sum(len(columns["observations"][start : start + 20_000]) for start in range(0, rows, 20_000))
+        _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert total == rows and peak < 13e6
+
+
+def test_a_file_that_is_none(tmp_path):
+    (tmp_path / "data.npz").write_bytes(b"something else")
+    with pytest.raises(ValueError, match=r"a file that numpy.savez\(\) wrote, got '.*data.npz'"):
+        fill_replay_buffer(model_for(), tmp_path / "data.npz")
+
+
+def test_images_in_other_units_are_refused():
+    """In [0, 1] they would all be black."""
+    box = IMAGE
+    model = tiny_qvpo(make_vec_env(lambda: SpacesEnv(box, ACTIONS)), "CnnPolicy", buffer_size=20, policy_kwargs={})
+    images = np.full((8, *IMAGE.shape), 255.0)
+    arrays = flat(observations=images, next_observations=images)
+    assert fill_replay_buffer(model, arrays) == 8
+    arrays["next_observations"] = images.copy()
+    arrays["next_observations"][6, 0, 0, 0] = 0.5
+    with pytest.raises(ValueError, match="next_observations must be whole numbers from 0 to 255, got others in row 6"):
+        fill_replay_buffer(model, arrays)
 
 
 def test_memory_is_that_of_the_buffer_and_one_part():

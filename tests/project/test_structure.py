@@ -22,7 +22,7 @@ LAYERS = [
     "common.critics",
     "common.speed.optimizers common.speed.cpu",
     "common.speed.networks common.speed.graphs common.speed.keys",
-    "common.speed.programs common.speed.updates",
+    "common.speed.programs common.speed.updates offline.npz",
     "common.runs.finite_checks common.runs.checkpoints offline.reading offline.spaces_env",
     "common.runs.guarded_algorithm offline.buffers",
     "common.runs.offline_learning",
