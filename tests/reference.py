@@ -355,6 +355,21 @@ def normalized_forward(layers, rows, epsilon=1e-3):
     return rows, statistics
 
 
+def running_statistics(batches, momentum):
+    """
+    Mean and (biased) variance of features after each batch. A batch counts for 1 / n, n batches so far, but never for less
+    than ``momentum``; the rest is what was known. Of a mixture: E[x] and E[x^2] are mixed, and the variance follows.
+    """
+    mean, square = 0.0, 0.0
+    statistics = []
+    for n, batch in enumerate(batches, start=1):
+        share = max(1 / n, momentum)
+        mean = (1 - share) * mean + share * sum(batch) / len(batch)
+        square = (1 - share) * square + share * sum(row**2 for row in batch) / len(batch)
+        statistics.append((mean, square - mean**2))
+    return statistics
+
+
 def crossq_loss(critics, batch, next_actions, gamma):
     """
     CrossQ, Sec. 3: (s, a) and (s', a') in one batch, targets from the same pass. Returns the loss, the targets and the

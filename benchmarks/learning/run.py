@@ -102,6 +102,7 @@ LEAN: dict[str, Any] = dict(n_train_candidates=1, n_uniform_actions=1)
 
 ALGOS: dict[str, tuple[str, dict[str, Any]]] = {
     "preset_fast": preset(),
+    "preset_fast_norm": preset(policy_kwargs=dict(normalize_features=True)),
     "sdac": ("sdac", {}),
     # What each part of it earns
     "preset_fast_qadv": preset(q_weighting="qadv"),

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from sb3_qvpo.common.arguments import check_choice, check_count
 from sb3_qvpo.common.candidates import ScoredCandidates
 from sb3_qvpo.common.diffusion import DiffusionProcess, GaussianDiffusion
-from sb3_qvpo.common.networks import INITIALIZATIONS, NoisePredictor, init_linear_layers
+from sb3_qvpo.common.networks import INITIALIZATIONS, NoisePredictor, RunningNorm, init_linear_layers
 from sb3_qvpo.common.noise_schedules import NoiseSchedule, make_betas
 
 
@@ -51,6 +51,27 @@ def fixed_noise(seed: int, sizes: tuple[int, int, int]) -> th.Tensor:
     # NumPy's legacy generator: torch's generators promise none of these
     draws = np.random.RandomState(seed).standard_normal(sizes)
     return th.as_tensor(draws, dtype=th.float32, device="cpu").transpose(0, 1).unsqueeze(1)
+
+
+class NormalizedFeatures(BaseFeaturesExtractor):
+    """
+    A features extractor whose features are normalised, see :class:`~sb3_qvpo.common.networks.RunningNorm`.
+
+    :param extractor: The extractor.
+    """
+
+    def __init__(self, extractor: BaseFeaturesExtractor):
+        super().__init__(extractor._observation_space, extractor.features_dim)
+        self.extractor = extractor
+        self.norm = RunningNorm(extractor.features_dim)
+
+    def forward(self, observations: PyTorchObs) -> th.Tensor:
+        """
+        :param observations: B observations, preprocessed.
+        :return: Features of shape (B, S).
+        """
+        normalized: th.Tensor = self.norm(self.extractor(observations))
+        return normalized
 
 
 class DiffusionActor(BasePolicy):

@@ -67,14 +67,15 @@ def check_no_sde(use_sde: bool, policy_kwargs: dict[str, Any]) -> None:
         )
 
 
-def check_count(name: str, value: Any, minimum: int = 1) -> int:
+def check_count(name: str, value: Any, minimum: int = 1, maximum: float = math.inf) -> int:
     """
     The value of the argument ``name`` as an ``int``.
 
-    :raises ValueError: If it is not a whole number of at least ``minimum``.
+    :raises ValueError: If it is not a whole number of at least ``minimum``, and at most ``maximum``.
     """
-    if not isinstance(value, Integral) or isinstance(value, bool) or value < minimum:
-        raise ValueError(f"{name} must be a whole number of at least {minimum}, got {value!r}")
+    if not isinstance(value, Integral) or isinstance(value, bool) or not minimum <= int(value) <= maximum:
+        limit = "" if maximum == math.inf else f" and at most {maximum}"
+        raise ValueError(f"{name} must be a whole number of at least {minimum}{limit}, got {value!r}")
     return int(value)
 
 
@@ -143,15 +144,16 @@ class PolicyCount(PolicyValue):
         return check_count(self.name, value)
 
 
-def check_class(name: str, value: Any, base: type) -> None:
+def check_class(name: str, value: Any, base: type) -> Any:
     """
-    Check that the argument ``name`` is a class, or a function that takes its place. Its name or an instance will not do.
+    The value of the argument ``name``, a class or a function that takes its place. Its name or an instance will not do.
 
     :raises ValueError: If it is neither a function nor a subclass of ``base``.
     """
     fits = issubclass(value, base) if isinstance(value, type) else callable(value) and not isinstance(value, base)
     if not fits:
         raise ValueError(f"{name} must be a subclass of {base.__module__}.{base.__qualname__}, got {value!r}")
+    return value
 
 
 def check_net_arch(net_arch: Any) -> None:

@@ -1,5 +1,6 @@
 """
-The noise-prediction network, the initialisation of the authors' code, and the mode in which networks are evaluated.
+The noise-prediction network, normalised features, the initialisation of the authors' code, and the mode in which networks are
+evaluated.
 
 Shapes: B batch, K candidates for each state, A action dimensions, S state features, T steps. E is the size of the time
 embedding, H the width of the first hidden layer.
@@ -17,6 +18,58 @@ from torch.nn import functional as F
 
 PyTorchObs = th.Tensor | dict[str, th.Tensor]
 """A batch of observations, as SB3 has them."""
+
+
+class RunningNorm(nn.Module):
+    """
+    Shift and scale features to mean 0 and deviation 1, by statistics of what the losses have seen.
+
+    While losses are computed, so in training mode and with gradients, each batch moves the statistics. The first
+    ``1 / momentum`` batches are pooled exactly. Later ones count for a share of ``momentum``, so that old ones fade. The
+    result is clipped as ``VecNormalize`` clips it.
+
+    :param n_features: Number of features S.
+    :param momentum: Share of a batch once many have been seen, in (0, 1].
+    :param clip: Largest magnitude of the result.
+    :param epsilon: What is added to the variance.
+    """
+
+    running_mean: th.Tensor
+    running_var: th.Tensor
+    running_count: th.Tensor
+
+    def __init__(self, n_features: int, momentum: float = 1e-3, clip: float = 10.0, epsilon: float = 1e-8):
+        super().__init__()
+        self.momentum, self.clip, self.epsilon = momentum, clip, epsilon
+        # By these names a target network takes them over as they are
+        self.register_buffer("running_mean", th.zeros(n_features))
+        self.register_buffer("running_var", th.ones(n_features))
+        self.register_buffer("running_count", th.zeros(()))
+
+    def forward(self, features: th.Tensor) -> th.Tensor:
+        """
+        :param features: Shape (B, S).
+        :return: Shape (B, S), in [-clip, clip].
+        """
+        if self.training and th.is_grad_enabled():
+            self.observe(features.detach())
+        scale = (self.running_var + self.epsilon).rsqrt()
+        return ((features - self.running_mean) * scale).clamp(-self.clip, self.clip)
+
+    @th.no_grad()
+    def observe(self, features: th.Tensor) -> None:
+        """
+        Move the statistics towards those of a batch.
+
+        :param features: Shape (B, S).
+        """
+        self.running_count += 1
+        rate = self.running_count.reciprocal().clamp(min=self.momentum)
+        var, mean = th.var_mean(features, dim=0, correction=0)
+        shift = mean - self.running_mean
+        # Of the mixture: the mean's own move is part of its variance
+        self.running_var.lerp_(var, rate).add_(rate * (1 - rate) * shift.square())
+        self.running_mean += rate * shift
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from sb3_qvpo.common import arguments
-from sb3_qvpo.common.actor_critic import CandidateCritic, DiffusionActor, fixed_noise, network_options
+from sb3_qvpo.common.actor_critic import CandidateCritic, DiffusionActor, NormalizedFeatures, fixed_noise, network_options
 from sb3_qvpo.common.arguments import PolicyCount, check_choice, check_class, check_count, check_net_arch
 from sb3_qvpo.common.candidates import ScoredCandidates, best_candidate, improve_best_candidate
 from sb3_qvpo.common.critics import quantile_options
@@ -91,6 +91,8 @@ class DiffusionPolicy(BasePolicy):
     :param normalized_observations: Whether a ``VecNormalize`` normalises the observations. ``learn()`` sets it.
     :param time_hidden_dim: Width of the time embedding's hidden layer, 8 times its size if None.
     :param initialization: How weights start: ``"normal"`` as in the code of QVPO's authors, or ``"torch"``, torch's own.
+    :param normalize_features: Whether running statistics shift and scale the features that actor and critics see, see
+        :class:`~sb3_qvpo.common.networks.RunningNorm`.
     :raises ValueError: For an unknown noise schedule, an impossible size, or something else where a class is expected.
     """
 
@@ -140,19 +142,18 @@ class DiffusionPolicy(BasePolicy):
         normalized_observations: bool = False,
         time_hidden_dim: int | None = None,
         initialization: str = "normal",
+        normalize_features: bool = False,
     ):
         # Everything needed to build this policy again comes from here, so that no argument can be forgotten on saving
         constructor_arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         check_class("features_extractor_class", features_extractor_class, BaseFeaturesExtractor)
         check_class("optimizer_class", optimizer_class, th.optim.Optimizer)
         check_class("activation_fn", activation_fn, nn.Module)
-        critic_activation_fn = critic_activation_fn or activation_fn
-        check_class("critic_activation_fn", critic_activation_fn, nn.Module)
+        critic_activation_fn = check_class("critic_activation_fn", critic_activation_fn or activation_fn, nn.Module)
         check_choice("critic_type", critic_type, CRITICS)
         if critic_type != "twin" and type(self).critic_class is not DiffusionPolicy.critic_class:
-            raise ValueError(
-                f"critic_type must be left out: {type(self).__name__} has critics of its own, got {critic_type!r}"
-            )
+            own = f"{type(self).__name__} has critics of its own"
+            raise ValueError(f"critic_type must be left out: {own}, got {critic_type!r}")
         net_arch = [256, 256] if net_arch is None else net_arch
         check_net_arch(net_arch)
         super().__init__(
@@ -172,10 +173,8 @@ class DiffusionPolicy(BasePolicy):
         actor_options, critic_options = network_options(time_hidden_dim, initialization)
         self.n_behavior_candidates = n_behavior_candidates
         self.n_eval_candidates = n_eval_candidates
-        if check_count("noise_bank_seed", noise_bank_seed, 0) >= 2**32:
-            raise ValueError(f"noise_bank_seed must be below 2**32, got {noise_bank_seed}")
-        self.noise_bank_seed = noise_bank_seed
-        self.share_features_extractor = share_features_extractor
+        self.noise_bank_seed = check_count("noise_bank_seed", noise_bank_seed, 0, 2**32 - 1)
+        self.share_features_extractor, self.normalize_features = share_features_extractor, normalize_features
         self._noise_bank: th.Tensor | None = None
         self.programs = Programs()
         # Kept by every way of saving: exported without its normalisation, a policy would act on wrong inputs
@@ -240,6 +239,15 @@ class DiffusionPolicy(BasePolicy):
         optimizer: th.optim.Optimizer = optimizer_class(parameters, lr=learning_rate, **self.optimizer_kwargs)
         use_fused(optimizer)
         return optimizer
+
+    def make_features_extractor(self) -> BaseFeaturesExtractor:
+        """
+        Create a features extractor.
+
+        :return: The extractor, with normalised features if ``normalize_features`` asks for them.
+        """
+        extractor = super().make_features_extractor()
+        return NormalizedFeatures(extractor) if self.normalize_features else extractor
 
     def make_actor(self, features_extractor: BaseFeaturesExtractor | None = None) -> DiffusionActor:
         """
@@ -417,13 +425,13 @@ class DiffusionPolicy(BasePolicy):
         :param tau: Step size in [0, 1].
         :param networks: Which of the two.
         """
-        if self.critic_target is self.critic:
-            return
         # All tensors in one call: what SB3's polyak_update() does one by one
         average = get_ema_multi_avg_fn(1 - tau)  # type: ignore[no-untyped-call]  # torch leaves it untyped
         own = {"actor": lambda actor: list(actor.parameters()), "critic": self.critic_parameters}
         for name in networks:
             online, target = (getattr(self, f"{name}{suffix}") for suffix in ("", "_target"))
+            if target is online:  # there is no target
+                continue
             average(own[name](target), own[name](online), 0)
             polyak_update(get_parameters_by_name(online, ["running_"]), get_parameters_by_name(target, ["running_"]), 1.0)
 
@@ -486,9 +494,8 @@ class DiffusionPolicy(BasePolicy):
         :param scaled_action: Actions in [-1, 1].
         :return: Actions within the bounds.
         """
-        action_space = cast(spaces.Box, self.action_space)
-        unscaled: np.ndarray = np.clip(super().unscale_action(scaled_action), action_space.low, action_space.high)
-        return unscaled
+        box = cast(spaces.Box, self.action_space)
+        return cast(np.ndarray, np.clip(super().unscale_action(scaled_action), box.low, box.high))
 
     def set_training_mode(self, mode: bool) -> None:
         """

@@ -62,6 +62,7 @@ MODELS = {
     "normalised dict": dict(observation_space=VECTORS, normalize=dict(norm_obs_keys=["position"])),
     "normalised, far from 0": dict(observation_space=spaces.Box(1e6 - 1, 1e6 + 1, (3,), np.float64), normalize=dict()),
     "rewards normalised only": dict(normalize=dict(norm_obs=False)),
+    "normalised features": dict(observation_space=VECTORS, policy_kwargs=dict(net_arch=[8], normalize_features=True)),
     "batch norm": dict(policy_kwargs=dict(features_extractor_class=BatchNormExtractor, share_features_extractor=True)),
 }
 

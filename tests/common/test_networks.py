@@ -11,7 +11,7 @@ from helpers import TOLERANCE, actor_to_numpy, random_policy
 from torch import nn
 
 from sb3_qvpo import DiffusionPolicy
-from sb3_qvpo.common.networks import NoisePredictor, evaluation_mode, init_linear_layers, sinusoidal_embedding
+from sb3_qvpo.common.networks import NoisePredictor, RunningNorm, evaluation_mode, init_linear_layers, sinusoidal_embedding
 
 
 def test_width_of_the_time_network_and_initial_weights():
@@ -24,6 +24,33 @@ def test_width_of_the_time_network_and_initial_weights():
     limit = 1 / math.sqrt(other.first_layer.in_features)
     for values in (other.first_layer.weight, other.first_layer.bias):
         assert 0 < values.abs().max() <= limit
+
+
+def test_running_norm_against_the_reference():
+    """Pooled exactly at first, as NumPy's moments of all rows say; then old batches fade. Constants stay finite."""
+    norm, rng = RunningNorm(3, momentum=0.25, clip=2.0), np.random.default_rng(0)
+    batches = [rng.normal(i, 1 + i, (5, 3)) * [1, 100, 0] for i in range(7)]
+    for n, (batch, (mean, variance)) in enumerate(zip(batches, reference.running_statistics(batches, 0.25), strict=True), 1):
+        result = norm(th.tensor(batch, dtype=th.float32))
+        np.testing.assert_allclose(norm.running_mean, mean, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(norm.running_var, variance, rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(result, np.clip((batch - mean) / np.sqrt(variance + 1e-8), -2, 2), rtol=1e-4, atol=1e-4)
+        if n <= 4:
+            rows = np.concatenate(batches[:n])
+            np.testing.assert_allclose(norm.running_mean, rows.mean(0), rtol=1e-5, atol=1e-6)
+            np.testing.assert_allclose(norm.running_var, rows.var(0), rtol=1e-4, atol=1e-6)
+
+
+def test_only_losses_move_a_running_norm():
+    norm, rows = RunningNorm(2), th.randn(4, 2)
+    before = {name: value.clone() for name, value in norm.state_dict().items()}
+    with th.no_grad():
+        norm(rows)
+    with evaluation_mode(norm):
+        norm(rows)
+    assert all(th.equal(value, before[name]) for name, value in norm.state_dict().items())
+    norm(rows)
+    assert norm.running_count == 1
 
 
 def test_time_embedding():

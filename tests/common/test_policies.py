@@ -13,6 +13,7 @@ from helpers import (
     TINY,
     TOLERANCE,
     CountdownEnv,
+    DictEnv,
     actor_to_numpy,
     changed_names,
     critics_to_numpy,
@@ -21,7 +22,10 @@ from helpers import (
     random_policy,
     same_weights,
     sampled_observations,
+    tiny_diffusion_ql,
+    tiny_dtql,
     tiny_qvpo,
+    tiny_sdac,
     trained_weights,
     weights_of,
 )
@@ -318,6 +322,62 @@ def test_n_critics_and_net_arch():
     assert {layer.in_features for layer in layers if isinstance(layer, th.nn.Linear)} == {4, 256}
 
 
+NORMALIZED = dict(normalize_features=True, net_arch=[8])
+
+
+@pytest.mark.parametrize("build", [tiny_qvpo, tiny_sdac, tiny_diffusion_ql, tiny_dtql])
+def test_features_are_normalised_by_what_has_been_learnt_from(build, tmp_path):
+    """In actor and critics. Targets and files have the same statistics; drawing, valuing and predicting move none."""
+    model = build(policy_kwargs=NORMALIZED, learning_starts=40).learn(41)
+    model.train(60, 16)
+    statistics = {name: value.clone() for name, value in weights_of(model).items() if "running_" in name}
+    counts = {name.split(".")[0]: value.item() for name, value in statistics.items() if name.endswith("running_count")}
+    assert min(counts.values()) >= 30
+    mean = model.replay_buffer.observations[: model.replay_buffer.size(), 0].mean(axis=0)
+    np.testing.assert_allclose(statistics["actor.features_extractor.norm.running_mean"], mean, atol=0.5)
+    model.policy.update_targets(0.1)
+    for name in ("actor", "critic"):
+        norm, target = (getattr(model.policy, f"{name}{suffix}").features_extractor.norm for suffix in ("", "_target"))
+        assert same_weights(norm.state_dict(), target.state_dict())
+    observation = np.full((6, 3), 0.3, np.float32)
+    model.predict(observation), model.predict(observation, deterministic=True)
+    model.save(tmp_path / "model")
+    loaded = type(model).load(tmp_path / "model")
+    for other in (model, loaded):
+        found = weights_of(other)
+        assert all(th.equal(found[name], value) for name, value in statistics.items() if "target" not in name)
+    np.testing.assert_array_equal(*(m.predict(observation, deterministic=True)[0] for m in (model, loaded)))
+
+
+@pytest.mark.parametrize("critic_type", ["twin", "crossq"])
+def test_normalised_features_are_normalised_observations(critic_type):
+    """The losses of observations are those that another model has of normalised ones."""
+    model, plain = (
+        tiny_qvpo(critic_type=critic_type, policy_kwargs=dict(net_arch=[8], normalize_features=flag)) for flag in (True, False)
+    )
+    plain.policy.load_state_dict(
+        {name: value for name, value in weights_of(model).items() if "features_extractor.norm" not in name}
+    )
+    rows = th.randn(64, 3) * th.tensor([1.0, 50.0, 0.1]) + 3
+    scaled = (rows - rows.mean(0)) / (rows.var(0, correction=0) + 1e-8).sqrt()
+    actions, timesteps, noise = th.rand(64, 2, 1) * 2 - 1, th.randint(3, (64, 2)), th.randn(64, 2, 1)
+    losses = [m.actor.denoising_loss(seen, actions, timesteps, noise) for m, seen in ((model, rows), (plain, scaled))]
+    np.testing.assert_allclose(*(loss.detach() for loss in losses), rtol=1e-4, atol=1e-5)
+    values = [m.critic(seen, actions[:, 0]) for m, seen in ((model, rows), (plain, scaled))]
+    np.testing.assert_allclose(*(th.stack(value).detach() for value in values), rtol=1e-4, atol=1e-5)
+
+
+def test_images_dictionaries_and_shared_extractors_can_be_normalised():
+    """What is normalised are the extractor's features, once where it is shared."""
+    model = tiny_qvpo(DictEnv(), "MultiInputPolicy", policy_kwargs={**NORMALIZED, "share_features_extractor": True}).learn(30)
+    assert model.actor.features_extractor is model.critic.features_extractor
+    assert model.actor.features_extractor.norm.running_count == model._n_updates
+    assert model.actor.features_extractor.features_dim == model.actor.features_extractor.norm.running_mean.numel()
+    env = FakeImageEnv(screen_height=36, screen_width=36, discrete=False)
+    image = tiny_qvpo(env, "CnnPolicy", policy_kwargs={**NORMALIZED, "features_extractor_kwargs": dict(features_dim=4)})
+    assert image.learn(25).actor.features_extractor.norm.running_count > 0
+
+
 POLICY_ALIVE = {
     "net_arch": [5],
     "activation_fn": th.nn.ReLU,
@@ -339,6 +399,7 @@ POLICY_ALIVE = {
     "time_embedding_dim": 8,
     "time_hidden_dim": 5,
     "initialization": "torch",
+    "normalize_features": True,
     "noise_bank_seed": 1,
 }
 

@@ -82,7 +82,14 @@ CASES = {
     ),
     "norms, two activations, v and solver": (
         4,
-        dict(critic_type="crossq", net_arch=[64, 64], critic_activation_fn=nn.ReLU, prediction="v", sampler="dpm++"),
+        dict(
+            critic_type="crossq",
+            net_arch=[64, 64],
+            critic_activation_fn=nn.ReLU,
+            prediction="v",
+            sampler="dpm++",
+            normalize_features=True,
+        ),
     ),
     "quantiles": (4, dict(critic_type="quantile", net_arch=[64, 64])),
 }

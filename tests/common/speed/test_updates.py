@@ -82,7 +82,7 @@ CASES = {
     "delayed": dict(policy_delay=2, max_grad_norm=0.5),
     "schedules": dict(learning_rate="lin_1e-3", qf_learning_rate=lambda p: 1e-3 * p, ent_coef="lin_0.5"),
     "dictionaries": dict(env=DictEnv(), policy="MultiInputPolicy"),
-    "n-step": dict(n_steps=3),
+    "n-step, normalised features": dict(n_steps=3, policy_kwargs=dict(net_arch=[8], normalize_features=True)),
     "norms and gradients of actions": dict(
         critic_type="crossq",
         n_improvement_steps=2,
@@ -112,13 +112,16 @@ def test_captured_training_of_sdac_is_training(name):
     th.testing.assert_close(model.value_spread, plain.value_spread)
 
 
+IMPLICIT = dict(net_arch=[8], one_step_policy="implicit", normalize_features=True)
+
+
 @pytest.mark.parametrize(
     ("algorithm", "defaults", "settings", "n_graphs"),
     [
         (DiffusionQL, TINY_FROM_DATA, dict(max_grad_norm=0.5), 2),
         (DiffusionQL, TINY_FROM_DATA, dict(q_normalization="data", max_q_backup=True), 2),
         (DTQL, TINY_TRUSTED, dict(log_prob_coef=1.0), 3),
-        (DTQL, TINY_TRUSTED, dict(value_target="online", policy_kwargs=dict(net_arch=[8], one_step_policy="implicit")), 3),
+        (DTQL, TINY_TRUSTED, dict(value_target="online", policy_kwargs=IMPLICIT), 3),
     ],
 )
 def test_captured_training_of_algorithms_for_data_is_training(algorithm, defaults, settings, n_graphs):
