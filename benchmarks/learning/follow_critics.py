@@ -41,6 +41,7 @@ def model_of(name: str, task: str, source: QVPO, buffer: Any) -> QVPO:
     settings["policy_kwargs"] = eval(settings["policy_kwargs"], {"nn": nn})
     model = QVPO("MlpPolicy", task, **{**settings, "buffer_size": 1, "device": "cpu", "seed": 1})
     model.set_logger(configure(None, []))
+    model.critic.features_extractor = source.critic.features_extractor  # whether the other normalises features or not
     model.critic.load_state_dict(source.critic.state_dict())
     model.critic.set_training_mode(False)
     model.replay_buffer = buffer

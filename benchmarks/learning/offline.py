@@ -1,5 +1,5 @@
 """
-Learning from data that the project records itself: half of the transitions from a trained agent, half from random actions.
+Learning from data that the project records itself: a trained agent and random actions take turns in each episode.
 
 ``python benchmarks/learning/offline.py record MODEL.zip Hopper-v5 hopper-mixed`` writes a Minari dataset of a few MB.
 ``python benchmarks/learning/offline.py learn hopper-mixed Hopper-v5 --csv mine_offline.csv`` learns from it, with
@@ -9,7 +9,7 @@ Diffusion-QL, DTQL and behaviour cloning, and then goes on in the environment wi
 A run that is in the CSV already is not made again; one that broke off is. Returns are means of 10 episodes from the same start
 states: of the policies' own way to act (one of many draws, by a softmax of values; ``mean_return``), and of
 ``predict(deterministic=True)`` (``greedy_return``). ``data_return`` is the mean over the data's episodes, ``agent_return``
-that over the trained agent's.
+what the trained agent reaches alone.
 """
 
 import argparse
@@ -36,16 +36,16 @@ from sb3_qvpo.dtql import DTQL
 FEW_UPDATES = dict(
     learning_rate=1e-3,
     qf_learning_rate=1e-3,
-    tau=0.01,
-    policy_kwargs=dict(net_arch=[256, 256], activation_fn=nn.ReLU),
+    tau=0.05,
+    policy_kwargs=dict(net_arch=[256, 256], activation_fn=nn.ReLU, normalize_features=True),
 )
 """The papers' settings are for one or two million updates. These are for thousands, on a CPU."""
 
 NO_CHOICE = dict(n_behavior_candidates=1, n_eval_candidates=1)
 SETTINGS: dict[str, tuple[Any, dict[str, Any]]] = {
-    "diffusion_ql": (DiffusionQL, {**FEW_UPDATES, "target_actor_start": 0}),
+    "diffusion_ql": (DiffusionQL, {**FEW_UPDATES, "eta": 0.1, "target_actor_start": 0}),
     "behaviour_cloning": (DiffusionQL, {**FEW_UPDATES, **NO_CHOICE, "eta": 0.0}),
-    "dtql": (DTQL, {**FEW_UPDATES, "n_pretraining_updates": 2_000, "n_behavior_candidates": 128, "n_eval_candidates": 1}),
+    "dtql": (DTQL, {**FEW_UPDATES, "n_pretraining_updates": 1_000, "n_behavior_candidates": 128, "n_eval_candidates": 1}),
 }
 """
 DTQL acts by 128 draws instead of 1024, because evaluating would take longer than learning. Its ``greedy_return`` is the policy
@@ -53,21 +53,38 @@ alone.
 """
 
 
-def record(model_file: Path, task: str, name: str, n_transitions: int, seed: int) -> None:
-    """Write a dataset: whole episodes of the agent, then of random actions, as many transitions of each."""
-    model, env = QVPO.load(model_file, device="cpu"), gym.make(task)
+def record(model_file: Path, task: str, name: str, n_transitions: int, stretch: float, seed: int) -> None:
+    """
+    Write a dataset in which a trained agent and random actions take turns within each episode.
+
+    :param model_file: The agent.
+    :param task: The environment.
+    :param name: Of the dataset.
+    :param n_transitions: At least so many, in whole episodes.
+    :param stretch: Mean number of steps that each of the two acts before the other goes on.
+    :param seed: Of all that is random.
+    """
+    model, env, rng = QVPO.load(model_file, device="cpu"), gym.make(task), np.random.default_rng(seed)
     env.action_space.seed(seed)
     th.manual_seed(seed)
-    episodes: list[Any] = []
-    for act in (lambda observation: model.predict(observation)[0], lambda observation: env.action_space.sample()):
-        n, returns = 0, []
-        while n < n_transitions // 2:
-            episodes.append(episode_of(act, env, len(episodes), seed))
-            n += len(episodes[-1].rewards)
-            returns.append(sum(episodes[-1].rewards))
-        print(f"{len(returns)} episodes, return {np.mean(returns):.0f}")
-    about = dict(algorithm_name="QVPO and random actions", author="sb3_qvpo", description="Half of the transitions of each.")
-    minari.create_dataset_from_buffers(f"sb3_qvpo/{name}-v0", episodes, env=env, **about)
+
+    def agent(observation: np.ndarray) -> np.ndarray:
+        return model.predict(observation)[0]
+
+    def mixed(observation: np.ndarray) -> np.ndarray:
+        nonlocal is_random
+        is_random ^= rng.random() < 1 / stretch
+        return env.action_space.sample() if is_random else agent(observation)
+
+    is_random, episodes, n = False, [], 0
+    while n < n_transitions:
+        episodes.append(episode_of(mixed, env, len(episodes), seed))
+        n += len(episodes[-1].rewards)
+    alone = float(np.mean([sum(episode_of(agent, env, number, seed + 10_000).rewards) for number in range(10)]))
+    print(f"{len(episodes)} episodes, {np.mean([sum(episode.rewards) for episode in episodes]):.0f}; agent alone {alone:.0f}")
+    about = dict(algorithm_name="QVPO and random actions", author="sb3_qvpo", description="In turns, half of the steps each.")
+    dataset = minari.create_dataset_from_buffers(f"sb3_qvpo/{name}-v0", episodes, env=env, **about)
+    dataset.storage.update_metadata({"agent_return": alone})
 
 
 def episode_of(act: Callable[[np.ndarray], np.ndarray], env: gym.Env[Any, Any], number: int, seed: int) -> Any:
@@ -93,14 +110,9 @@ def episode_of(act: Callable[[np.ndarray], np.ndarray], env: gym.Env[Any, Any], 
 
 
 def returns_of_data(dataset: minari.MinariDataset) -> dict[str, float]:
-    """The mean return of all episodes, and that of the agent's, which come first and have half of the transitions."""
-    episodes = [(len(episode.rewards), float(episode.rewards.sum())) for episode in dataset.iterate_episodes()]
-    n, total, of_agent = 0, sum(length for length, _ in episodes), []
-    for length, value in episodes:
-        if n < total / 2 - 1_000:  # the last episode of the agent may go beyond its half
-            of_agent.append(value)
-        n += length
-    return {"data_return": float(np.mean([value for _, value in episodes])), "agent_return": float(np.mean(of_agent))}
+    """The mean return of the episodes, and that of the agent alone, which was measured when they were recorded."""
+    returns = [float(episode.rewards.sum()) for episode in dataset.iterate_episodes()]
+    return {"data_return": float(np.mean(returns)), "agent_return": float(dataset.storage.metadata["agent_return"])}
 
 
 def evaluated(model: Any, task: str) -> dict[str, float]:
@@ -151,19 +163,20 @@ def main() -> None:
     recording.add_argument("task")
     recording.add_argument("name")
     recording.add_argument("--transitions", type=int, default=40_000)
+    recording.add_argument("--stretch", type=float, default=10, help="mean number of steps before the other one acts")
     recording.add_argument("--seed", type=int, default=0)
     learning = commands.add_parser("learn")
     learning.add_argument("name")
     learning.add_argument("task")
     learning.add_argument("--algos", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
     learning.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    learning.add_argument("--updates", type=int, default=10_000)
+    learning.add_argument("--updates", type=int, default=5_000)
     learning.add_argument("--steps", type=int, default=0, help="in the environment, afterwards")
     learning.add_argument("--csv", type=Path, required=True)
     arguments = parser.parse_args()
     th.set_num_threads(1)
     if arguments.command == "record":
-        record(arguments.model, arguments.task, arguments.name, arguments.transitions, arguments.seed)
+        record(arguments.model, arguments.task, arguments.name, arguments.transitions, arguments.stretch, arguments.seed)
         return
     for seed in arguments.seeds:
         for algo in arguments.algos:
