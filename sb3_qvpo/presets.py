@@ -1,10 +1,10 @@
 """
-Complete settings, to be handed to an algorithm: ``QVPO("MlpPolicy", env, **presets.small)``. Those called ``sdac`` are for
-SDAC, the others for QVPO.
+Complete settings, to be handed to an algorithm: ``QVPO("MlpPolicy", env, **presets.small)``. Those called like another
+algorithm are for that one: ``sdac`` and ``sdac_several``, ``diffusion_ql``, ``dtql``.
 
-A setting that is not named keeps the default of the class, which is QVPO's paper's or the code's of SDAC's authors. To change
-one, write ``QVPO("MlpPolicy", env, **{**presets.small, "batch_size": 256})``. RL Zoo's files in ``hyperparams/`` hold the
-same numbers.
+A setting that is not named keeps the default of the class, which is the paper's or that of the authors' code. To change one,
+write ``QVPO("MlpPolicy", env, **{**presets.small, "batch_size": 256})``. RL Zoo's files in ``hyperparams/`` hold the same
+numbers.
 """
 
 import copy
@@ -143,4 +143,29 @@ temperature as large as the values' spread, single samples in the TD target and 
 
 Cost: two minutes for 8 000 steps of four equal goals. There it reaches three or four in each of five seeds, with a return of
 -286 instead of -119 (``benchmarks/learning/blocked_goal.csv``).
+"""
+
+diffusion_ql = Preset(
+    learning_rate=1e-3,
+    tau=0.05,
+    eta=0.1,
+    target_actor_start=0,
+    policy_kwargs=dict(net_arch=[256, 256], activation_fn=nn.ReLU, normalize_features=True),
+)
+"""
+For :class:`~sb3_qvpo.diffusion_ql.diffusion_ql.DiffusionQL` with thousands of updates on a CPU, where the paper has a million:
+larger steps and faster targets, and a tenth of the guidance by critics that are still inaccurate.
+"""
+
+dtql = Preset(
+    learning_rate=1e-3,
+    tau=0.05,
+    n_pretraining_updates=1_000,
+    n_behavior_candidates=128,
+    n_eval_candidates=1,
+    policy_kwargs=dict(net_arch=[256, 256], activation_fn=nn.ReLU, normalize_features=True),
+)
+"""
+The same for :class:`~sb3_qvpo.dtql.dtql.DTQL`. An action is one of 128 draws instead of 1024, and
+``predict(deterministic=True)`` is the policy alone.
 """

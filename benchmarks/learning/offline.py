@@ -27,30 +27,16 @@ from minari.data_collector import EpisodeBuffer
 from run import append, read, setup, write
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.monitor import Monitor
-from torch import nn
 
-from sb3_qvpo import QVPO
-from sb3_qvpo.diffusion_ql import DiffusionQL
-from sb3_qvpo.dtql import DTQL
-
-FEW_UPDATES = dict(
-    learning_rate=1e-3,
-    qf_learning_rate=1e-3,
-    tau=0.05,
-    policy_kwargs=dict(net_arch=[256, 256], activation_fn=nn.ReLU, normalize_features=True),
-)
-"""The papers' settings are for one or two million updates. These are for thousands, on a CPU."""
+from sb3_qvpo import DTQL, QVPO, DiffusionQL, presets
 
 NO_CHOICE = dict(n_behavior_candidates=1, n_eval_candidates=1)
 SETTINGS: dict[str, tuple[Any, dict[str, Any]]] = {
-    "diffusion_ql": (DiffusionQL, {**FEW_UPDATES, "eta": 0.1, "target_actor_start": 0}),
-    "behaviour_cloning": (DiffusionQL, {**FEW_UPDATES, **NO_CHOICE, "eta": 0.0}),
-    "dtql": (DTQL, {**FEW_UPDATES, "n_pretraining_updates": 1_000, "n_behavior_candidates": 128, "n_eval_candidates": 1}),
+    "diffusion_ql": (DiffusionQL, dict(presets.diffusion_ql)),
+    "behaviour_cloning": (DiffusionQL, {**presets.diffusion_ql, **NO_CHOICE, "eta": 0.0}),
+    "dtql": (DTQL, dict(presets.dtql)),
 }
-"""
-DTQL acts by 128 draws instead of 1024, because evaluating would take longer than learning. Its ``greedy_return`` is the policy
-alone.
-"""
+"""DTQL's ``greedy_return`` is the policy alone."""
 
 
 def record(model_file: Path, task: str, name: str, n_transitions: int, stretch: float, seed: int) -> None:

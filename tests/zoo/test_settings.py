@@ -14,13 +14,16 @@ from rl_zoo3.exp_manager import ExperimentManager
 from run import ALGOS
 from stable_baselines3.common.utils import LinearSchedule
 
-from sb3_qvpo import QVPO, SDAC, presets, zoo
+from sb3_qvpo import DTQL, QVPO, SDAC, DiffusionQL, presets, zoo
 
 CONFIGS = {
     name: yaml.safe_load((ROOT / "hyperparams" / f"{name}.yml").read_text())
-    for name in ("qvpo", "qvpo_official", "qvpo_fast", "sdac", "sdac_official", "diffusion_ql", "dtql")
+    for name in (
+        *("qvpo", "qvpo_official", "qvpo_fast", "sdac", "sdac_official", "diffusion_ql", "dtql"),
+        *("diffusion_ql_fast", "dtql_fast"),
+    )
 }
-PAPER, OFFICIAL, FAST, SOFT, SOFT_OFFICIAL, FROM_DATA, TRUSTED = CONFIGS.values()
+PAPER, OFFICIAL, FAST, SOFT, SOFT_OFFICIAL, FROM_DATA, TRUSTED, *_ = CONFIGS.values()
 
 
 def test_table_3_and_explicit_values():
@@ -58,7 +61,8 @@ def test_every_value_has_its_source():
 
 def algorithm_of(name):
     """The class that a settings file or a preset is for."""
-    return SDAC if name.startswith("sdac") else QVPO
+    named = {"sdac": SDAC, "diffusion_ql": DiffusionQL, "dtql": DTQL}
+    return next((algorithm for prefix, algorithm in named.items() if name.startswith(prefix)), QVPO)
 
 
 def completed(settings, algorithm):
@@ -71,6 +75,7 @@ OF_PRESETS = [
     ("small", "qvpo", "Pendulum-v1", {"gamma"}),
     *(("fast", "qvpo_fast", name, set()) for name in FAST),
     *(("sdac", "sdac", name, set()) for name in SOFT if name != "Pendulum-v1"),
+    *((preset, f"{preset}_fast", name, set()) for preset in ("diffusion_ql", "dtql") for name in CONFIGS[f"{preset}_fast"]),
 ]
 
 
@@ -93,9 +98,9 @@ def test_presets_build_models_and_cannot_be_changed(name):
     algorithm("MlpPolicy", "Pendulum-v1", **{**settings, "buffer_size": 50, "learning_starts": 5, "batch_size": 8}).learn(12)
     with pytest.raises(TypeError):
         settings["gamma"] = 0.5
-    settings["policy_kwargs"]["n_sampling_steps"] = {**settings}["policy_kwargs"]["n_sampling_steps"] = 1
+    settings["policy_kwargs"]["net_arch"] = {**settings}["policy_kwargs"]["net_arch"] = [1]
     copied = copy.deepcopy(settings)
-    assert copied["policy_kwargs"] == settings["policy_kwargs"] and settings["policy_kwargs"]["n_sampling_steps"] == 5
+    assert copied["policy_kwargs"] == settings["policy_kwargs"] and settings["policy_kwargs"]["net_arch"] != [1]
     assert settings | {"gamma": 0.5} == {**settings, "gamma": 0.5}
     assert repr(settings).startswith("Preset(learning_rate=0.001, ")
     assert (algorithm("MlpPolicy", "Pendulum-v1", **settings, gamma=0.98, buffer_size=10).gamma, "gamma" in settings) == (
