@@ -39,7 +39,7 @@ test-oldest: $(OLDEST)/.ready
 
 $(OLDEST)/.ready: pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv $(OLDEST)
-	PIP_CONSTRAINT=constraints-oldest.txt $(OLDEST)/bin/python -m pip install --quiet --editable ".[export,mujoco,progress]" \
+	PIP_CONSTRAINT=constraints-oldest.txt $(OLDEST)/bin/python -m pip install --quiet --editable ".[export,figures,mujoco,progress]" \
 		pytest pytest-timeout scipy tensorboard pyyaml
 	touch $@
 

@@ -7,16 +7,11 @@ Shapes: B observations, K candidates for each, A action dimensions, S reverse st
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 import torch as th
 from gymnasium import spaces
-from matplotlib.animation import FuncAnimation
-from matplotlib.artist import Artist
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Figure as LoggedFigure
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
@@ -24,6 +19,12 @@ from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from sb3_qvpo.common.arguments import check_count
 from sb3_qvpo.common.policies import DiffusionPolicy
 from sb3_qvpo.common.runs.files import atomic_file, check_writable
+
+if TYPE_CHECKING:  # the package works without matplotlib
+    from matplotlib.animation import FuncAnimation
+    from matplotlib.artist import Artist
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 Observations = np.ndarray | dict[str, np.ndarray]
 """B observations, as ``predict()`` takes them."""
@@ -110,7 +111,25 @@ def denoise(policy: DiffusionPolicy, observation: Observations, n_candidates: in
     return scaled
 
 
-def draw_candidates(axis: Axes, actions: np.ndarray, values: np.ndarray, dimensions: tuple[int, int] = (0, 1)) -> None:
+def empty_figure(**arguments: Any) -> "Figure":
+    """
+    A figure of its own, which no window shows.
+
+    :param arguments: Of matplotlib's ``Figure``.
+    :return: The figure, with a canvas to be drawn on.
+    :raises ImportError: Without matplotlib.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError('figures need matplotlib: pip install ".[figures]"') from error
+    figure = Figure(**arguments)
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def draw_candidates(axis: "Axes", actions: np.ndarray, values: np.ndarray, dimensions: tuple[int, int] = (0, 1)) -> None:
     """
     Draw the candidates of one observation: two dimensions of the actions, coloured by value, with a star at the best one.
     Where actions have one dimension, the value is the height.
@@ -131,7 +150,7 @@ def draw_candidates(axis: Axes, actions: np.ndarray, values: np.ndarray, dimensi
 
 def candidate_figure(
     policy: DiffusionPolicy, snapshots: Sequence[Snapshot], dimensions: tuple[int, int] = (0, 1), n_columns: int = 5
-) -> Figure:
+) -> "Figure":
     """
     A row for each observation, a column for each moment: how candidates and choice move over training.
 
@@ -141,6 +160,7 @@ def candidate_figure(
     :param n_columns: At most so many moments, the first and the last among them.
     :return: The figure.
     :raises ValueError: If there is no snapshot, or the actions have no such dimensions.
+    :raises ImportError: Without matplotlib.
     """
     if not snapshots:
         raise ValueError("snapshots must hold at least one, got none")
@@ -148,7 +168,7 @@ def candidate_figure(
     if n_dimensions > 1 and (len(set(dimensions)) != 2 or not set(dimensions) <= set(range(n_dimensions))):
         raise ValueError(f"dimensions must be two of 0 ... {n_dimensions - 1}, got {dimensions!r}")
     shown = [snapshots[i] for i in sorted(set(np.linspace(0, len(snapshots) - 1, n_columns).round().astype(int)))]
-    figure = Figure(figsize=(0.4 + 2.2 * len(shown), 0.4 + 2.2 * n_states), layout="constrained")
+    figure = empty_figure(figsize=(0.4 + 2.2 * len(shown), 0.4 + 2.2 * n_states), layout="constrained")
     axes = figure.subplots(n_states, len(shown), squeeze=False)
     low, high = bounds_of(policy)
     for j, moment in enumerate(shown):
@@ -170,7 +190,7 @@ def candidate_figure(
 
 def chain_animation(
     policy: DiffusionPolicy, states: np.ndarray, values: np.ndarray, dimensions: tuple[int, int] = (0, 1), n_still: int = 6
-) -> FuncAnimation:
+) -> "FuncAnimation":
     """
     A chain while it denoises, coloured by the values that its candidates have at the end.
 
@@ -180,13 +200,13 @@ def chain_animation(
     :param dimensions: Which two of the A dimensions.
     :param n_still: Frames for which the result stays.
     :return: The animation; ``save()`` writes it.
+    :raises ImportError: Without matplotlib.
     """
-    figure = Figure(figsize=(4, 4))
-    FigureCanvasAgg(figure)
+    figure = empty_figure(figsize=(4, 4))
     axis = figure.subplots()
     low, high = bounds_of(policy)
 
-    def draw(frame: int) -> list[Artist]:
+    def draw(frame: int) -> "list[Artist]":
         step = min(frame, len(states) - 1)
         axis.clear()
         draw_candidates(axis, states[step], values, dimensions)
@@ -196,6 +216,8 @@ def chain_animation(
         if y is not None:
             axis.set_ylim(2 * low[y], 2 * high[y])
         return list(axis.get_children())
+
+    from matplotlib.animation import FuncAnimation
 
     return FuncAnimation(figure, draw, frames=len(states) + n_still)
 
@@ -238,6 +260,7 @@ class CandidateFigureCallback(BaseCallback):
     :raises ValueError: If a number is too small. When training starts, if the policy is no :class:`DiffusionPolicy`, or has no
         such dimensions or observations.
     :raises OSError: When training starts, if ``save_path`` cannot be written.
+    :raises ImportError: When training starts, without matplotlib.
     """
 
     model: OffPolicyAlgorithm

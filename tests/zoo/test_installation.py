@@ -15,6 +15,7 @@ import optuna
 import pytest
 from helpers import ROOT
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from sb3_qvpo import __version__
 
@@ -71,6 +72,46 @@ def test_the_extras_are_those_of_the_tests(distributions):
         assert len(wanted) >= 4
         for each in wanted:
             assert each.specifier.contains(importlib.metadata.version(each.name), prereleases=True), each
+
+
+def needed(name, found):
+    """All distributions that one asks for without an extra, and those that they ask for."""
+    if name not in found:
+        found.add(name)
+        for requirement in map(Requirement, importlib.metadata.requires(name) or []):
+            if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+                needed(canonicalize_name(requirement.name), found)
+    return found
+
+
+BARE = """
+from sb3_qvpo import DTQL, QVPO, SDAC, CandidateFigureCallback, DiffusionQL, presets
+
+model = QVPO("MlpPolicy", "Pendulum-v1", **{**presets.small, "learning_starts": 3}).learn(6)
+model.save("model")
+print(QVPO.load("model").predict(model.observation_space.sample(), deterministic=True)[0].shape)
+try:
+    model.learn(5, CandidateFigureCallback(2, "figure.png"))
+except ImportError as error:
+    print(error)
+"""
+
+
+def test_it_works_without_any_extra(tmp_path):
+    """With what it asks for and nothing else: it trains, saves and loads. Only a figure needs more, and says what."""
+    site = tmp_path / "site"
+    site.mkdir()
+    (site / "sb3_qvpo").symlink_to(ROOT / "sb3_qvpo")
+    for name in needed("sb3-qvpo", set()) - {"sb3-qvpo"}:
+        for top in {file.parts[0] for file in importlib.metadata.files(name)} - {"..", "__pycache__"}:
+            (site / top).symlink_to(DEPENDENCIES / top)
+    assert (site / "stable_baselines3").exists() and not (site / "matplotlib").exists() and not (site / "pandas").exists()
+    # Without the tests' own packages: -S leaves them out
+    environment = {**os.environ, "PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-S", "-c", BARE]
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines() == ["(1,)", 'figures need matplotlib: pip install ".[figures]"']
 
 
 def environment_with(folder, *installation):
