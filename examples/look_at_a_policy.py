@@ -19,7 +19,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", nargs="?", help="a file that model.save() or a checkpoint callback wrote")
     parser.add_argument("--env", default="Reacher-v5", help="the task it was trained on")
-    parser.add_argument("--algo", default="QVPO", choices=["QVPO", "SDAC"])
+    parser.add_argument("--algo", default="QVPO", choices=["QVPO", "SDAC", "DiffusionQL"])
     parser.add_argument("--vec-normalize", help="a file of the statistics of its observations")
     parser.add_argument("--timesteps", type=float, default=3_000, help="environment steps, if there is no file")
     parser.add_argument("--dimensions", type=int, nargs=2, default=(0, 1), help="which two of the actions' dimensions")

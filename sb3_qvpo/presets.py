@@ -4,7 +4,7 @@ algorithm are for that one: ``sdac`` and ``sdac_several``, ``diffusion_ql``, ``d
 
 A setting that is not named keeps the default of the class, which is the paper's or that of the authors' code. To change one,
 write ``QVPO("MlpPolicy", env, **{**presets.small, "batch_size": 256})``. RL Zoo's files in ``hyperparams/`` hold the same
-numbers.
+numbers, but for ``sdac_several``, which has none.
 """
 
 import copy

@@ -30,6 +30,10 @@ Observations = np.ndarray | dict[str, np.ndarray]
 """B observations, as ``predict()`` takes them."""
 
 
+PAPER = dict(facecolor="white", alpha=0.7, linewidth=0, pad=1)
+"""Behind text, so that it can be read over points."""
+
+
 class Snapshot(NamedTuple):
     """
     What a policy draws for some observations at one moment of training.
@@ -145,7 +149,7 @@ def draw_candidates(axis: "Axes", actions: np.ndarray, values: np.ndarray, dimen
     axis.scatter(x, y, c=values, cmap="viridis", s=12, alpha=0.8)
     axis.scatter(x[best], y[best], marker="*", s=140, color="C3", edgecolor="white", zorder=3)
     span = f"values {values.min():.4g} (dark) to {values.max():.4g}"
-    axis.text(0.02, 0.01, span, transform=axis.transAxes, fontsize=6, color="0.3")
+    axis.text(0.02, 0.01, span, transform=axis.transAxes, fontsize=6, color="0.3", bbox=PAPER)
 
 
 def candidate_figure(

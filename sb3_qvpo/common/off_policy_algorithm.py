@@ -423,7 +423,7 @@ class DiffusionOffPolicyAlgorithm(OfflineLearner):
             self._setup_lr_schedule()
         self._warn_of_few_updates()
         self._metric_sums.clear()
-        self._pace, self._shows_progress = Pace(), progress_bar
+        self._pace, self._shows_progress = Pace(self._pace.is_told), progress_bar
         vec_normalize = self.get_vec_normalize_env()
         self.policy.normalized_observations = vec_normalize is not None and vec_normalize.norm_obs
         return super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)

@@ -7,9 +7,14 @@ LONG = 3600.0
 
 
 class Pace:
-    """Times the updates of one ``learn()``."""
+    """
+    Times the updates of one ``learn()``.
 
-    def __init__(self) -> None:
+    :param is_told: Whether an earlier ``learn()`` of the model has found that it takes long. Once is enough.
+    """
+
+    def __init__(self, is_told: bool = False) -> None:
+        self.is_told = is_told
         self._start: tuple[int, int, float] | None = None
         self._began: float | None = None
         self._in_updates = 0.0
@@ -39,7 +44,7 @@ class Pace:
         if self._first_update is None:
             self._first_update = n_updates
         n_seen = n_updates - self._first_update
-        if self._is_done or n_seen < FIRST:
+        if self.is_told or self._is_done or n_seen < FIRST:
             return None
         if self._start is None:
             self._start = (n_seen, n_steps, now)
@@ -51,7 +56,8 @@ class Pace:
         self._is_done = True
         seconds = (now - before) / (n_steps - steps_before) * n_left
         self.share_of_updates = min(1.0, self._in_updates / (now - before)) if now > before else 1.0
-        return seconds if seconds > LONG else None
+        self.is_told = seconds > LONG
+        return seconds if self.is_told else None
 
 
 def in_words(seconds: float) -> str:

@@ -80,6 +80,8 @@ def test_whoever_watches_is_told(verbose, progress_bar, monkeypatch, capsys):
         told = re.search(r"remaining ([\d,]+) steps take (\d+) days on this CPU. With sb3_qvpo.presets.fast .* about", line)
         steps, days = (int(number.replace(",", "")) for number in told.groups())
         assert steps > 299_900 and days == 35
+    model.learn(300_000, callback=lambda local, _: local["self"].num_timesteps < 100, progress_bar=progress_bar)
+    assert "At this pace" not in capsys.readouterr().out, "once, where learn() is called in a loop"
 
 
 def test_on_a_gpu_nothing_is_said(monkeypatch, capsys):
