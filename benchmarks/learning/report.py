@@ -33,6 +33,7 @@ from tables import (
     front_table,
     multi_goal_table,
     offline_table,
+    online_table,
     quickstart_table,
     returns_table,
     screen_table,
@@ -84,6 +85,7 @@ def main() -> None:
     front, steps = front_curves([*read("preset"), *read("results")]), list(csv.DictReader(STEPS.open()))
     answers = {"front": front_table(front), "step": step_table(steps), "blocked_goal": blocked_table(read("blocked_goal"))}
     answers |= {"quickstart": quickstart_table(read("quickstart")), "offline": offline_table(read("offline"))}
+    answers["online"] = online_table(read("offline"))
     for name, shown in (("notes", tables), ("results", answers)):
         page = arguments.docs / f"{name}.md"
         page.write_text(fill(page.read_text(), shown))

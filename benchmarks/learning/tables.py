@@ -239,6 +239,24 @@ def offline_table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
+def online_table(rows: Sequence[Row]) -> str:
+    """Returns of the runs that went on in the environment, before it and after some steps there."""
+    moments = sorted({int(row["steps"]) for row in rows if row["steps"] != "0"})
+    heads = ["before", *(f"after {steps:,} steps".replace(",", " ") for steps in moments)]
+    lines = [f"| task | algorithm | seeds | {' | '.join(heads)} |", "|---" * (3 + len(heads)) + "|"]
+    for task, algos in offline_ends(rows).items():
+        for algo, ended in algos.items():
+            own = [row for row in rows if (row["task"], row["algo"]) == (task, algo)]
+            seeds = {row["seed"] for row in own if row["steps"] != "0"}
+            if not seeds:
+                continue
+            shown = [[row for row in ended if row["seed"] in seeds]]
+            shown += [[row for row in own if row["steps"] == str(steps)] for steps in moments]
+            cells = [ranged([float(row["mean_return"]) for row in moment]) for moment in shown]
+            lines.append(f"| {task} | {OFFLINE[algo]} | {len(seeds)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def ranged(values: Sequence[float]) -> str:
     """A mean, with the range if there are several."""
     spread = f" ({min(values):.0f} to {max(values):.0f})" if len(values) > 1 else ""

@@ -287,6 +287,11 @@ def test_the_table_of_learning_from_data():
         "| T | behaviour cloning | 1 | 20 | 40 | 7 | 4 |",
         "| T | DTQL | 2 | 20 | 65 (60 to 70) | 7 (7 to 7) | 4 |",
     ]
+    assert tables.online_table(rows).splitlines() == [
+        "| task | algorithm | seeds | before | after 5 steps |",
+        "|---|---|---|---|---|",
+        "| T | DTQL | 1 | 60 | 99 |",
+    ]
 
 
 def test_every_length_of_runs_is_shown(monkeypatch):

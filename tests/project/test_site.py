@@ -27,6 +27,11 @@ async function idsOf(url) {  // of a page's elements, null where there is no pag
     }
     return ids[url];
 }
+function background(inside, theme) {  // how bright a page is, 0 to 255
+    inside.body.dataset.theme = theme;
+    const color = inside.defaultView.getComputedStyle(inside.body).backgroundColor.match(/[\\d.]+/g).map(Number);
+    return (color[0] + color[1] + color[2]) / 3;
+}
 async function look(page) {
     const frame = document.createElement("iframe");
     frame.style.width = widths[0] + "px";
@@ -54,6 +59,7 @@ async function look(page) {
         raw: [...inside.querySelectorAll(".math")].filter(formula => !formula.querySelector("mjx-container")).length,
         pictures: [...inside.images].filter(image => !image.naturalWidth).map(image => image.src),
         title: inside.title,
+        dark: background(inside, "dark"), light: background(inside, "light"),
     });
     frame.remove();
 }
@@ -99,24 +105,29 @@ def test_nothing_comes_from_the_network(site):
         assert not loaded, page.name
 
 
-def opened(folder, pages):
-    """What a browser finds on pages of a folder, and what it writes to its console."""
+def dumped(folder, page):
+    """A page of a folder as a browser shows it, and what it writes to its console."""
     browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if browser is None:
         pytest.skip("needs Chromium: apt-get install chromium")
-    (folder / "driver.html").write_text(DRIVER.replace("PAGES", json.dumps(pages)).replace("WIDTHS", json.dumps(WIDTHS)))
     server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(QuietHandler, directory=str(folder)))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--enable-logging=stderr"]
-    url = f"http://127.0.0.1:{server.server_port}/driver.html"
+    url = f"http://127.0.0.1:{server.server_port}/{page}"
     command = [browser, *options, "--virtual-time-budget=600000", "--dump-dom", url]
     try:
         result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     finally:
         server.shutdown()
-    found = re.search(r"<pre>(.*)</pre>", result.stdout, flags=re.S)
-    assert found, result.stdout[-500:] + result.stderr[-2000:]
-    console = [line for line in result.stderr.splitlines() if ":CONSOLE" in line]
+    return result.stdout, [line for line in result.stderr.splitlines() if ":CONSOLE" in line]
+
+
+def opened(folder, pages):
+    """What a browser finds on pages of a folder, and what it writes to its console."""
+    (folder / "driver.html").write_text(DRIVER.replace("PAGES", json.dumps(pages)).replace("WIDTHS", json.dumps(WIDTHS)))
+    shown, console = dumped(folder, "driver.html")
+    found = re.search(r"<pre>(.*)</pre>", shown, flags=re.S)
+    assert found, shown[-500:]
     return json.loads(html.unescape(found[1])), console
 
 
@@ -130,6 +141,17 @@ def test_every_page_works_in_a_browser(site):
     for page in found:
         assert not page["broken"] and not page["pictures"] and page["raw"] == 0 and page["title"], page
         assert max(page["overflow"]) <= 0, page
+        assert page["dark"] < 60 and page["light"] > 200, page
+
+
+def test_search_finds_pages(site):
+    """Without a network; a word that is nowhere finds nothing."""
+    found, console = dumped(site, "search.html?q=candidates")
+    links = re.findall(r'<li[^>]*>\s*<a href="([\w.]+)', found)
+    assert {"algorithm.html", "hyperparameters.html"} <= set(links), found[-2000:]
+    assert not console
+    nothing, _ = dumped(site, "search.html?q=xylophone")
+    assert not re.findall(r'<li[^>]*>\s*<a href="(algorithm.html)', nothing[nothing.index("search-results") :])
 
 
 def test_faults_of_a_page_are_noticed(tmp_path):
