@@ -155,6 +155,9 @@ diffusion_ql = Preset(
 """
 For :class:`~sb3_qvpo.diffusion_ql.diffusion_ql.DiffusionQL` with thousands of updates on a CPU, where the paper has a million:
 larger steps and faster targets, and a tenth of the guidance by critics that are still inaccurate.
+
+Cost: five minutes for 5 000 updates on one core of Zen 3. Returns then, of 40 000 transitions in which an agent and random
+actions take turns, three seeds: 950 to 1199 on Hopper-v5, 3592 to 3923 on HalfCheetah-v5 (``benchmarks/learning/offline.csv``).
 """
 
 dtql = Preset(
@@ -168,4 +171,6 @@ dtql = Preset(
 """
 The same for :class:`~sb3_qvpo.dtql.dtql.DTQL`. An action is one of 128 draws instead of 1024, and
 ``predict(deterministic=True)`` is the policy alone.
+
+Cost: four minutes for 5 000 updates. Returns of the same data: 276 to 1292 on Hopper-v5, 2606 to 3631 on HalfCheetah-v5.
 """
