@@ -157,7 +157,8 @@ For :class:`~sb3_qvpo.diffusion_ql.diffusion_ql.DiffusionQL` with thousands of u
 larger steps and faster targets, and a tenth of the guidance by critics that are still inaccurate.
 
 Cost: five minutes for 5 000 updates on one core of Zen 3. Returns then, of 40 000 transitions in which an agent and random
-actions take turns, three seeds: 950 to 1199 on Hopper-v5, 3592 to 3923 on HalfCheetah-v5 (``benchmarks/learning/offline.csv``).
+actions take turns, three seeds: 950 to 1199 on Hopper-v5, 3592 to 3923 on HalfCheetah-v5
+(``benchmarks/learning/offline.csv``).
 """
 
 dtql = Preset(
