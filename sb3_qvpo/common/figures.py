@@ -30,10 +30,6 @@ Observations = np.ndarray | dict[str, np.ndarray]
 """B observations, as ``predict()`` takes them."""
 
 
-PAPER = dict(facecolor="white", alpha=0.7, linewidth=0, pad=1)
-"""Behind text, so that it can be read over points."""
-
-
 class Snapshot(NamedTuple):
     """
     What a policy draws for some observations at one moment of training.
@@ -135,8 +131,8 @@ def empty_figure(**arguments: Any) -> "Figure":
 
 def draw_candidates(axis: "Axes", actions: np.ndarray, values: np.ndarray, dimensions: tuple[int, int] = (0, 1)) -> None:
     """
-    Draw the candidates of one observation: two dimensions of the actions, coloured by value, with a star at the best one.
-    Where actions have one dimension, the value is the height.
+    Draw the candidates of one observation: two dimensions of the actions, coloured by value, with a star at the best one. The
+    title says which values. Where actions have one dimension, the value is the height.
 
     :param axis: Where to draw.
     :param actions: Shape (K, A).
@@ -148,8 +144,7 @@ def draw_candidates(axis: "Axes", actions: np.ndarray, values: np.ndarray, dimen
     y = actions[:, dimensions[1]] if actions.shape[1] > 1 else values
     axis.scatter(x, y, c=values, cmap="viridis", s=12, alpha=0.8)
     axis.scatter(x[best], y[best], marker="*", s=140, color="C3", edgecolor="white", zorder=3)
-    span = f"values {values.min():.4g} (dark) to {values.max():.4g}"
-    axis.text(0.02, 0.01, span, transform=axis.transAxes, fontsize=6, color="0.3", bbox=PAPER)
+    axis.set_title(f"values {values.min():.4g} (dark) to {values.max():.4g} (star)", fontsize=7, color="0.3")
 
 
 def candidate_figure(
@@ -176,7 +171,6 @@ def candidate_figure(
     axes = figure.subplots(n_states, len(shown), squeeze=False)
     low, high = bounds_of(policy)
     for j, moment in enumerate(shown):
-        axes[0, j].set_title(f"{moment.step:,} steps", fontsize=9)
         for i in range(n_states):
             axis = axes[i, j]
             draw_candidates(axis, moment.actions[i], moment.values[i], dimensions)
@@ -185,6 +179,7 @@ def candidate_figure(
             if n_dimensions > 1:
                 axis.set_ylim(*with_margin(low[dimensions[1]], high[dimensions[1]]))
             axis.tick_params(labelsize=6)
+        axes[0, j].set_title(f"{moment.step:,} steps\n{axes[0, j].get_title()}", fontsize=7)
     for axis in axes[-1]:
         axis.set_xlabel(f"action {dimensions[0]}" if n_dimensions > 1 else "action", fontsize=8)
     for i, axis in enumerate(axes[:, 0]):
@@ -214,7 +209,7 @@ def chain_animation(
         step = min(frame, len(states) - 1)
         axis.clear()
         draw_candidates(axis, states[step], values, dimensions)
-        axis.set_title(f"{step} of {len(states) - 1} steps")
+        axis.set_title(f"{step} of {len(states) - 1} steps\n{axis.get_title()}")
         x, y = dimensions if len(low) > 1 else (0, None)
         axis.set_xlim(2 * low[x], 2 * high[x])
         if y is not None:

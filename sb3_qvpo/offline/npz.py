@@ -76,7 +76,7 @@ def columns(path: Path) -> Iterator[dict[str, Column]]:
     :return: Its arrays by name, as long as the context lasts.
     :raises ValueError: If it is no such file.
     """
-    if not is_zipfile(path):
+    if path.exists() and not is_zipfile(path):
         raise ValueError(f"dataset must be a file that numpy.savez() wrote, got {str(path)!r}")
     with ZipFile(path) as archive, ExitStack() as stack:
         arrays = {}

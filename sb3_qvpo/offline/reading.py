@@ -53,6 +53,11 @@ def opened(dataset: Any) -> Iterator[Any]:
             yield arrays
     elif path.suffix == ".pkl":
         yield load_from_pkl(path)
+    elif path.suffix and not path.is_dir():
+        raise ValueError(
+            "dataset must be a path that ends in .hdf5, .h5, .npz or .pkl, the name or folder of a Minari dataset, or arrays, "
+            f"got {str(dataset)!r}"
+        )
     else:
         import minari
 

@@ -85,7 +85,7 @@ def test_a_figure_has_a_row_for_each_observation_and_a_column_for_each_moment():
     moments = [Snapshot(step, rng.normal(size=(3, 9, 2)), rng.normal(size=(3, 9))) for step in range(7)]
     axes = candidate_figure(policy, moments, n_columns=4).axes
     assert len(axes) == 12
-    assert [axis.get_title() for axis in axes[:4]] == ["0 steps", "2 steps", "4 steps", "6 steps"]
+    assert [axis.get_title().split("\n")[0] for axis in axes[:4]] == ["0 steps", "2 steps", "4 steps", "6 steps"]
     assert axes[0].get_xlim() == axes[0].get_ylim() == pytest.approx((-1.1, 1.1))
     assert len(candidate_figure(policy, moments[:1]).axes) == 3
     for dimensions in ((0, 0), (0, 2), (-1, 0)):

@@ -308,7 +308,7 @@ BAD = {
     "NaN action": (lambda: with_change("actions", set_to((2, 1), np.nan)), r"actions must be finite, got .* in row 2"),
     "action out of bounds": (
         lambda: with_change("actions", set_to((3, 0), 2.1)),
-        r"actions must be within .*, got \[2.1, .*\] in row 3; clip_actions=True clips them",
+        r"actions must be within .*, got \[2.1, .*\] in row 3; fill_replay_buffer\(..., clip_actions=True\) clips them",
     ),
     "reward beyond float32": (lambda: with_change("rewards", set_to(5, 1e39)), r"rewards must be finite, got 1e\+39 in row 5"),
     "NaN flag": (lambda: with_change("terminals", set_to(4, np.nan)), r"terminals must be 0 or 1, got nan in row 4"),
@@ -431,6 +431,17 @@ def test_a_file_is_read_in_parts(tmp_path):
         _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert total == rows and peak < 13e6
+
+
+def test_a_path_that_is_none(tmp_path):
+    """A file of another kind is no name of Minari's; one that is not there is not found."""
+    (tmp_path / "data.csv").write_text("1,2")
+    for name in ("data.csv", "other.parquet"):
+        with pytest.raises(ValueError, match=rf"a path that ends in .hdf5, .h5, .npz or .pkl, .* got '.*{name}'"):
+            fill_replay_buffer(model_for(), tmp_path / name)
+    for name in ("none.npz", "none.hdf5", "none.pkl"):
+        with pytest.raises(FileNotFoundError, match=name):
+            fill_replay_buffer(model_for(), tmp_path / name)
 
 
 def test_a_file_that_is_none(tmp_path):
