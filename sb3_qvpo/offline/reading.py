@@ -38,7 +38,12 @@ class Transitions(NamedTuple):
 
 @contextmanager
 def opened(dataset: Any) -> Iterator[Any]:
-    """What a path or a name stands for; a file is closed afterwards."""
+    """
+    What a path or a name stands for; a file is closed afterwards.
+
+    :param dataset: See :mod:`sb3_qvpo.offline`.
+    :raises ValueError: For a path of another kind.
+    """
     if not isinstance(dataset, str | Path):
         yield dataset
         return
