@@ -113,7 +113,7 @@ def checked(
             row = int(beyond.argmax())
             raise ValueError(
                 f"actions must be within [{box.low.min()}, {box.high.max()}], got {actions[row].tolist()} in {part.place} "
-                f"{part.numbers[row]}; fill_replay_buffer(..., clip_actions=True) clips them"
+                f"{part.numbers[row]}; clip_actions=True clips them"
             )
     observations = stored("observations", part.observations, buffer, part)
     following = stored("next_observations", part.next_observations, buffer, part)

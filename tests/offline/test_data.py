@@ -308,7 +308,7 @@ BAD = {
     "NaN action": (lambda: with_change("actions", set_to((2, 1), np.nan)), r"actions must be finite, got .* in row 2"),
     "action out of bounds": (
         lambda: with_change("actions", set_to((3, 0), 2.1)),
-        r"actions must be within .*, got \[2.1, .*\] in row 3; fill_replay_buffer\(..., clip_actions=True\) clips them",
+        r"actions must be within .*, got \[2.1, .*\] in row 3; clip_actions=True clips them",
     ),
     "reward beyond float32": (lambda: with_change("rewards", set_to(5, 1e39)), r"rewards must be finite, got 1e\+39 in row 5"),
     "NaN flag": (lambda: with_change("terminals", set_to(4, np.nan)), r"terminals must be 0 or 1, got nan in row 4"),

@@ -193,6 +193,16 @@ def test_an_error_leaves_weights_and_data_whole():
     assert model.replay_buffer.size() == 60
 
 
+def test_actions_are_clipped_and_rewards_changed_on_the_way():
+    data, model = random_data(), tiny_qvpo()
+    data["actions"][7] = 9
+    with pytest.raises(ValueError, match="in row 7; clip_actions=True clips them"):
+        model.learn_offline(data, 5)
+    model.learn_offline(data, 5, clip_actions=True, reward_transform=lambda rewards: 2 * rewards)
+    assert model.replay_buffer.actions[7, 0, 0] == 1
+    np.testing.assert_allclose(model.replay_buffer.rewards[:60, 0], 2 * data["rewards"], rtol=1e-6)
+
+
 def test_a_progress_bar(capsys):
     tiny_qvpo().learn_offline(random_data(), 10, progress_bar=True)
     assert "10/10" in capsys.readouterr().out.replace(" ", "")

@@ -1,5 +1,6 @@
 """Learning from a replay buffer alone, with the callbacks, logs, checkpoints and guards of learning in an environment."""
 
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import numpy as np
@@ -26,6 +27,8 @@ class OfflineLearner(GuardedOffPolicyAlgorithm):
         tb_log_name: str = "offline",
         reset_num_timesteps: bool = True,
         progress_bar: bool = False,
+        reward_transform: Callable[[np.ndarray], np.ndarray] | None = None,
+        clip_actions: bool = False,
     ) -> SelfOfflineLearner:
         """
         Learn from data that are there already. ``learn()`` may follow in the environment: it begins without random steps, and
@@ -43,6 +46,8 @@ class OfflineLearner(GuardedOffPolicyAlgorithm):
         :param tb_log_name: Name of the run for TensorBoard.
         :param reset_num_timesteps: Start counting steps (and schedules) from 0 again.
         :param progress_bar: Show a progress bar (needs tqdm and rich).
+        :param reward_transform: From the dataset's rewards to those that are stored. Later online rewards need the same.
+        :param clip_actions: Clip the dataset's actions that are out of bounds. Without it they are an error.
         :return: The trained model.
         :raises ValueError: If the dataset is refused, if the replay buffer is empty, if ``gradient_steps`` is below 1, or when
             a loss or a gradient is not finite. Weights and buffer are intact after any error.
@@ -50,7 +55,7 @@ class OfflineLearner(GuardedOffPolicyAlgorithm):
         total = check_count("gradient_steps", gradient_steps)
         log_interval = check_count("log_interval", log_interval)
         if dataset is not None:
-            fill_replay_buffer(self, dataset, progress_bar=progress_bar)
+            fill_replay_buffer(self, dataset, reward_transform, clip_actions, progress_bar)
         buffer = self.replay_buffer
         if not isinstance(buffer, ReplayBuffer) or buffer.size() == 0:
             raise ValueError("dataset must be given, or the replay buffer be filled before, got an empty buffer")
