@@ -167,7 +167,7 @@ dtql = Preset(
     n_pretraining_updates=1_000,
     n_behavior_candidates=128,
     n_eval_candidates=1,
-    policy_kwargs=dict(net_arch=[256, 256], activation_fn=nn.ReLU, normalize_features=True),
+    policy_kwargs=diffusion_ql["policy_kwargs"],
 )
 """
 The same for :class:`~sb3_qvpo.dtql.dtql.DTQL`. An action is one of 128 draws instead of 1024, and

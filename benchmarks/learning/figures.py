@@ -55,6 +55,13 @@ def metadata(shown: Any) -> dict[str, str | None]:
     return {"Software": None, "Description": digest}
 
 
+def finish(figure: Figure, file: Path, shown: Any, dpi: int = 100, **options: Any) -> None:
+    """Write a figure with the digest of what it shows; ``options`` are those of ``savefig()``."""
+    figure.tight_layout()
+    figure.savefig(file, dpi=dpi, metadata=metadata(shown), **options)
+    plt.close(figure)
+
+
 def draw_curves(runs: Runs, file: Path) -> None:
     """
     Interquartile means with intervals, one panel a task; above by steps, below by processor time. Dashed: means of single
@@ -82,9 +89,7 @@ def draw_curves(runs: Runs, file: Path) -> None:
     panels[1, 0].set_ylabel("return")
     lines = [Line2D([], [], color=colors[algo], label=label_of(algo)) for algo in shown]
     figure.legend(handles=lines, loc="upper center", bbox_to_anchor=(0.5, 0), fontsize=8, ncol=min(2, len(runs)))
-    figure.tight_layout()
-    figure.savefig(file, dpi=100, bbox_inches="tight", metadata=metadata(runs))
-    plt.close(figure)
+    finish(figure, file, runs, bbox_inches="tight")
 
 
 def draw_front(curves: Curves, milliseconds: dict[str, float], file: Path) -> None:
@@ -113,13 +118,11 @@ def draw_front(curves: Curves, milliseconds: dict[str, float], file: Path) -> No
         axis.set_ylabel("return")
     handles, labels = panels[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, 1.05), ncol=len(labels), frameon=False)
-    figure.tight_layout()
     shown = {
         task: {algo: [(x.tolist(), y.tolist()) for x, y in seeds] for algo, seeds in algos.items()}
         for task, algos in curves.items()
     }
-    figure.savefig(file, dpi=100, bbox_inches="tight", metadata=metadata([shown, milliseconds]))
-    plt.close(figure)
+    finish(figure, file, [shown, milliseconds], bbox_inches="tight")
 
 
 def minutes(milliseconds: float, n_random: int, steps: np.ndarray) -> np.ndarray:
@@ -172,13 +175,6 @@ def draw_offline(rows: Sequence[Row], file: Path) -> None:
     finish(figure, file, rows)
 
 
-def finish(figure: Figure, file: Path, shown: Any) -> None:
-    """Write a figure with the digest of what it shows."""
-    figure.tight_layout()
-    figure.savefig(file, dpi=100, metadata=metadata(shown))
-    plt.close(figure)
-
-
 def draw_multi_goal(rows: Sequence[Row], file: Path) -> None:
     """A bar for each seed at the end of training: above the goals of 200 episodes, below the quarters of first actions."""
     groups = last_rows(rows, "setting", "candidates")
@@ -196,9 +192,7 @@ def draw_multi_goal(rows: Sequence[Row], file: Path) -> None:
     axes[0, 0].set_ylabel("share of 200 episodes\nthat reach the goal")
     axes[1, 0].set_ylabel("share of 1 000 first actions\ntowards the goal")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="upper center", bbox_to_anchor=(0.5, 0), ncol=4, fontsize=9)
-    figure.tight_layout()
-    figure.savefig(file, dpi=80, bbox_inches="tight", metadata=metadata(rows))
-    plt.close(figure)
+    finish(figure, file, rows, dpi=80, bbox_inches="tight")
 
 
 BLOCKED = {
@@ -265,9 +259,7 @@ def draw_bandit(rows: Sequence[Row], file: Path) -> None:
         contours(axes[i, j])
         axes[i, j].scatter(*np.transpose(points), s=3, alpha=0.4, color="black")
         axes[i, j].set_title(f"ent_coef {coef}, {step} steps", fontsize=9)
-    figure.tight_layout()
-    figure.savefig(file, dpi=80, metadata=metadata(rows))
-    plt.close(figure)
+    finish(figure, file, rows, dpi=80)
 
 
 def draw_chain(rows: Sequence[Row], file: Path) -> None:

@@ -84,8 +84,9 @@ def main() -> None:
     tables["follow"] = follow_table(read("follow"))
     front, steps = front_curves([*read("preset"), *read("results")]), list(csv.DictReader(STEPS.open()))
     answers = {"front": front_table(front), "step": step_table(steps), "blocked_goal": blocked_table(read("blocked_goal"))}
-    answers |= {"quickstart": quickstart_table(read("quickstart")), "offline": offline_table(read("offline"))}
-    answers["online"] = online_table(read("offline"))
+    offline, quickstart = read("offline"), read("quickstart")
+    answers["quickstart"] = quickstart_table(quickstart)
+    answers |= {"offline": offline_table(offline), "online": online_table(offline)}
     for name, shown in (("notes", tables), ("results", answers)):
         page = arguments.docs / f"{name}.md"
         page.write_text(fill(page.read_text(), shown))
@@ -96,8 +97,8 @@ def main() -> None:
     draw_front(front, milliseconds, figures / "front.png")
     draw_blocked(read("blocked_goal"), figures / "blocked_goal.png")
     draw_steps(steps, figures / "step.png")
-    draw_quickstart(read("quickstart"), figures / "quickstart.png")
-    draw_offline(read("offline"), figures / "offline.png")
+    draw_quickstart(quickstart, figures / "quickstart.png")
+    draw_offline(offline, figures / "offline.png")
     draw_multi_goal(read("multi_goal"), figures / "multi_goal.png")
     draw_bandit(read("bandit_samples"), figures / "bandit.png")
     draw_chain(read("bandit_chain"), figures / "chain.gif")

@@ -172,7 +172,7 @@ def as_shape(name: str, values: np.ndarray, shape: tuple[int, ...], dtype: Any, 
         buffer has whole numbers.
     """
     check_rows(name, values, part)
-    if np.issubdtype(dtype, np.integer):
+    if np.issubdtype(dtype, np.integer) and not np.can_cast(values.dtype, dtype):
         bounds = np.iinfo(dtype)
         fits = (values >= bounds.min) & (values <= bounds.max) & (values == np.floor(values))
         fits = fits.reshape(len(values), -1).all(axis=1)

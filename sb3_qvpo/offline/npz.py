@@ -44,19 +44,19 @@ class Column:
         if start < self._first:
             self._file.close()
             self._open()
-        if self._is_fortran and not len(self._rows):  # columns lie one after another: only the whole has rows
-            self._rows = np.frombuffer(self._file.read(), self.dtype).reshape(self.shape, order="F")
+        if self._is_fortran:  # columns lie one after another: only the whole has rows
+            if not len(self._rows):
+                self._rows = np.frombuffer(self._file.read(), self.dtype).reshape(self.shape, order="F")
+            return self._rows[start:stop]
         width = self.dtype.itemsize * int(np.prod(self.shape[1:]))
-        end = self._first + len(self._rows)
+        pieces, end = [self._rows[start - self._first :]], self._first + len(self._rows)
         while end < stop:
             n_rows = min(stop - end, max(1, PIECE // max(1, width)))
             read = np.frombuffer(self._read(n_rows * width), self.dtype).reshape(n_rows, *self.shape[1:])
-            kept = self._rows[max(0, start - self._first) :]
-            self._first, end = end - len(kept), end + n_rows
-            self._rows = np.concatenate([kept, read])
-        if not self._is_fortran:
-            self._rows, self._first = self._rows[max(0, start - self._first) :], max(start, self._first)
-        return self._rows[start - self._first : stop - self._first]
+            pieces.append(read[max(0, start - end) :])
+            end += n_rows
+        self._rows, self._first = np.concatenate(pieces) if len(pieces) > 1 else pieces[0], start
+        return self._rows[: stop - start]
 
     def _read(self, n_bytes: int) -> bytes:
         data = self._file.read(n_bytes)

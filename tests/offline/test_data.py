@@ -83,7 +83,7 @@ def assert_is_the_dataset(arrays, n_rows=8, cut=(3, 7)):
 
 def minari_dataset(tmp_path, monkeypatch):
     """A dataset that Minari has written and reads."""
-    minari = pytest.importorskip("minari")  # not with the oldest versions of all else
+    minari = pytest.importorskip("minari", reason="make test-oldest installs no Minari")
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "datasets"))
     buffers = [
         minari.data_collector.EpisodeBuffer(
@@ -452,8 +452,7 @@ def test_a_file_that_is_none(tmp_path):
 
 def test_images_in_other_units_are_refused():
     """In [0, 1] they would all be black."""
-    box = IMAGE
-    model = tiny_qvpo(make_vec_env(lambda: SpacesEnv(box, ACTIONS)), "CnnPolicy", buffer_size=20, policy_kwargs={})
+    model = tiny_qvpo(make_vec_env(lambda: SpacesEnv(IMAGE, ACTIONS)), "CnnPolicy", buffer_size=20, policy_kwargs={})
     images = np.full((8, *IMAGE.shape), 255.0)
     arrays = flat(observations=images, next_observations=images)
     assert fill_replay_buffer(model, arrays) == 8

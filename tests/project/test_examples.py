@@ -85,7 +85,7 @@ def test_example(name, tmp_path):
     assert all([*tmp_path.glob(f"{file}*")] for file in saved)
 
 
-def test_a_policy_of_normalised_observations_is_looked_at_with_their_statistics(tmp_path):
+def test_a_policy_of_normalised_observations_is_looked_at_with_their_statistics(tmp_path, capsys):
     """Without them it says how to name them."""
     env = VecNormalize(make_vec_env("Pendulum-v1"))
     model = tiny_qvpo(env=env).learn(20)
@@ -94,6 +94,7 @@ def test_a_policy_of_normalised_observations_is_looked_at_with_their_statistics(
     arguments = ["model.zip", "--env", "Pendulum-v1"]
     with pytest.raises(SystemExit):
         run_example("look_at_a_policy.py", arguments, tmp_path)
+    assert "name their statistics by --vec-normalize" in capsys.readouterr().err
     output = run_example("look_at_a_policy.py", [*arguments, "--vec-normalize", "statistics.pkl"], tmp_path)
     low, high = map(float, re.search(r"candidates: (\S+) to (\S+)\n", output).groups())
     assert low < high and (tmp_path / "chain.gif").stat().st_size > 5_000

@@ -113,7 +113,7 @@ def dumped(folder, page):
     server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(QuietHandler, directory=str(folder)))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--enable-logging=stderr"]
-    url = f"http://127.0.0.1:{server.server_port}/{page}"
+    url = "http://{}:{}/{}".format(*server.server_address, page)
     command = [browser, *options, "--virtual-time-budget=600000", "--dump-dom", url]
     try:
         result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
@@ -127,7 +127,7 @@ def opened(folder, pages):
     (folder / "driver.html").write_text(DRIVER.replace("PAGES", json.dumps(pages)).replace("WIDTHS", json.dumps(WIDTHS)))
     shown, console = dumped(folder, "driver.html")
     found = re.search(r"<pre>(.*)</pre>", shown, flags=re.S)
-    assert found, shown[-500:]
+    assert found, shown[-500:] + "\n".join(console)
     return json.loads(html.unescape(found[1])), console
 
 

@@ -188,7 +188,7 @@ def test_learning_curves_are_resumed(tmp_path):
 @pytest.mark.slow
 def test_the_study_of_learning_from_data(tmp_path, monkeypatch):
     """Recorded, learnt from, gone on with in the environment; a second call makes nothing again."""
-    minari = pytest.importorskip("minari")  # not with the oldest versions of all else
+    minari = pytest.importorskip("minari", reason="make test-oldest installs no Minari")
     import offline
 
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "datasets"))
