@@ -28,18 +28,20 @@ from stable_baselines3.common.logger import configure
 from torch import nn
 from torch.nn import functional as F
 
-from sb3_qvpo import QVPO
+from sb3_qvpo import QVPO, SDAC
 from sb3_qvpo.common.runs.checkpoints import unpickle
+
+ALGORITHMS: dict[str, type[QVPO | SDAC]] = {"qvpo": QVPO, "sdac": SDAC}
 
 AFTER = (300, 1000)
 """Policy updates after which the actor is looked at."""
 
 
-def model_of(name: str, task: str, source: QVPO, buffer: Any) -> QVPO:
+def model_of(name: str, task: str, source: QVPO, buffer: Any) -> QVPO | SDAC:
     """A new model with settings of ``run.py``, and the critics and transitions of another."""
-    settings = dict(ALGOS[name][1])
-    settings["policy_kwargs"] = eval(settings["policy_kwargs"], {"nn": nn})
-    model = QVPO("MlpPolicy", task, **{**settings, "buffer_size": 1, "device": "cpu", "seed": 1})
+    algorithm, settings = ALGOS[name]
+    settings = {**settings, "policy_kwargs": eval(settings["policy_kwargs"], {"nn": nn})}
+    model = ALGORITHMS[algorithm]("MlpPolicy", task, **{**settings, "buffer_size": 1, "device": "cpu", "seed": 1})
     model.set_logger(configure(None, []))
     model.critic.features_extractor = source.critic.features_extractor  # whether the other normalises features or not
     model.critic.load_state_dict(source.critic.state_dict())
@@ -48,7 +50,7 @@ def model_of(name: str, task: str, source: QVPO, buffer: Any) -> QVPO:
     return model
 
 
-def value_range(model: QVPO, observations: th.Tensor) -> tuple[float, float]:
+def value_range(model: QVPO | SDAC, observations: th.Tensor) -> tuple[float, float]:
     """Mean value of uniform actions, and of the best that gradient ascent finds from the best of 64 of them."""
     critic, shape = model.critic, (len(observations), 64, model.actor.action_dim)
     with th.no_grad():
@@ -67,7 +69,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("task")
-    parser.add_argument("settings", nargs="+", choices=[name for name, (algorithm, _) in ALGOS.items() if algorithm == "qvpo"])
+    ours = [name for name, (algorithm, _) in ALGOS.items() if algorithm in ALGORITHMS]
+    parser.add_argument("settings", nargs="+", choices=ours)
     parser.add_argument("--csv", type=Path)
     arguments = parser.parse_args()
     th.set_num_threads(1)
@@ -80,9 +83,10 @@ def main() -> None:
     for name in arguments.settings:
         model = model_of(name, arguments.task, source, buffer)
         low, high = value_range(model, observations)
+        strength = model._temperature_now() if isinstance(model, SDAC) else model._current_ent_coef()
         start = time.process_time()
         for update in range(1, AFTER[-1] + 1):
-            model._run_update(model._update_policy, model._sample_batch(256), 0.01)
+            model._run_update(model._update_policy, model._sample_batch(256), strength)
             if update not in AFTER:
                 continue
             minutes = (time.process_time() - start) / 60

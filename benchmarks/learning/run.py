@@ -88,14 +88,18 @@ def in_zoo(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {**settings, "policy_kwargs": f"dict({policy_kwargs})"}
 
 
-def preset(policy_kwargs: dict[str, Any] | None = None, **changes: Any) -> tuple[str, dict[str, Any]]:
-    """``presets.fast`` with some settings changed."""
-    kwargs = {**presets.fast["policy_kwargs"], **(policy_kwargs or {})}
-    return "qvpo", in_zoo({**presets.fast, **changes, "policy_kwargs": kwargs})
+def preset(policy_kwargs: dict[str, Any] | None = None, algorithm: str = "qvpo", **changes: Any) -> tuple[str, dict[str, Any]]:
+    """``presets.fast``, or that of another algorithm, with some settings changed."""
+    settings = presets.fast if algorithm == "qvpo" else getattr(presets, algorithm)
+    kwargs = {**settings["policy_kwargs"], **(policy_kwargs or {})}
+    return algorithm, in_zoo({**settings, **changes, "policy_kwargs": kwargs})
 
 
 WIDE: dict[str, Any] = dict(net_arch=[256, 256])
 """An actor as wide as the critics."""
+
+NARROW: dict[str, Any] = dict(net_arch=presets.fast["policy_kwargs"]["net_arch"])
+"""The actor of ``presets.fast``."""
 
 LEAN: dict[str, Any] = dict(n_train_candidates=1, n_uniform_actions=1)
 """The fewest candidates that gradient steps and the entropy term need."""
@@ -103,7 +107,11 @@ LEAN: dict[str, Any] = dict(n_train_candidates=1, n_uniform_actions=1)
 ALGOS: dict[str, tuple[str, dict[str, Any]]] = {
     "preset_fast": preset(),
     "preset_fast_norm": preset(policy_kwargs=dict(normalize_features=True)),
-    "sdac": ("sdac", {}),
+    "sdac": preset(algorithm="sdac"),
+    "sdac_pi128": preset(algorithm="sdac", policy_kwargs=NARROW),
+    "sdac_pi128_m8": preset(algorithm="sdac", policy_kwargs=NARROW, n_reverse_samples=8),
+    "sdac_pi128_temperature0.1": preset(algorithm="sdac", policy_kwargs=NARROW, temperature=0.1),
+    "sdac_pi128_temperature0.5": preset(algorithm="sdac", policy_kwargs=NARROW, temperature=0.5),
     # What each part of it earns
     "preset_fast_qadv": preset(q_weighting="qadv"),
     "preset_fast_no_improvement": preset(n_improvement_steps=0, n_train_candidates=8),
@@ -113,6 +121,13 @@ ALGOS: dict[str, tuple[str, dict[str, Any]]] = {
     "preset_fast_karras": preset(n_diffusion_steps=5, policy_kwargs=dict(noise_schedule="karras")),
     "preset_fast_nd8": preset(n_train_candidates=8),
     "preset_fast_kt1": preset(n_target_candidates=1),
+    # Smaller batches: half the cost, or twice the updates
+    "preset_fast_batch128": preset(batch_size=128),
+    "preset_fast_batch128_3steps": preset(batch_size=128, n_steps=3),
+    "preset_fast_batch128_kb1": preset(batch_size=128, n_behavior_candidates=1),
+    "preset_fast_batch128_pi256": preset(batch_size=128, policy_kwargs=WIDE),
+    "preset_fast_batch128_2updates": preset(batch_size=128, gradient_steps=2, policy_delay=6),
+    "preset_fast_batch128_2updates_delay3": preset(batch_size=128, gradient_steps=2),
     "preset_fast_lean": preset(**LEAN),
     "preset_fast_lean_lr2e-3": preset(**LEAN, learning_rate=2e-3, qf_learning_rate=1e-3),
     # With a wide actor, which the preset had at first
