@@ -98,20 +98,21 @@ def preset(policy_kwargs: dict[str, Any] | None = None, algorithm: str = "qvpo",
 WIDE: dict[str, Any] = dict(net_arch=[256, 256])
 """An actor as wide as the critics."""
 
-NARROW: dict[str, Any] = dict(net_arch=presets.fast["policy_kwargs"]["net_arch"])
-"""The actor of ``presets.fast``."""
+FORMER: dict[str, Any] = dict(batch_size=256, n_steps=1)
+"""Batches and returns of ``presets.fast`` at first."""
+
+FORMER_SDAC: dict[str, Any] = dict(**FORMER, temperature=0.2, n_target_candidates=4, policy_kwargs=dict(net_arch=[256, 256]))
+"""``presets.sdac`` at first."""
 
 LEAN: dict[str, Any] = dict(n_train_candidates=1, n_uniform_actions=1)
 """The fewest candidates that gradient steps and the entropy term need."""
 
 ALGOS: dict[str, tuple[str, dict[str, Any]]] = {
     "preset_fast": preset(),
-    "preset_fast_norm": preset(policy_kwargs=dict(normalize_features=True)),
     "sdac": preset(algorithm="sdac"),
-    "sdac_pi128": preset(algorithm="sdac", policy_kwargs=NARROW),
-    "sdac_pi128_m8": preset(algorithm="sdac", policy_kwargs=NARROW, n_reverse_samples=8),
-    "sdac_pi128_temperature0.1": preset(algorithm="sdac", policy_kwargs=NARROW, temperature=0.1),
-    "sdac_pi128_temperature0.5": preset(algorithm="sdac", policy_kwargs=NARROW, temperature=0.5),
+    **{f"sdac_temperature{t}": preset(algorithm="sdac", temperature=t) for t in (0.03, 0.1, 0.2, 0.5)},
+    "sdac_m8": preset(algorithm="sdac", n_reverse_samples=8),
+    "sdac_m32": preset(algorithm="sdac", n_reverse_samples=32),
     # What each part of it earns
     "preset_fast_qadv": preset(q_weighting="qadv"),
     "preset_fast_no_improvement": preset(n_improvement_steps=0, n_train_candidates=8),
@@ -121,25 +122,28 @@ ALGOS: dict[str, tuple[str, dict[str, Any]]] = {
     "preset_fast_karras": preset(n_diffusion_steps=5, policy_kwargs=dict(noise_schedule="karras")),
     "preset_fast_nd8": preset(n_train_candidates=8),
     "preset_fast_kt1": preset(n_target_candidates=1),
-    # Smaller batches: half the cost, or twice the updates
-    "preset_fast_batch128": preset(batch_size=128),
-    "preset_fast_batch128_3steps": preset(batch_size=128, n_steps=3),
-    "preset_fast_batch128_kb1": preset(batch_size=128, n_behavior_candidates=1),
-    "preset_fast_batch128_pi256": preset(batch_size=128, policy_kwargs=WIDE),
-    "preset_fast_batch128_2updates": preset(batch_size=128, gradient_steps=2, policy_delay=6),
-    "preset_fast_batch128_2updates_delay3": preset(batch_size=128, gradient_steps=2),
-    "preset_fast_lean": preset(**LEAN),
-    "preset_fast_lean_lr2e-3": preset(**LEAN, learning_rate=2e-3, qf_learning_rate=1e-3),
-    # With a wide actor, which the preset had at first
-    "preset_fast_pi256": preset(policy_kwargs=WIDE),
-    "preset_fast_pi256_nd8": preset(policy_kwargs=WIDE, n_train_candidates=8),
-    **{f"preset_fast_pi256_kt{k}": preset(policy_kwargs=WIDE, n_target_candidates=k) for k in (1, 2)},
-    "preset_fast_pi256_eta0.1": preset(policy_kwargs=WIDE, improvement_step=0.1),
-    "preset_fast_pi256_mish": preset(policy_kwargs={**WIDE, **MISH}),
-    "preset_fast_pi256_kt1_eta0.1_mish": preset(n_target_candidates=1, improvement_step=0.1, policy_kwargs={**WIDE, **MISH}),
-    "preset_fast_pi256_3steps": preset(policy_kwargs={**WIDE, "n_sampling_steps": 3}),
-    "preset_fast_pi256_ddpm": preset(policy_kwargs={**WIDE, "sampler": "ddpm"}),
-    "preset_fast_pi256_karras": preset(n_diffusion_steps=5, policy_kwargs={**WIDE, "noise_schedule": "karras"}),
+    "preset_fast_1step": preset(n_steps=1),
+    "preset_fast_1step_2updates": preset(n_steps=1, gradient_steps=2, policy_delay=6),
+    "preset_fast_batch256_3steps": preset(batch_size=256),
+    "preset_fast_pi256_batch128": preset(policy_kwargs=WIDE),
+    # As the preset was before its batches were halved and its returns became longer
+    "preset_fast_batch256": preset(**FORMER),
+    "preset_fast_batch256_norm": preset(**FORMER, policy_kwargs=dict(normalize_features=True)),
+    "preset_fast_batch256_lean": preset(**FORMER, **LEAN),
+    "preset_fast_batch256_lean_lr2e-3": preset(**FORMER, **LEAN, learning_rate=2e-3, qf_learning_rate=1e-3),
+    "sdac_batch256": preset(algorithm="sdac", **FORMER_SDAC),
+    # With a wide actor, too, which the preset had at first
+    "preset_fast_pi256": preset(**FORMER, policy_kwargs=WIDE),
+    "preset_fast_pi256_nd8": preset(**FORMER, policy_kwargs=WIDE, n_train_candidates=8),
+    **{f"preset_fast_pi256_kt{k}": preset(**FORMER, policy_kwargs=WIDE, n_target_candidates=k) for k in (1, 2)},
+    "preset_fast_pi256_eta0.1": preset(**FORMER, policy_kwargs=WIDE, improvement_step=0.1),
+    "preset_fast_pi256_mish": preset(**FORMER, policy_kwargs={**WIDE, **MISH}),
+    "preset_fast_pi256_kt1_eta0.1_mish": preset(
+        **FORMER, n_target_candidates=1, improvement_step=0.1, policy_kwargs={**WIDE, **MISH}
+    ),
+    "preset_fast_pi256_3steps": preset(**FORMER, policy_kwargs={**WIDE, "n_sampling_steps": 3}),
+    "preset_fast_pi256_ddpm": preset(**FORMER, policy_kwargs={**WIDE, "sampler": "ddpm"}),
+    "preset_fast_pi256_karras": preset(**FORMER, n_diffusion_steps=5, policy_kwargs={**WIDE, "noise_schedule": "karras"}),
     "crossq_256": ("crossq", CROSSQ_256),
     # Without the bonus for a policy that stays random: what it does to CrossQ
     "crossq_256_no_entropy": ("crossq", {**CROSSQ_256, "ent_coef": 1e-4}),

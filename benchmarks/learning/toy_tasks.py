@@ -33,7 +33,7 @@ from bandit import PEAKS, ThreePeaksEnv
 from goals import BLOCKED, MULTI_GOAL, SMALL, SOFT, Row, blocked_goal, drawn_by_weight, multi_goal, samples
 from run import FAST, append, read, setup, steps, write
 
-from sb3_qvpo import QVPO
+from sb3_qvpo import QVPO, SDAC, presets
 
 HERE = Path(__file__).parent
 VARIED: dict[str, dict[str, Any]] = {
@@ -54,6 +54,8 @@ VARIED: dict[str, dict[str, Any]] = {
 BANDIT: dict[str, tuple[type[BaseAlgorithm], dict[str, Any]]] = {
     **{name: (QVPO, arguments) for name, arguments in VARIED.items()},
     **SOFT,
+    # The peaks are a fortieth of the box: at the temperatures of the goals the rest may outweigh them
+    **{f"SDAC, temperature {t}": (SDAC, {**presets.sdac_several, "temperature": t}) for t in (0.1, 0.2)},
 }
 """Algorithms and what is changed of the defaults, for the bandit."""
 

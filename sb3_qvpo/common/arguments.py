@@ -7,6 +7,7 @@ from typing import Any, overload
 
 import numpy as np
 from gymnasium import spaces
+from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.type_aliases import Schedule
 from stable_baselines3.common.utils import FloatSchedule, LinearSchedule
 
@@ -15,7 +16,7 @@ SDE_POLICY_KWARGS = {"use_sde", "log_std_init", "use_expln", "clip_mean", "full_
 
 
 class UnsupportedSpaceError(ValueError, AssertionError):
-    """An action space that cannot be served. It is an ``AssertionError`` too, because SB3's algorithms raise one there."""
+    """A space that cannot be served. It is an ``AssertionError`` too, because SB3's algorithms raise one there."""
 
 
 def check_action_space(action_space: spaces.Space[Any]) -> None:
@@ -154,6 +155,24 @@ def check_class(name: str, value: Any, base: type) -> Any:
     if not fits:
         raise ValueError(f"{name} must be a subclass of {base.__module__}.{base.__qualname__}, got {value!r}")
     return value
+
+
+def check_replay_buffer(replay_buffer_class: Any, n_steps: int, observation_space: spaces.Space[Any] | None) -> None:
+    """
+    Check the class of the replay buffer, and that SB3's own can serve these observations.
+
+    :param replay_buffer_class: A class, a function that makes a buffer, or None for SB3's choice.
+    :param n_steps: Length of n-step returns.
+    :param observation_space: Space of the observations, None where it is not yet known.
+    :raises ValueError: If it is not a replay buffer's class, or SB3's choice has no n-step returns.
+    """
+    if replay_buffer_class is not None:
+        check_class("replay_buffer_class", replay_buffer_class, ReplayBuffer)
+    elif n_steps > 1 and isinstance(observation_space, spaces.Dict):
+        raise UnsupportedSpaceError(
+            f"n_steps must be 1 with a Dict observation space, got {n_steps}: SB3's replay buffer of dictionaries has no "
+            "n-step returns. With a preset: **(presets.fast | dict(n_steps=1))"
+        )
 
 
 def check_net_arch(net_arch: Any) -> None:

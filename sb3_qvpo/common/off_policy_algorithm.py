@@ -84,8 +84,8 @@ class DiffusionOffPolicyAlgorithm(OfflineLearner):
     """Arguments that are handed on to the policy."""
     _count_arguments: ClassVar[tuple[str, ...]] = ("batch_size", "buffer_size", "n_steps", "policy_delay", *_policy_counts)
     """Arguments that are whole numbers of at least 1."""
-    _preset: ClassVar[tuple[str, int]] = ("", 0)
-    """The preset to name where a run takes long, and its :meth:`_chain_rows`, in rows of networks of 256 units."""
+    _preset: ClassVar[tuple[str, int, int]] = ("", 0, 0)
+    """The preset to name where a run takes long; its :meth:`_chain_rows`, in rows of networks of 256 units; its batch size."""
     _not_read_by_updates: ClassVar[frozenset[str]] = RUN_STATE
     """Attributes that change while graphs of updates stay valid. A name that is missing here only costs a new capture."""
 
@@ -175,8 +175,7 @@ class DiffusionOffPolicyAlgorithm(OfflineLearner):
             raise ValueError(
                 f"action_noise must be an ActionNoise such as NormalActionNoise, or None, got {self.action_noise!r}"
             )
-        if self.replay_buffer_class is not None:
-            arguments.check_class("replay_buffer_class", self.replay_buffer_class, ReplayBuffer)
+        arguments.check_replay_buffer(self.replay_buffer_class, self.n_steps, self.observation_space)
         # SB3 takes these as they are, and would fail on them in learn()
         arguments.check_interval("learning_starts", self.learning_starts, 0, math.inf)
         frequency, *unit = (
@@ -379,8 +378,9 @@ class DiffusionOffPolicyAlgorithm(OfflineLearner):
         if seconds is None or self.device.type != "cpu" or not (self.verbose or self._shows_progress):
             return
         # What a preset would cost is known for usual networks only
-        preset, rows = self._preset if self._has_usual_networks() else ("", 0)
-        print(told(seconds, n_left, preset, step_cost(rows) / step_cost(self._chain_rows()), self._pace.share_of_updates))
+        preset, *work = self._preset if self._has_usual_networks() else ("", 0, 0)
+        share = step_cost(*work) / step_cost(self._chain_rows(), self.batch_size)
+        print(told(seconds, n_left, preset, share, self._pace.share_of_updates))
 
     def _has_usual_networks(self) -> bool:
         return self.policy.actor_kwargs["net_arch"] == [256, 256] and self.policy.features_extractor_class is FlattenExtractor

@@ -142,7 +142,7 @@ class SDAC(CandidateTDAlgorithm):
         "CnnPolicy": CnnPolicy,
         "MultiInputPolicy": MultiInputPolicy,
     }
-    _preset: ClassVar[tuple[str, int]] = ("sdac", 5_120)
+    _preset: ClassVar[tuple[str, int, int]] = ("sdac", 320, 128)
     _not_read_by_updates: ClassVar[frozenset[str]] = CandidateTDAlgorithm._not_read_by_updates | {"_temperature_schedule"}
 
     log_temperature: th.Tensor

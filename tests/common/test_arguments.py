@@ -5,7 +5,8 @@ import pytest
 import torch as th
 from gymnasium import spaces
 from gymnasium.wrappers import TransformAction
-from helpers import BanditEnv, CountdownEnv, bandit_qvpo, same_weights, tiny_qvpo, weights_of
+from helpers import BanditEnv, CountdownEnv, GoalEnv, bandit_qvpo, same_weights, tiny_qvpo, weights_of
+from stable_baselines3 import HerReplayBuffer
 from stable_baselines3.common.utils import LinearSchedule
 
 from sb3_qvpo.common.arguments import parse_schedule
@@ -104,6 +105,13 @@ BAD = [
     (dict(replay_buffer_class="HerReplayBuffer"), "replay_buffer_class must be a subclass of .*, got 'HerReplayBuffer'"),
     (dict(max_grad_norm=0.0), r"max_grad_norm must be a number in \(0, inf\), got 0.0"),
 ]
+
+
+def test_returns_of_several_steps_of_dictionaries_are_refused():
+    with pytest.raises(ValueError, match=r"n_steps must be 1 with a Dict observation space, got 3: .*presets.fast"):
+        tiny_qvpo(GoalEnv(), policy="MultiInputPolicy", n_steps=3)
+    her = tiny_qvpo(GoalEnv(), policy="MultiInputPolicy", n_steps=1, replay_buffer_class=HerReplayBuffer)
+    assert type(her.replay_buffer) is HerReplayBuffer
 
 
 @pytest.mark.parametrize(("kwargs", "message"), BAD, ids=[f"{next(iter(k))}-{i}" for i, (k, _) in enumerate(BAD)])

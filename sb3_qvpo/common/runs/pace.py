@@ -73,14 +73,15 @@ def in_words(seconds: float) -> str:
     return f"{max(1.0, seconds / 60):.0f} minutes"
 
 
-def step_cost(chain_rows: float) -> float:
+def step_cost(chain_rows: float, batch_size: int) -> float:
     """
     Roughly what an update costs.
 
     :param chain_rows: Rows that pass through the noise predictor to draw actions.
+    :param batch_size: Transitions in an update.
     :return: Milliseconds on one core of Zen 3 with networks of 256 units; only ratios are used.
     """
-    return 45 + 2.5e-3 * chain_rows
+    return 10 + 0.137 * batch_size + 2.5e-3 * chain_rows
 
 
 def told(seconds: float, n_left: int, preset: str, share: float, share_of_updates: float) -> str:

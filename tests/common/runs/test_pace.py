@@ -107,8 +107,9 @@ def test_settings_as_fast_as_the_preset_get_no_advice(monkeypatch, capsys):
 
 @pytest.mark.parametrize("algorithm", [QVPO, SDAC])
 def test_the_work_of_the_preset_is_that_of_the_preset(algorithm):
-    name, rows = algorithm._preset
+    name, rows, batch_size = algorithm._preset
     model = algorithm("MlpPolicy", "Pendulum-v1", **getattr(presets, name), buffer_size=10)
+    assert model.batch_size == batch_size
     (width, _) = model.policy.actor_kwargs["net_arch"]
     assert round(model._chain_rows() * (width / 256) ** 2) == rows, "in rows of networks of 256 units"
 
