@@ -70,8 +70,8 @@ For MuJoCo and tasks like it, on a CPU: critics with batch normalisation and wit
 better one follows the critics' gradient, weights in units of each state's spread, a few steps of a second-order solver. The TD
 target takes the best of four candidates, because a single one is worse than what the policy does.
 
-The actor is half as wide as the critics, and batches are half as large as usual, which spares half of the time. Returns of three
-steps bring values back sooner. Observations that are dictionaries need ``n_steps=1``.
+The actor is half as wide as the critics, and batches are half as large as usual. That spares half of the time. Returns of
+three steps bring values back sooner. Observations that are dictionaries need ``n_steps=1``.
 
 Cost: 20 ms a step on one core of a Xeon, 0.7 times CrossQ's, 1.2 times SAC's (``benchmarks/results/step_one_thread.csv``).
 Returns of the best of 32, seed 0: HalfCheetah-v5 4835, 6325, 7179 after 20 000, 50 000, 100 000 steps; Hopper-v5 656 after
