@@ -2,7 +2,7 @@
 How fast does an actor follow critics that stand still? Settings of ``run.py`` side by side, on the critics and the transitions
 of a checkpoint.
 
-``python benchmarks/learning/follow_critics.py CHECKPOINT TASK preset_fast preset_fast_mish``
+``python benchmarks/learning/follow_critics.py CHECKPOINT TASK preset_fast sdac``
 
 The checkpoint is ``run.zip``, which ``run.py`` keeps in ``--folder`` while a run goes on; its critics must be of the settings'
 type. Actors start from random weights. A share is 0 for uniform actions and 1 for the best that gradient ascent finds, in the
