@@ -48,9 +48,12 @@ def small(preset: dict[str, Any]) -> dict[str, Any]:
     return {**preset, **SMALL, "policy_kwargs": {**preset["policy_kwargs"], "net_arch": [64, 64]}}
 
 
-SOFT: dict[str, tuple[type[BaseAlgorithm], dict[str, Any]]] = {
-    f"SDAC, temperature {t}": (SDAC, {**presets.sdac_several, "temperature": t}) for t in (0.5, 1.0, 2.0)
-}
+def soft(*temperatures: float) -> dict[str, tuple[type[BaseAlgorithm], dict[str, Any]]]:
+    """``presets.sdac_several`` at other temperatures."""
+    return {f"SDAC, temperature {t}": (SDAC, {**presets.sdac_several, "temperature": t}) for t in temperatures}
+
+
+SOFT = soft(0.5, 1.0, 2.0)
 """SDAC at three temperatures, in units of the values' spread."""
 MULTI_GOAL: dict[str, tuple[type[BaseAlgorithm], dict[str, Any]]] = {
     "QVPO": (QVPO, dict(n_train_candidates=16)),

@@ -30,10 +30,10 @@ from stable_baselines3.common.noise import NormalActionNoise
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))  # is no package
 
 from bandit import PEAKS, ThreePeaksEnv
-from goals import BLOCKED, MULTI_GOAL, SMALL, SOFT, Row, blocked_goal, drawn_by_weight, multi_goal, samples
+from goals import BLOCKED, MULTI_GOAL, SMALL, SOFT, Row, blocked_goal, drawn_by_weight, multi_goal, samples, soft
 from run import FAST, append, read, setup, steps, write
 
-from sb3_qvpo import QVPO, SDAC, presets
+from sb3_qvpo import QVPO
 
 HERE = Path(__file__).parent
 VARIED: dict[str, dict[str, Any]] = {
@@ -55,7 +55,7 @@ BANDIT: dict[str, tuple[type[BaseAlgorithm], dict[str, Any]]] = {
     **{name: (QVPO, arguments) for name, arguments in VARIED.items()},
     **SOFT,
     # The peaks are a fortieth of the box: at the temperatures of the goals the rest may outweigh them
-    **{f"SDAC, temperature {t}": (SDAC, {**presets.sdac_several, "temperature": t}) for t in (0.1, 0.2)},
+    **soft(0.1, 0.2),
 }
 """Algorithms and what is changed of the defaults, for the bandit."""
 
