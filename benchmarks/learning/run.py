@@ -20,6 +20,7 @@ import argparse
 import csv
 import functools
 import importlib.metadata
+import io
 import os
 import shutil
 import subprocess
@@ -39,6 +40,7 @@ from timing import commit, processor
 from torch import nn
 
 from sb3_qvpo import presets, zoo
+from sb3_qvpo.common.runs.checkpoints import open_checkpoint
 
 HERE = Path(__file__).parent
 CHECKPOINT, EVALUATIONS = "run.zip", "evaluations.jsonl"
@@ -356,7 +358,8 @@ def steps_in(checkpoint: Path) -> int:
         return 0
     from stable_baselines3.common.save_util import load_from_zip_file
 
-    data, _, _ = load_from_zip_file(checkpoint, device="cpu")
+    with open_checkpoint(checkpoint) as archive:
+        data, _, _ = load_from_zip_file(io.BytesIO(archive.read("model.zip")), device="cpu")
     return int(data["num_timesteps"])
 
 

@@ -132,6 +132,16 @@ def test_files_get_the_columns_that_they_lack(tmp_path):
     assert [path.name for path in file.parent.iterdir()] == ["a.csv"]
 
 
+def test_steps_of_a_checkpoint(tmp_path):
+    """They say where a run that was broken off goes on."""
+    file = tmp_path / "run.zip"
+    assert learning_curves.steps_in(file) == 0
+    model = tiny_qvpo(learning_starts=10)
+    model.learn(7)
+    model.save_checkpoint(file)
+    assert learning_curves.steps_in(file) == 7
+
+
 @pytest.mark.slow
 def test_learning_curves_are_resumed(tmp_path):
     """Through RL Zoo; after a kill QVPO goes on from its checkpoint, finished runs are skipped, others start again."""
