@@ -204,7 +204,7 @@ def front_curves(rows: Sequence[Row], length: int = 100_000) -> Curves:
     """
     seeds: dict[tuple[str, str, str], dict[int, float]] = defaultdict(dict)
     for row in rows:
-        if row["algo"] in FRONT and int(row["step"]) <= length:
+        if row["algo"] in FRONT and int(row["last_step"]) == length:
             seeds[row["task"], row["algo"], row["seed"]][int(row["step"])] = float(row["mean_return"])
     curves: Curves = {}
     for task in ("HalfCheetah-v5", "Hopper-v5", "Walker2d-v5"):

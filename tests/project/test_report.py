@@ -232,10 +232,12 @@ def test_the_table_and_the_figure_of_the_blocked_goal(tmp_path, monkeypatch):
 def test_the_front_figure_shows_runs_as_far_as_they_got(tmp_path, monkeypatch):
     """Also unfinished ones; thin lines are seeds, thick ones their means; minutes are steps times what a step costs."""
     rows = [
-        {**row(seed, step, value, algo), "task": "Hopper-v5"}
-        for seed, step, value, algo in (
-            *((0, 20_000, 30, "sac"), (0, 10_000, 10, "sac"), (1, 10_000, 20, "sac")),
-            *((0, 10_000, 50, "preset_fast"), (0, 10_000, 1, "qvpo"), (0, 200_000, 1, "sac")),
+        {**row(seed, step, value, algo, last_step), "task": "Hopper-v5"}
+        for seed, step, value, algo, last_step in (
+            *((0, 20_000, 30, "sac", 100_000), (0, 10_000, 10, "sac", 100_000), (1, 10_000, 20, "sac", 100_000)),
+            *((0, 10_000, 50, "preset_fast", 100_000), (0, 10_000, 1, "qvpo", 100_000)),
+            # Runs of other lengths are others
+            *((0, 10_000, 5, "sac", 200_000), (1, 10_000, 5, "sac", 40_000), (2, 20_000, 5, "preset_fast", 30_000)),
         )
     ]
     curves = selection.front_curves(rows)
