@@ -130,6 +130,26 @@ def running_value(q_network, row):
     return row[0]
 
 
+@pytest.fixture
+def folding(monkeypatch):
+    """Norms are folded into the linear layers however few candidates are scored."""
+    monkeypatch.setattr(FastBatchNormCritic, "few_rows", 0)
+
+
+def test_many_candidates_are_scored_by_folded_networks(monkeypatch):
+    """Few are scored as they are, because folding costs more than it saves."""
+    model, folded = crossq(BanditEnv()), []
+    model.policy.set_training_mode(False)
+    plain_networks = FastBatchNormCritic.plain_networks
+    monkeypatch.setattr(FastBatchNormCritic, "plain_networks", lambda self: folded.append(plain_networks(self)) or folded[-1])
+    for n_states, n_folded in ((1, 0), (64, 0), (65, 1)):
+        with th.no_grad():
+            model.critic.score(th.randn(n_states, 2), th.rand(n_states, 8, 1))
+        assert len(folded) == n_folded
+    assert len(folded[0]) == 2
+
+
+@pytest.mark.usefixtures("folding")
 @pytest.mark.parametrize("n_states", [1, 3, 40])
 def test_scores_use_running_statistics(n_states, settings):
     """Also where norms are folded into the linear layers, for few rows and for many, whatever the mode was."""
@@ -151,6 +171,7 @@ def test_scores_use_running_statistics(n_states, settings):
     np.testing.assert_allclose(results[0].scores[0], values, **TOLERANCE)
 
 
+@pytest.mark.usefixtures("folding")
 def test_folded_networks_follow_the_model(settings):
     """Its weights, and a layer that is replaced; and they are no part of it."""
     model = crossq(BanditEnv())
@@ -168,6 +189,7 @@ def test_folded_networks_follow_the_model(settings):
     assert model.policy.state_dict().keys() == crossq(BanditEnv()).policy.state_dict().keys()
 
 
+@pytest.mark.usefixtures("folding")
 def test_decisions_in_inference_mode_leave_the_model_usable():
     model = crossq(BanditEnv())
     observation = np.zeros((3, 2), np.float32)
@@ -177,6 +199,7 @@ def test_decisions_in_inference_mode_leave_the_model_usable():
     model.learn(12)
 
 
+@pytest.mark.usefixtures("folding")
 def test_threads_score_at_the_same_time():
     model = crossq(BanditEnv(), policy_kwargs=dict(net_arch=[64, 64], critic_activation_fn=nn.ReLU))
     model.policy.set_training_mode(False)

@@ -5,7 +5,7 @@ Shapes: B batch, K candidates for each state, A action dimensions, S state featu
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch as th
 from stable_baselines3.common.type_aliases import PyTorchObs
@@ -72,6 +72,9 @@ class FastCritic(CandidateCritic):
     rows go through in blocks.
     """
 
+    few_rows: ClassVar[int] = 0
+    """So many candidates are scored as the eager critics do, because preparing the networks costs more than it saves."""
+
     def forward(self, obs: PyTorchObs, actions: th.Tensor) -> tuple[th.Tensor, ...]:
         """As in SB3: predictions for one action of each observation, for the critics' loss."""
         layers = [list(net) if type(net) is nn.Sequential else [] for net in self.q_networks] if is_switched_on() else []
@@ -98,10 +101,10 @@ class FastCritic(CandidateCritic):
 
     def value_candidates(self, features: th.Tensor, candidates: th.Tensor) -> th.Tensor:
         """As in :class:`CandidateCritic`."""
-        networks = self.plain_networks() if is_switched_on() else None
+        n_rows = candidates.shape[0] * candidates.shape[1]
+        networks = self.plain_networks() if is_switched_on() and n_rows > self.few_rows else None
         if networks is None:
             return super().value_candidates(features, candidates)
-        n_rows = candidates.shape[0] * candidates.shape[1]
         predictions = []
         for first_layer, *later_layers in networks:
             state_weight, action_weight = th.split(first_layer.weight, [features.shape[-1], candidates.shape[-1]], dim=1)
@@ -186,6 +189,8 @@ class FastBatchNormCritic(FastCritic, BatchNormCritic):
     """
     Critics with batch normalisation, faster: where candidates are scored, each norm is folded into the linear layer behind it.
     """
+
+    few_rows: ClassVar[int] = 512  # folding both critics takes as long as scoring a hundred candidates
 
     def plain_networks(self) -> list[cpu.Layers] | None:
         """As in :class:`FastCritic`: new layers, without norms. None in training mode."""
