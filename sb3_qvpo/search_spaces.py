@@ -141,7 +141,7 @@ def _convert_around_paper(params: dict[str, Any], net_arch: str) -> dict[str, An
 def _convert_around_fast(params: dict[str, Any], net_arch: str) -> dict[str, Any]:
     for name in ("n_train_candidates", "n_target_candidates"):
         params[name] = 2 ** params.pop(f"{name}_pow")
-    kept = ("batch_size", "q_weighting", "n_uniform_actions")
+    kept = ("q_weighting", "n_uniform_actions")
     own = dict(net_arch=WIDTHS[net_arch], optimizer_kwargs=_betas_for(params["critic_type"]))
     return {
         **{name: presets.fast[name] for name in kept},

@@ -70,7 +70,8 @@ BLOCKED: dict[str, tuple[type[BaseAlgorithm], dict[str, Any]]] = {
     "TD3": (TD3, {}),
     "CrossQ": (CrossQ, {}),
     "QVPO": (QVPO, dict(n_train_candidates=16)),
-    "QVPO, presets.fast": (QVPO, small(dict(presets.fast))),
+    # As the preset was at first
+    "QVPO, presets.fast": (QVPO, small({**presets.fast, "n_steps": 1, "n_behavior_candidates": 4})),
 }
 """The same for the goals of which one is blocked later."""
 

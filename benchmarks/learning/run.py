@@ -100,10 +100,10 @@ def preset(policy_kwargs: dict[str, Any] | None = None, algorithm: str = "qvpo",
 WIDE: dict[str, Any] = dict(net_arch=[256, 256])
 """An actor as wide as the critics."""
 
-FORMER: dict[str, Any] = dict(batch_size=256, n_steps=1)
-"""Batches and returns of ``presets.fast`` at first."""
+FORMER: dict[str, Any] = dict(n_steps=1, n_behavior_candidates=4)
+"""Returns and candidates for acting of ``presets.fast`` at first."""
 
-FORMER_SDAC: dict[str, Any] = dict(**FORMER, temperature=0.2, n_target_candidates=4, policy_kwargs=dict(net_arch=[256, 256]))
+FORMER_SDAC: dict[str, Any] = dict(batch_size=256, n_steps=1, temperature=0.2, n_target_candidates=4, policy_kwargs=WIDE)
 """``presets.sdac`` at first."""
 
 LEAN: dict[str, Any] = dict(n_train_candidates=1, n_uniform_actions=1)
@@ -113,6 +113,7 @@ ALGOS: dict[str, tuple[str, dict[str, Any]]] = {
     "preset_fast": preset(),
     "sdac": preset(algorithm="sdac"),
     **{f"sdac_temperature{t}": preset(algorithm="sdac", temperature=t) for t in (0.03, 0.1, 0.2, 0.5)},
+    "sdac_kb16_batch256": preset(algorithm="sdac", n_behavior_candidates=16, batch_size=256),
     "sdac_m8": preset(algorithm="sdac", n_reverse_samples=8),
     "sdac_m32": preset(algorithm="sdac", n_reverse_samples=32),
     # What each part of it earns
@@ -124,17 +125,18 @@ ALGOS: dict[str, tuple[str, dict[str, Any]]] = {
     "preset_fast_karras": preset(n_diffusion_steps=5, policy_kwargs=dict(noise_schedule="karras")),
     "preset_fast_nd8": preset(n_train_candidates=8),
     "preset_fast_kt1": preset(n_target_candidates=1),
-    "preset_fast_1step": preset(n_steps=1),
-    "preset_fast_1step_2updates": preset(n_steps=1, gradient_steps=2, policy_delay=6),
-    "preset_fast_batch256_3steps": preset(batch_size=256),
-    "preset_fast_pi256_batch128": preset(policy_kwargs=WIDE),
-    # As the preset was before its batches were halved and its returns became longer
-    "preset_fast_batch256": preset(**FORMER),
-    "preset_fast_batch256_norm": preset(**FORMER, policy_kwargs=dict(normalize_features=True)),
-    "preset_fast_batch256_lean": preset(**FORMER, **LEAN),
-    "preset_fast_batch256_lean_lr2e-3": preset(**FORMER, **LEAN, learning_rate=2e-3, qf_learning_rate=1e-3),
-    "sdac_batch256": preset(algorithm="sdac", **FORMER_SDAC),
-    # With a wide actor, too, which the preset had at first
+    **{f"preset_fast_kb{k}": preset(n_behavior_candidates=k) for k in (4, 8)},
+    "preset_fast_kb4_batch128": preset(n_behavior_candidates=4, batch_size=128),
+    "preset_fast_kb32_batch128": preset(n_behavior_candidates=32, batch_size=128),
+    # Collecting with fewer candidates, and with returns of one step, as the preset was at first
+    "preset_fast_1step": preset(**FORMER),
+    "preset_fast_1step_batch128": preset(**FORMER, batch_size=128),
+    "preset_fast_1step_batch128_2updates": preset(**FORMER, batch_size=128, gradient_steps=2, policy_delay=6),
+    "preset_fast_1step_norm": preset(**FORMER, policy_kwargs=dict(normalize_features=True)),
+    "preset_fast_1step_lean": preset(**FORMER, **LEAN),
+    "preset_fast_1step_lean_lr2e-3": preset(**FORMER, **LEAN, learning_rate=2e-3, qf_learning_rate=1e-3),
+    "sdac_1step": preset(algorithm="sdac", **FORMER_SDAC),
+    # With a wide actor, too, which the preset had even before
     "preset_fast_pi256": preset(**FORMER, policy_kwargs=WIDE),
     "preset_fast_pi256_nd8": preset(**FORMER, policy_kwargs=WIDE, n_train_candidates=8),
     **{f"preset_fast_pi256_kt{k}": preset(**FORMER, policy_kwargs=WIDE, n_target_candidates=k) for k in (1, 2)},

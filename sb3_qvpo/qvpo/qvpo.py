@@ -128,7 +128,7 @@ class QVPO(CandidateTDAlgorithm):
         "n_train_candidates",
         "n_uniform_actions",
     )
-    _preset: ClassVar[tuple[str, int, int]] = ("fast", 747, 128)
+    _preset: ClassVar[tuple[str, int, int]] = ("fast", 1_493, 256)
     _not_read_by_updates: ClassVar[frozenset[str]] = CandidateTDAlgorithm._not_read_by_updates | {"_ent_coef_schedule"}
 
     def __init__(
