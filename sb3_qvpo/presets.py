@@ -128,7 +128,7 @@ sdac = Preset(
 For :class:`~sb3_qvpo.sdac.sdac.SDAC` on MuJoCo and tasks like it, on a CPU: the critics and the sampler of :data:`fast`. The
 temperature is in units of the values' spread, and low. For several good actions take :data:`sdac_several`.
 
-Cost: 18 ms a step, 0.6 times CrossQ's. Returns of the best of 32, seed 0: 3548 on HalfCheetah-v5 and 379 on Hopper-v5 after
+Cost: 15 ms a step, 0.6 times CrossQ's. Returns of the best of 32, seed 0: 3548 on HalfCheetah-v5 and 379 on Hopper-v5 after
 20 000 steps (``benchmarks/learning/preset.csv``).
 """
 
