@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))  # is no package
 
 from evaluation import best_of
 from multi_goal import GOALS, MultiGoalEnv
+from run import FORMER
 
 from sb3_qvpo import QVPO, SDAC, DiffusionPolicy, presets
 from sb3_qvpo.qvpo.weights import qadv
@@ -71,7 +72,7 @@ BLOCKED: dict[str, tuple[type[BaseAlgorithm], dict[str, Any]]] = {
     "CrossQ": (CrossQ, {}),
     "QVPO": (QVPO, dict(n_train_candidates=16)),
     # As the preset was at first
-    "QVPO, presets.fast": (QVPO, small({**presets.fast, "n_steps": 1, "n_behavior_candidates": 4})),
+    "QVPO, presets.fast": (QVPO, small({**presets.fast, **FORMER})),
 }
 """The same for the goals of which one is blocked later."""
 

@@ -20,7 +20,6 @@ import argparse
 import csv
 import functools
 import importlib.metadata
-import io
 import os
 import shutil
 import subprocess
@@ -40,7 +39,7 @@ from timing import commit, processor
 from torch import nn
 
 from sb3_qvpo import presets, zoo
-from sb3_qvpo.common.runs.checkpoints import open_checkpoint
+from sb3_qvpo.common.runs.checkpoints import open_checkpoint, saved_model
 
 HERE = Path(__file__).parent
 CHECKPOINT, EVALUATIONS = "run.zip", "evaluations.jsonl"
@@ -361,7 +360,7 @@ def steps_in(checkpoint: Path) -> int:
     from stable_baselines3.common.save_util import load_from_zip_file
 
     with open_checkpoint(checkpoint) as archive:
-        data, _, _ = load_from_zip_file(io.BytesIO(archive.read("model.zip")), device="cpu")
+        data, _, _ = load_from_zip_file(saved_model(archive), device="cpu")
     return int(data["num_timesteps"])
 
 

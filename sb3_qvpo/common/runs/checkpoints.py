@@ -129,6 +129,11 @@ def open_checkpoint(path: str | Path) -> Iterator[zipfile.ZipFile]:
         raise ValueError(f"{expected}, got {str(path)!r}, which is damaged, incomplete or no zip file ({error})") from error
 
 
+def saved_model(archive: zipfile.ZipFile) -> io.BytesIO:
+    """The model in an open checkpoint, as ``model.save()`` wrote it."""
+    return io.BytesIO(archive.read("model.zip"))
+
+
 def is_checkpoint(path: Any) -> bool:
     """Whether a path leads to a checkpoint of a training run, rather than to a saved model. Anything but a path does not."""
     if not isinstance(path, str | Path):

@@ -30,6 +30,7 @@ from sb3_qvpo.common.runs.checkpoints import (
     open_checkpoint,
     restore_environment,
     restore_statistics,
+    saved_model,
     set_random_states,
     unpickle,
     write_checkpoint,
@@ -179,7 +180,7 @@ class GuardedOffPolicyAlgorithm(OffPolicyAlgorithm):
         """
         if is_checkpoint(path):
             with open_checkpoint(cast(str, path)) as archive:
-                path = io.BytesIO(archive.read("model.zip"))
+                path = saved_model(archive)
         return super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
 
     @classmethod
@@ -213,8 +214,7 @@ class GuardedOffPolicyAlgorithm(OffPolicyAlgorithm):
         """
         with open_checkpoint(path) as archive:
             vec_env = restore_environment(archive, env)
-            model_file = io.BytesIO(archive.read("model.zip"))
-            model = cls.load(model_file, vec_env, device, custom_objects, print_system_info, **kwargs)
+            model = cls.load(saved_model(archive), vec_env, device, custom_objects, print_system_info, **kwargs)
             with archive.open("replay_buffer.pkl") as member:
                 model.load_replay_buffer(io.BufferedReader(cast(Any, member)), truncate_last_traj=False)
             run = unpickle(archive, "run")
