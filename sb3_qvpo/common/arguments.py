@@ -8,7 +8,8 @@ from typing import Any, overload
 import numpy as np
 from gymnasium import spaces
 from stable_baselines3.common.buffers import ReplayBuffer
-from stable_baselines3.common.type_aliases import Schedule
+from stable_baselines3.common.noise import ActionNoise
+from stable_baselines3.common.type_aliases import Schedule, TrainFreq
 from stable_baselines3.common.utils import FloatSchedule, LinearSchedule
 
 SDE_POLICY_KWARGS = {"use_sde", "log_std_init", "use_expln", "clip_mean", "full_std"}
@@ -155,6 +156,30 @@ def check_class(name: str, value: Any, base: type) -> Any:
     if not fits:
         raise ValueError(f"{name} must be a subclass of {base.__module__}.{base.__qualname__}, got {value!r}")
     return value
+
+
+def check_train_freq(train_freq: Any) -> Any:
+    """
+    The value of ``train_freq``, as SB3 takes it. SB3 checks its units.
+
+    :raises ValueError: If its number is below 1.
+    """
+    if isinstance(train_freq, TrainFreq):
+        return train_freq
+    frequency, *unit = train_freq if isinstance(train_freq, tuple | list) and train_freq else [train_freq]
+    if isinstance(frequency, Integral):
+        frequency = check_count("train_freq", frequency)
+    return (frequency, *unit) if unit else frequency
+
+
+def check_action_noise(action_noise: Any) -> None:
+    """
+    Check the noise on collected actions.
+
+    :raises ValueError: If it is neither None nor an ``ActionNoise``.
+    """
+    if action_noise is not None and not isinstance(action_noise, ActionNoise):
+        raise ValueError(f"action_noise must be an ActionNoise such as NormalActionNoise, or None, got {action_noise!r}")
 
 
 def check_replay_buffer(replay_buffer_class: Any, n_steps: int, observation_space: spaces.Space[Any] | None) -> None:

@@ -5,6 +5,7 @@ Shapes: B batch, K candidates for each state, A action dimensions, S state featu
 values (B, K). All functions are pure.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import torch as th
@@ -67,6 +68,18 @@ def best_candidate(candidates: th.Tensor, q_values: th.Tensor) -> th.Tensor:
     :return: Best action of each state, shape (B, A).
     """
     return select(candidates, q_values.argmax(dim=1))
+
+
+def only_first(q_values: th.Tensor, counts: Sequence[int]) -> th.Tensor:
+    """
+    Values among which the best one is one of the first candidates.
+
+    :param q_values: Values of shape (B, K).
+    :param counts: For each state how many candidates take part, B numbers of at least 1.
+    :return: The same values, -inf for candidates that do not take part.
+    """
+    number = th.arange(q_values.shape[1], device=q_values.device)
+    return q_values.masked_fill(number >= th.tensor(counts, device=q_values.device).unsqueeze(1), -th.inf)
 
 
 def softmax_choice(q_values: th.Tensor, temperature: float, uniform: th.Tensor) -> th.Tensor:

@@ -12,8 +12,7 @@ import math
 import pathlib
 import time
 import warnings
-from collections.abc import Callable
-from numbers import Integral
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal, cast
 
 import numpy as np
@@ -24,15 +23,15 @@ from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.save_util import load_from_zip_file
 from stable_baselines3.common.torch_layers import FlattenExtractor
-from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, ReplayBufferSamples, Schedule, TensorDict, TrainFreq
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, ReplayBufferSamples, Schedule, TensorDict
 from stable_baselines3.common.utils import FloatSchedule
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
 from sb3_qvpo.common import arguments
 from sb3_qvpo.common.actor_critic import CandidateCritic, DiffusionActor
 from sb3_qvpo.common.arguments import PolicyCount
+from sb3_qvpo.common.episode_counts import EpisodeCounts, EpisodeCountsLearner, largest
 from sb3_qvpo.common.policies import DiffusionPolicy
-from sb3_qvpo.common.runs.offline_learning import OfflineLearner
 from sb3_qvpo.common.runs.pace import Pace, step_cost, told
 from sb3_qvpo.common.speed.cpu import warn_of_busy_cores
 from sb3_qvpo.common.speed.keys import RUN_STATE
@@ -49,7 +48,7 @@ NORMALIZED = "normalized_observations"
 """Its entry that says whether a ``VecNormalize`` normalised the observations."""
 
 
-class DiffusionOffPolicyAlgorithm(OfflineLearner):
+class DiffusionOffPolicyAlgorithm(EpisodeCountsLearner):
     """
     Base of off-policy algorithms with a diffusion policy. All arguments are keywords here; see the subclasses.
 
@@ -58,7 +57,7 @@ class DiffusionOffPolicyAlgorithm(OfflineLearner):
     :param learning_rate: Learning rate of the actor: a number, a schedule or a string such as ``"lin_3e-4"``.
     :param qf_learning_rate: Learning rate of the critics, ``learning_rate`` if None.
     :param n_diffusion_steps: T, steps of the diffusion.
-    :param n_behavior_candidates: K_b, best of this many candidates in ``predict(deterministic=False)``.
+    :param n_behavior_candidates: K_b, best of this many candidates while collecting. Of several, each episode draws one.
     :param n_eval_candidates: K, best of this many candidates in ``predict(deterministic=True)``.
     :param policy_delay: Update actor and targets every this many critic updates.
     :param max_grad_norm: Largest Euclidean norm of the gradients of actor and of critics; None for no clipping.
@@ -73,16 +72,15 @@ class DiffusionOffPolicyAlgorithm(OfflineLearner):
     critic: CandidateCritic
     critic_target: CandidateCritic
 
-    n_behavior_candidates = PolicyCount()
-    """K_b, best of this many candidates in ``predict(deterministic=False)``; can be changed at any time."""
+    n_behavior_candidates = EpisodeCounts()
+    """K_b, best of this many candidates while collecting, or several; can be changed at any time."""
     n_eval_candidates = PolicyCount()
     """K, best of this many candidates in ``predict(deterministic=True)``; can be changed at any time."""
 
-    _policy_counts: ClassVar[tuple[str, ...]] = ("n_diffusion_steps", "n_behavior_candidates", "n_eval_candidates")
-    """Arguments that are handed on to the policy, and whole numbers of at least 1."""
-    _policy_arguments: ClassVar[tuple[str, ...]] = (*_policy_counts, "critic_type")
+    _policy_arguments: ClassVar[tuple[str, ...]]
+    _policy_arguments = ("n_diffusion_steps", "n_behavior_candidates", "n_eval_candidates", "critic_type")
     """Arguments that are handed on to the policy."""
-    _count_arguments: ClassVar[tuple[str, ...]] = ("batch_size", "buffer_size", "n_steps", "policy_delay", *_policy_counts)
+    _count_arguments: ClassVar[tuple[str, ...]] = ("batch_size", "buffer_size", "n_steps", "policy_delay", "n_diffusion_steps")
     """Arguments that are whole numbers of at least 1."""
     _preset: ClassVar[tuple[str, int, int]] = ("", 0, 0)
     """The preset to name where a run takes long; its :meth:`_chain_rows`, in rows of networks of 256 units; its batch size."""
@@ -97,7 +95,7 @@ class DiffusionOffPolicyAlgorithm(OfflineLearner):
         learning_rate: float | str | Schedule,
         qf_learning_rate: float | str | Schedule | None,
         n_diffusion_steps: int,
-        n_behavior_candidates: int,
+        n_behavior_candidates: int | Sequence[int],
         n_eval_candidates: int,
         policy_delay: int,
         max_grad_norm: float | None,
@@ -134,7 +132,7 @@ class DiffusionOffPolicyAlgorithm(OfflineLearner):
         self._metric_sums: dict[str, tuple[th.Tensor, int]] = {}
         self._update_runner = UpdateRunner()
         self._pace, self._shows_progress = Pace(), False
-        own_kwargs = {name: getattr(self, name) for name in self._policy_arguments}
+        own_kwargs = {name: largest(getattr(self, name)) for name in self._policy_arguments}
         policy_kwargs = self.policy_kwargs
         for name in own_kwargs.keys() & policy_kwargs.keys():
             raise ValueError(
@@ -167,24 +165,17 @@ class DiffusionOffPolicyAlgorithm(OfflineLearner):
         arguments.check_no_sde(self.use_sde, self.policy_kwargs)
         for name in self._count_arguments:
             setattr(self, name, arguments.check_count(name, getattr(self, name)))
+        for name in arguments.policy_values(type(self)):
+            setattr(self, name, getattr(self, name))  # loading writes past their checks
         arguments.check_interval("gamma", self.gamma, 0, 1)
         arguments.check_interval("tau", self.tau, 0, 1)  # 0 freezes the targets
         if self.max_grad_norm is not None:
             arguments.check_interval("max_grad_norm", self.max_grad_norm, 0, math.inf, low_allowed=False)
-        if self.action_noise is not None and not isinstance(self.action_noise, ActionNoise):
-            raise ValueError(
-                f"action_noise must be an ActionNoise such as NormalActionNoise, or None, got {self.action_noise!r}"
-            )
+        arguments.check_action_noise(self.action_noise)
         arguments.check_replay_buffer(self.replay_buffer_class, self.n_steps, self.observation_space)
         # SB3 takes these as they are, and would fail on them in learn()
         arguments.check_interval("learning_starts", self.learning_starts, 0, math.inf)
-        frequency, *unit = (
-            self.train_freq if isinstance(self.train_freq, tuple | list) and self.train_freq else [self.train_freq]
-        )
-        if isinstance(frequency, Integral):  # SB3 checks its other forms
-            frequency = arguments.check_count("train_freq", frequency)
-        if not isinstance(self.train_freq, TrainFreq):
-            self.train_freq = cast(Any, (frequency, *unit) if unit else frequency)
+        self.train_freq = arguments.check_train_freq(self.train_freq)
         self.gradient_steps = arguments.check_count("gradient_steps", self.gradient_steps, -1)
         self._stats_window_size = arguments.check_count("stats_window_size", self._stats_window_size)
 
@@ -343,7 +334,11 @@ class DiffusionOffPolicyAlgorithm(OfflineLearner):
         self, learning_starts: int, action_noise: ActionNoise | None = None, n_envs: int = 1
     ) -> tuple[np.ndarray, np.ndarray]:
         n_steps, total = self.num_timesteps - self._first_timestep, self._total_timesteps - self._first_timestep
-        with self.policy.programs.collecting(self.policy, self.n_behavior_candidates, n_steps, total, n_envs):
+        counts = self._episode_draws.counts(self.n_behavior_candidates, n_envs)
+        with (
+            self.policy.counts_in_use.collecting(counts),
+            self.policy.programs.collecting(self.policy, max(counts), n_steps, total, n_envs),
+        ):
             return super()._sample_action(learning_starts, action_noise, n_envs)
 
     def _process_state(self) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from sb3_qvpo.common.arguments import PolicyCount, check_choice, check_class, ch
 from sb3_qvpo.common.candidates import ScoredCandidates, best_candidate, improve_best_candidate
 from sb3_qvpo.common.critics import quantile_options
 from sb3_qvpo.common.diffusion import DiffusionProcess
+from sb3_qvpo.common.episode_counts import CountsInUse
 from sb3_qvpo.common.export import export_policy
 from sb3_qvpo.common.networks import evaluation_mode, is_traced, n_observations, split_rows
 from sb3_qvpo.common.noise_schedules import NoiseSchedule, picklable
@@ -152,8 +153,7 @@ class DiffusionPolicy(BasePolicy):
         critic_activation_fn = check_class("critic_activation_fn", critic_activation_fn or activation_fn, nn.Module)
         check_choice("critic_type", critic_type, CRITICS)
         if critic_type != "twin" and type(self).critic_class is not DiffusionPolicy.critic_class:
-            own = f"{type(self).__name__} has critics of its own"
-            raise ValueError(f"critic_type must be left out: {own}, got {critic_type!r}")
+            raise ValueError(f"critic_type must be omitted: {type(self).__name__} has critics of its own, got {critic_type!r}")
         net_arch = [256, 256] if net_arch is None else net_arch
         check_net_arch(net_arch)
         super().__init__(
@@ -176,7 +176,7 @@ class DiffusionPolicy(BasePolicy):
         self.noise_bank_seed = check_count("noise_bank_seed", noise_bank_seed, 0, 2**32 - 1)
         self.share_features_extractor, self.normalize_features = share_features_extractor, normalize_features
         self._noise_bank: th.Tensor | None = None
-        self.programs = Programs()
+        self.programs, self.counts_in_use = Programs(), CountsInUse()
         # Kept by every way of saving: exported without its normalisation, a policy would act on wrong inputs
         self.normalized_observations = normalized_observations
 
@@ -391,9 +391,8 @@ class DiffusionPolicy(BasePolicy):
             and with ``settings.enabled = False``. Without a C++ compiler False, with a warning.
         :raises ValueError: If ``n_candidates`` is not a whole number of at least 1.
         """
-        counts = [self.n_behavior_candidates, self.n_eval_candidates]
-        if n_candidates is not None:
-            counts = [check_count("n_candidates", n_candidates)]
+        both = [self.n_behavior_candidates, self.n_eval_candidates]
+        counts = both if n_candidates is None else [check_count("n_candidates", n_candidates)]
         return self._scores_as_known() and all([self.programs.compile(self, count) for count in counts])
 
     def _scores_as_known(self) -> bool:
@@ -448,7 +447,7 @@ class DiffusionPolicy(BasePolicy):
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
         if not deterministic:
-            return self._best_action(observation, self.n_behavior_candidates)
+            return self._best_action(observation, self.counts_in_use.to_draw(self.n_behavior_candidates))
         bank = self.noise_bank(self.n_eval_candidates)
         if is_traced() or n_observations(observation) == 0:
             # A loop over the observations would make their number a constant of the trace
@@ -462,7 +461,8 @@ class DiffusionPolicy(BasePolicy):
         if self._scores_as_known():
             with evaluation_mode(self.actor, self.critic):
                 by_program = self.programs.score(self, observation, noise)
-        return best_candidate(*(by_program or self.score_candidates(observation, noise)[1:]))
+        candidates, scores = by_program or self.score_candidates(observation, noise)[1:]
+        return best_candidate(candidates, self.counts_in_use.restricted(scores))
 
     def predict(
         self,

@@ -48,9 +48,10 @@ class SoftmaxPolicy(DiffusionPolicy):
             return super()._predict(observation, deterministic)
         with evaluation_mode(self.actor, self.critic_target):
             features = self.actor.features(observation)
-            noise = self.actor.draw_noise(len(features), self.n_behavior_candidates)
+            noise = self.actor.draw_noise(len(features), self.counts_in_use.to_draw(self.n_behavior_candidates))
             candidates = self.actor.sample_candidates(features, noise)
             q_values = self.critic_target.score(self.critic_target.features(observation), candidates)
+        q_values = self.counts_in_use.restricted(q_values)
         return select(candidates, softmax_choice(q_values, self.selection_temperature, th.rand_like(q_values)))
 
     def _best_action(self, observation: PyTorchObs, noise: th.Tensor | int) -> th.Tensor:

@@ -5,6 +5,7 @@ chain.
 Shapes: B batch, K candidates, A action dimensions, N noises of a chain, C critics.
 """
 
+from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple, TypeVar, cast
 
 import torch as th
@@ -75,7 +76,8 @@ class DiffusionQL(CandidateTDAlgorithm):
     :param target_actor_interval: The target actor moves every this many updates.
     :param target_actor_start: The first update after which it moves; until then it is the untrained actor.
     :param qf_learning_rate: Learning rate of the critics, in the same forms as ``learning_rate``, which it equals if None.
-    :param n_behavior_candidates: Candidates of ``predict(deterministic=False)`` and while collecting, at least 1.
+    :param n_behavior_candidates: Candidates of ``predict(deterministic=False)`` and while collecting, at least 1. Of several,
+        each episode draws one, and predictions take the largest.
     :param n_target_candidates: Draws in the TD target, with ``max_q_backup=True`` only.
     :param n_eval_candidates: Best of this many candidates in ``predict(deterministic=True)``, at least 1.
     :param n_diffusion_steps: T, steps of the diffusion, at least 1.
@@ -129,7 +131,7 @@ class DiffusionQL(CandidateTDAlgorithm):
         target_actor_interval: int = 5,
         target_actor_start: int = 1_000,
         qf_learning_rate: float | str | Schedule | None = 3e-4,
-        n_behavior_candidates: int = 50,
+        n_behavior_candidates: int | Sequence[int] = 50,
         n_target_candidates: int = 10,
         n_eval_candidates: int = 50,
         n_diffusion_steps: int = 5,

@@ -17,6 +17,7 @@ argument or variable        symbol          meaning
 """
 
 import warnings
+from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple, TypeVar, cast
 
 import torch as th
@@ -83,7 +84,8 @@ class DTQL(TDAlgorithm):
         With the latter the target critics stand still while pre-training, as there.
     :param selection_temperature: Of the softmax over values by which ``predict(deterministic=False)`` chooses, above 0.
     :param qf_learning_rate: Learning rate of the critics, in the same forms as ``learning_rate``, which it equals if None.
-    :param n_behavior_candidates: Candidates of ``predict(deterministic=False)`` and while collecting, at least 1.
+    :param n_behavior_candidates: Candidates of ``predict(deterministic=False)`` and while collecting, at least 1. Of several,
+        each episode draws one, and predictions take the largest.
     :param n_eval_candidates: Best of this many candidates in ``predict(deterministic=True)``, at least 1. With 1 it is the
         policy's centre, and an exported file holds the one-step policy alone.
     :param max_grad_norm: Largest Euclidean norm of the gradients of each network; None for no clipping.
@@ -138,7 +140,7 @@ class DTQL(TDAlgorithm):
         value_target: str = "target",
         selection_temperature: float = 1.0,
         qf_learning_rate: float | str | Schedule | None = 3e-4,
-        n_behavior_candidates: int = 1024,
+        n_behavior_candidates: int | Sequence[int] = 1024,
         n_eval_candidates: int = 1024,
         max_grad_norm: float | None = None,
         use_sde: bool = False,

@@ -21,7 +21,7 @@ argument or variable        symbol              meaning
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch as th
@@ -86,7 +86,8 @@ class QVPO(CandidateTDAlgorithm):
         progress, or a string. ``"lin_0.02_0.002_0.9"`` falls linearly from 0.02 to 0.002 over 90 % of training.
         0 switches the term off.
     :param qf_learning_rate: Learning rate of the critics, in the same forms as ``learning_rate``, which it equals if None.
-    :param n_behavior_candidates: K_b, best of this many candidates while collecting (Algorithm 1, line 2), at least 1.
+    :param n_behavior_candidates: K_b, best of this many candidates while collecting (Algorithm 1, line 2), at least 1. Of
+        several, such as ``(2, 8, 32)``, each episode draws one, and ``predict(deterministic=False)`` takes the largest.
     :param n_target_candidates: K_t, best of this many candidates in the TD target (Algorithm 1, line 10), at least 1.
     :param n_eval_candidates: K, best of this many candidates in ``predict(deterministic=True)`` (Sec. 5.1), at least 1.
     :param n_train_candidates: N_d, candidates of each state of which the best is trained on (Algorithm 1, lines 5-7),
@@ -150,7 +151,7 @@ class QVPO(CandidateTDAlgorithm):
         n_steps: int = 1,
         ent_coef: float | str | Schedule = 0.01,
         qf_learning_rate: float | str | Schedule | None = None,
-        n_behavior_candidates: int = 4,
+        n_behavior_candidates: int | Sequence[int] = 4,
         n_target_candidates: int = 2,
         n_eval_candidates: int = 32,
         n_train_candidates: int = 64,

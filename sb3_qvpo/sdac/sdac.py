@@ -17,6 +17,7 @@ argument or variable        symbol                  meaning
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch as th
@@ -115,7 +116,8 @@ class SDAC(CandidateTDAlgorithm):
         actions of the replay buffer, which need no chain.
     :param box: ``"truncated"`` draws clean actions inside [-1, 1], ``"clip"`` values them clipped, as the authors' code does.
     :param qf_learning_rate: Learning rate of the critics, in the same forms as ``learning_rate``, which it equals if None.
-    :param n_behavior_candidates: K_b, best of this many candidates while collecting, at least 1.
+    :param n_behavior_candidates: K_b, best of this many candidates while collecting, at least 1. Of several, each episode
+        draws one, and ``predict(deterministic=False)`` takes the largest.
     :param n_target_candidates: K_t, best of this many candidates in the TD target, at least 1.
     :param n_eval_candidates: K, best of this many candidates in ``predict(deterministic=True)``, at least 1.
     :param n_diffusion_steps: T, steps of the diffusion, at least 1.
@@ -175,7 +177,7 @@ class SDAC(CandidateTDAlgorithm):
         proposal_actions: str = "policy",
         box: str = "truncated",
         qf_learning_rate: float | str | Schedule | None = None,
-        n_behavior_candidates: int = 32,
+        n_behavior_candidates: int | Sequence[int] = 32,
         n_target_candidates: int = 32,
         n_eval_candidates: int = 32,
         n_diffusion_steps: int = 20,

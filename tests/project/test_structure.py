@@ -26,7 +26,7 @@ LAYERS = [
     "common.runs.finite_checks common.runs.checkpoints offline.reading offline.spaces_env",
     "common.runs.guarded_algorithm offline.buffers",
     "common.runs.offline_learning",
-    "common.runs.callbacks common.export",
+    "common.runs.callbacks common.export common.episode_counts",
     "common.policies",
     "common.off_policy_algorithm",
     "common.td_algorithm common.policy_aliases common.softmax_policies common.figures",

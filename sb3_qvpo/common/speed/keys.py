@@ -30,7 +30,7 @@ RUN_STATE = frozenset({
     # What a run collects and reports
     "env", "_last_obs", "_last_original_obs", "_last_episode_starts", "_vec_normalize_env", "replay_buffer", "action_noise",
     "ep_info_buffer", "ep_success_buffer", "_logger", "_custom_logger", "_metric_sums", "_statistics",
-    "_resumed_random_states", "_finite_guard", "_update_runner", "_warned_of_few_updates",
+    "_resumed_random_states", "_finite_guard", "_update_runner", "_warned_of_few_updates", "_episode_draws",
     "_pace", "_shows_progress",
     # Networks: their tensors and settings are watched separately
     "policy", "actor", "actor_target", "critic", "critic_target",

@@ -1,0 +1,142 @@
+"""
+How many candidates an action is the best of, while several counts take turns from episode to episode.
+
+Episodes with few candidates try more. Those with many do what the policy is used for, so that critics are right about it.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch as th
+
+from sb3_qvpo.common.arguments import PolicyCount, check_count
+from sb3_qvpo.common.candidates import only_first
+from sb3_qvpo.common.runs.offline_learning import OfflineLearner
+
+
+def largest(counts: Any) -> Any:
+    """The largest of several counts; a single one as it is."""
+    return max(counts) if isinstance(counts, tuple) and counts else counts
+
+
+class EpisodeCounts(PolicyCount):
+    """The same for a count that may be several, of which each episode draws one. The policy itself has the largest."""
+
+    def checked(self, value: Any) -> Any:
+        """
+        The value as it is kept: a whole number, or a tuple of them.
+
+        :raises ValueError: If it is no whole number of at least 1, and no list or tuple of them.
+        """
+        if not isinstance(value, list | tuple):
+            return super().checked(value)
+        if not value:
+            raise ValueError(f"{self.name} must be a whole number of at least 1, or several of them, got {value!r}")
+        return tuple(check_count(self.name, count) for count in value)
+
+    def __get__(self, instance: object, owner: type) -> Any:
+        count = super().__get__(instance, owner)
+        own = vars(instance).get(self.name) if instance is not None else None
+        # Whoever changes the policy's count means it
+        return own if count == largest(own) else count
+
+    def __set__(self, instance: object, value: Any) -> None:
+        counts = self.checked(value)
+        super().__set__(instance, largest(counts))
+        vars(instance)[self.name] = counts
+
+
+class CountsInUse:
+    """The counts of a policy's actions, one for each environment, while ``learn()`` collects. Otherwise there are none."""
+
+    def __init__(self) -> None:
+        self.counts: tuple[int, ...] = ()
+
+    @contextmanager
+    def collecting(self, counts: Sequence[int]) -> Iterator[None]:
+        """
+        A context in which actions are collected.
+
+        :param counts: Of how many candidates the action of each environment is the best.
+        """
+        self.counts = tuple(counts)
+        try:
+            yield
+        finally:
+            self.counts = ()
+
+    def to_draw(self, count: int) -> int:
+        """
+        How many candidates of each state must be drawn.
+
+        :param count: Where no environment has a count of its own.
+        :return: The largest count.
+        """
+        return max(self.counts, default=count)
+
+    def restricted(self, scores: th.Tensor) -> th.Tensor:
+        """
+        The scores among which the best one is chosen.
+
+        :param scores: Scores of candidates, shape (B, K).
+        :return: The same; -inf beyond the count of each environment.
+        """
+        return only_first(scores, self.counts) if len(set(self.counts)) > 1 else scores
+
+
+class EpisodeDraws:
+    """Which of several counts the current episode of each environment has drawn, with NumPy's global generator."""
+
+    def __init__(self) -> None:
+        self.drawn: tuple[tuple[int, ...], list[int]] | None = None
+
+    def counts(self, choices: int | tuple[int, ...], n_envs: int) -> list[int]:
+        """
+        The counts of the current episodes. Episodes without one draw.
+
+        :param choices: A count for all episodes, or several of which each draws one.
+        :param n_envs: Number of environments.
+        :return: A count for each environment.
+        """
+        if isinstance(choices, int):
+            return [choices] * n_envs
+        if self.drawn is None or self.drawn[0] != choices or len(self.drawn[1]) != n_envs:
+            self.drawn = choices, np.random.choice(choices, n_envs).tolist()
+        return self.drawn[1]
+
+    def end_episodes(self, dones: np.ndarray) -> None:
+        """
+        Draw for episodes that begin.
+
+        :param dones: Of which environments the episode has ended, shape (n_envs,).
+        """
+        if self.drawn is not None:
+            choices, counts = self.drawn
+            for env in np.flatnonzero(dones):
+                counts[env] = int(np.random.choice(choices))
+
+    def forget(self) -> None:
+        """All environments begin new episodes."""
+        self.drawn = None
+
+
+class EpisodeCountsLearner(OfflineLearner):
+    """An off-policy algorithm that knows which of several counts each current episode has drawn."""
+
+    def _setup_model(self) -> None:
+        self._episode_draws = EpisodeDraws()
+        super()._setup_model()
+
+    def _excluded_save_params(self) -> list[str]:
+        return [*super()._excluded_save_params(), "_episode_draws"]
+
+    def _update_info_buffer(self, infos: list[dict[str, Any]], dones: np.ndarray | None = None) -> None:
+        super()._update_info_buffer(infos, dones)
+        if dones is not None:
+            self._episode_draws.end_episodes(dones)
+
+    def _abandon_episodes(self) -> None:
+        super()._abandon_episodes()
+        self._episode_draws.forget()
