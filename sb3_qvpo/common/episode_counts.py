@@ -1,7 +1,9 @@
 """
-How many candidates an action is the best of, while several counts take turns from episode to episode.
+How many candidates an action is the best of, where that differs from episode to episode.
 
 Episodes with few candidates try more. Those with many do what the policy is used for, so that critics are right about it.
+Where a fall ends the episode, trying more means falling earlier, and there is less to learn from. So several counts take turns
+only while episodes last until their time limit. After one that ended earlier the next takes the most candidates.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,7 +24,7 @@ def largest(counts: Any) -> Any:
 
 
 class EpisodeCounts(PolicyCount):
-    """The same for a count that may be several, of which each episode draws one. The policy itself has the largest."""
+    """The same for a count that may be several, one for each episode. The policy itself has the largest."""
 
     def checked(self, value: Any) -> Any:
         """
@@ -87,35 +89,37 @@ class CountsInUse:
 
 
 class EpisodeDraws:
-    """Which of several counts the current episode of each environment has drawn, with NumPy's global generator."""
+    """Which of several counts the current episode of each environment has. Draws are of NumPy's global generator."""
 
     def __init__(self) -> None:
         self.drawn: tuple[tuple[int, ...], list[int]] | None = None
 
     def counts(self, choices: int | tuple[int, ...], n_envs: int) -> list[int]:
         """
-        The counts of the current episodes. Episodes without one draw.
+        The counts of the current episodes. The first ones have the largest.
 
-        :param choices: A count for all episodes, or several of which each draws one.
+        :param choices: A count for all episodes, or several.
         :param n_envs: Number of environments.
         :return: A count for each environment.
         """
         if isinstance(choices, int):
             return [choices] * n_envs
         if self.drawn is None or self.drawn[0] != choices or len(self.drawn[1]) != n_envs:
-            self.drawn = choices, np.random.choice(choices, n_envs).tolist()
+            self.drawn = choices, [max(choices)] * n_envs
         return self.drawn[1]
 
-    def end_episodes(self, dones: np.ndarray) -> None:
+    def end_episodes(self, dones: np.ndarray, infos: list[dict[str, Any]]) -> None:
         """
-        Draw for episodes that begin.
+        Choose for episodes that begin: a random count after a time limit, else the largest.
 
         :param dones: Of which environments the episode has ended, shape (n_envs,).
+        :param infos: What the environments told in the last step.
         """
         if self.drawn is not None:
             choices, counts = self.drawn
             for env in np.flatnonzero(dones):
-                counts[env] = int(np.random.choice(choices))
+                at_limit = infos[env].get("TimeLimit.truncated", False)
+                counts[env] = int(np.random.choice(choices)) if at_limit else max(choices)
 
     def forget(self) -> None:
         """All environments begin new episodes."""
@@ -123,7 +127,7 @@ class EpisodeDraws:
 
 
 class EpisodeCountsLearner(OfflineLearner):
-    """An off-policy algorithm that knows which of several counts each current episode has drawn."""
+    """An off-policy algorithm that knows which of several counts each current episode has."""
 
     def _setup_model(self) -> None:
         self._episode_draws = EpisodeDraws()
@@ -135,7 +139,7 @@ class EpisodeCountsLearner(OfflineLearner):
     def _update_info_buffer(self, infos: list[dict[str, Any]], dones: np.ndarray | None = None) -> None:
         super()._update_info_buffer(infos, dones)
         if dones is not None:
-            self._episode_draws.end_episodes(dones)
+            self._episode_draws.end_episodes(dones, infos)
 
     def _abandon_episodes(self) -> None:
         super()._abandon_episodes()

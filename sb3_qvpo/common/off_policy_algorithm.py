@@ -57,7 +57,7 @@ class DiffusionOffPolicyAlgorithm(EpisodeCountsLearner):
     :param learning_rate: Learning rate of the actor: a number, a schedule or a string such as ``"lin_3e-4"``.
     :param qf_learning_rate: Learning rate of the critics, ``learning_rate`` if None.
     :param n_diffusion_steps: T, steps of the diffusion.
-    :param n_behavior_candidates: K_b, best of this many candidates while collecting. Of several, each episode draws one.
+    :param n_behavior_candidates: K_b, best of this many candidates while collecting; several differ by episode.
     :param n_eval_candidates: K, best of this many candidates in ``predict(deterministic=True)``.
     :param policy_delay: Update actor and targets every this many critic updates.
     :param max_grad_norm: Largest Euclidean norm of the gradients of actor and of critics; None for no clipping.

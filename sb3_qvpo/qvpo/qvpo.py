@@ -87,7 +87,8 @@ class QVPO(CandidateTDAlgorithm):
         0 switches the term off.
     :param qf_learning_rate: Learning rate of the critics, in the same forms as ``learning_rate``, which it equals if None.
     :param n_behavior_candidates: K_b, best of this many candidates while collecting (Algorithm 1, line 2), at least 1. Of
-        several, such as ``(2, 8, 32)``, each episode draws one, and ``predict(deterministic=False)`` takes the largest.
+        several, such as ``(2, 8, 16)``, an episode draws one if the last one came to its time limit, and takes the largest
+        otherwise, as ``predict(deterministic=False)`` does.
     :param n_target_candidates: K_t, best of this many candidates in the TD target (Algorithm 1, line 10), at least 1.
     :param n_eval_candidates: K, best of this many candidates in ``predict(deterministic=True)`` (Sec. 5.1), at least 1.
     :param n_train_candidates: N_d, candidates of each state of which the best is trained on (Algorithm 1, lines 5-7),

@@ -1,4 +1,4 @@
-"""Several numbers of candidates take turns: each episode draws one, and its actions are the best of so many."""
+"""Several numbers of candidates take turns: each episode has one of them, and its actions are the best of so many."""
 
 import numpy as np
 import pytest
@@ -7,6 +7,7 @@ import torch as th
 from helpers import CountdownEnv, actor_to_numpy, countdown, critics_to_numpy, tiny_dtql, tiny_qvpo, tiny_sdac
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.vec_env import DummyVecEnv
 
 from sb3_qvpo import QVPO
 from sb3_qvpo.common.candidates import only_first
@@ -36,7 +37,8 @@ class CountsOfSteps(BaseCallback):
 
 @pytest.mark.parametrize("n_envs", [1, 3])
 def test_each_episode_draws_one_count_and_keeps_it(n_envs):
-    env = make_vec_env(countdown(), n_envs=n_envs)
+    """While episodes last until their time limit. The first ones have the largest."""
+    env = make_vec_env(countdown(truncate=True), n_envs=n_envs)
     callback = CountsOfSteps()
     model = tiny_qvpo(env, n_behavior_candidates=[1, 4, 6], learning_starts=0, gradient_steps=-1).learn(100 * n_envs, callback)
     counts, dones = np.array(callback.counts), np.array(callback.dones)
@@ -45,15 +47,27 @@ def test_each_episode_draws_one_count_and_keeps_it(n_envs):
     assert not changes[~dones[:-1]].any()
     assert changes.sum() > 5
     assert set(counts.ravel()) == {1, 4, 6}
+    assert set(counts[0]) == {6}
     if n_envs > 1:
         assert any(len(set(row)) > 1 for row in counts.tolist())
     assert model.policy.counts_in_use.counts == ()
 
 
+def test_after_an_episode_that_ended_early_the_next_has_the_largest_count():
+    """Two environments: the episodes of one end by its time limit, those of the other before."""
+    env = DummyVecEnv([countdown(truncate=True), countdown()])
+    callback = CountsOfSteps()
+    tiny_qvpo(env, n_behavior_candidates=[1, 4, 6], learning_starts=0, gradient_steps=-1).learn(200, callback)
+    at_limit, early = np.array(callback.counts).T
+    assert set(at_limit) == {1, 4, 6}
+    assert set(early) == {6}
+
+
 def test_all_counts_are_equally_likely():
     """Among 400 episodes of one step each count is drawn 133 times, give or take 30 (three deviations)."""
     callback = CountsOfSteps()
-    model = tiny_qvpo(CountdownEnv(length=1), n_behavior_candidates=(1, 4, 6), learning_starts=0, train_freq=400)
+    env = CountdownEnv(length=1, truncate=True)
+    model = tiny_qvpo(env, n_behavior_candidates=(1, 4, 6), learning_starts=0, train_freq=400)
     model.learn(400, callback)
     numbers = np.unique(np.array(callback.counts), return_counts=True)[1]
     assert (abs(numbers - 400 / 3) < 30).all(), numbers

@@ -26,6 +26,11 @@ CONFIGS = {
 PAPER, OFFICIAL, FAST, SOFT, SOFT_OFFICIAL, FROM_DATA, TRUSTED, *_ = CONFIGS.values()
 
 
+def as_written(value):
+    """Several counts as YAML has them."""
+    return list(value) if isinstance(value, tuple) else value
+
+
 def test_table_3_and_explicit_values():
     targets = {"Ant": 2, "HalfCheetah": 4, "Hopper": 1, "Humanoid": 2, "Walker2d": 2}
     for task, n_target_candidates in targets.items():
@@ -181,7 +186,7 @@ def test_every_entry_builds_a_model(config, name, tmp_path, monkeypatch):
     others = ("eta", "max_q_backup", "alpha", "expectile", "log_prob_coef", "n_pretraining_updates", "reward_transform")
     for key in (*numbers, *others, "ent_coef", "max_grad_norm", "temperature", "n_reverse_samples"):
         if key in entry:
-            assert getattr(model, key) == entry[key], key
+            assert as_written(getattr(model, key)) == entry[key], key
     assert model.policy.n_diffusion_steps == entry.get("n_diffusion_steps", 1)
 
 
@@ -201,7 +206,7 @@ def test_the_settings_of_the_learning_curves_build_a_model(name, tmp_path):
     model = set_up("Pendulum-v1", tmp_path, **{"n_diffusion_steps": 20, **settings})  # as on MuJoCo
     assert (model.action_noise is not None) == ("noise_type" in settings)
     for key in {"n_behavior_candidates", "n_train_candidates", "policy_delay", "q_weighting"} & settings.keys():
-        assert getattr(model, key) == settings[key], key
+        assert as_written(getattr(model, key)) == settings[key], key
 
 
 def test_the_official_settings_are_the_authors():

@@ -35,7 +35,10 @@ RUNS = {
     "plain": (countdown(), dict()),
     "random starts": (lambda: make_vec_env(pendulum, n_envs=1), dict()),
     "two environments": (lambda: make_vec_env(countdown(), n_envs=2), dict(gradient_steps=-1)),
-    "several counts": (lambda: make_vec_env(countdown(), n_envs=2), dict(n_behavior_candidates=(1, 3, 6), gradient_steps=-1)),
+    "several counts": (
+        lambda: make_vec_env(countdown(truncate=True), n_envs=2),
+        dict(n_behavior_candidates=(1, 3, 6), gradient_steps=-1),
+    ),
     "normalised": (lambda: normalized(pendulum), dict()),
     "rewards normalised only": (lambda: normalized(pendulum, norm_obs=False), dict()),
     "n-step": (countdown(truncate=True), dict(n_steps=3)),
