@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 import torch as th
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.type_aliases import MaybeCallback
 
 from sb3_qvpo.common.arguments import PolicyCount, check_count
 from sb3_qvpo.common.candidates import only_first
@@ -24,25 +26,28 @@ def largest(counts: Any) -> Any:
 
 
 class EpisodeCounts(PolicyCount):
-    """The same for a count that may be several, one for each episode. The policy itself has the largest."""
+    """
+    A whole number of at least 1, or several of them, of which each episode has one. It is set on the algorithm, and checked
+    as :class:`PolicyCount` is. The policy has the largest.
+    """
 
     def checked(self, value: Any) -> Any:
         """
         The value as it is kept: a whole number, or a tuple of them.
 
-        :raises ValueError: If it is no whole number of at least 1, and no list or tuple of them.
+        :raises ValueError: If it is no whole number of at least 1, and no sequence of them.
         """
-        if not isinstance(value, list | tuple):
+        if isinstance(value, str) or not isinstance(value, Sequence | np.ndarray):
             return super().checked(value)
-        if not value:
+        if len(value) == 0:
             raise ValueError(f"{self.name} must be a whole number of at least 1, or several of them, got {value!r}")
         return tuple(check_count(self.name, count) for count in value)
 
     def __get__(self, instance: object, owner: type) -> Any:
         count = super().__get__(instance, owner)
         own = vars(instance).get(self.name) if instance is not None else None
-        # Whoever changes the policy's count means it
-        return own if count == largest(own) else count
+        # A count that was set on the policy holds instead
+        return own if isinstance(own, tuple) and count == largest(own) else count
 
     def __set__(self, instance: object, value: Any) -> None:
         counts = self.checked(value)
@@ -51,7 +56,10 @@ class EpisodeCounts(PolicyCount):
 
 
 class CountsInUse:
-    """The counts of a policy's actions, one for each environment, while ``learn()`` collects. Otherwise there are none."""
+    """
+    The counts of a policy's actions, one for each environment, while ``learn()`` collects with several. Otherwise there are
+    none, and the policy's own count holds.
+    """
 
     def __init__(self) -> None:
         self.counts: tuple[int, ...] = ()
@@ -61,7 +69,7 @@ class CountsInUse:
         """
         A context in which actions are collected.
 
-        :param counts: Of how many candidates the action of each environment is the best.
+        :param counts: Of how many candidates the action of each environment is the best. Empty for the policy's own count.
         """
         self.counts = tuple(counts)
         try:
@@ -73,8 +81,8 @@ class CountsInUse:
         """
         How many candidates of each state must be drawn.
 
-        :param count: Where no environment has a count of its own.
-        :return: The largest count.
+        :param count: The policy's own count.
+        :return: The largest count in use, or ``count`` if none is.
         """
         return max(self.counts, default=count)
 
@@ -83,16 +91,18 @@ class CountsInUse:
         The scores among which the best one is chosen.
 
         :param scores: Scores of candidates, shape (B, K).
-        :return: The same; -inf beyond the count of each environment.
+        :return: The same, with -inf beyond the count of each environment if there is one row for each.
         """
-        return only_first(scores, self.counts) if len(set(self.counts)) > 1 else scores
+        applies = len(set(self.counts)) > 1 and len(self.counts) == len(scores)
+        return only_first(scores, self.counts) if applies else scores
 
 
 class EpisodeDraws:
-    """Which of several counts the current episode of each environment has. Draws are of NumPy's global generator."""
+    """Which of several counts the current episode of each environment has. Draws are from NumPy's global generator."""
 
     def __init__(self) -> None:
         self.drawn: tuple[tuple[int, ...], list[int]] | None = None
+        """The choices, and the count of each environment. None before the first action, and with a single count."""
 
     def counts(self, choices: int | tuple[int, ...], n_envs: int) -> list[int]:
         """
@@ -100,10 +110,11 @@ class EpisodeDraws:
 
         :param choices: A count for all episodes, or several.
         :param n_envs: Number of environments.
-        :return: A count for each environment.
+        :return: A count for each environment. Empty if there is nothing to choose.
         """
         if isinstance(choices, int):
-            return [choices] * n_envs
+            self.drawn = None
+            return []
         if self.drawn is None or self.drawn[0] != choices or len(self.drawn[1]) != n_envs:
             self.drawn = choices, [max(choices)] * n_envs
         return self.drawn[1]
@@ -121,10 +132,6 @@ class EpisodeDraws:
                 at_limit = infos[env].get("TimeLimit.truncated", False)
                 counts[env] = int(np.random.choice(choices)) if at_limit else max(choices)
 
-    def forget(self) -> None:
-        """All environments begin new episodes."""
-        self.drawn = None
-
 
 class EpisodeCountsLearner(OfflineLearner):
     """An off-policy algorithm that knows which of several counts each current episode has."""
@@ -141,6 +148,22 @@ class EpisodeCountsLearner(OfflineLearner):
         if dones is not None:
             self._episode_draws.end_episodes(dones, infos)
 
-    def _abandon_episodes(self) -> None:
-        super()._abandon_episodes()
-        self._episode_draws.forget()
+    def _setup_learn(
+        self,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        reset_num_timesteps: bool = True,
+        tb_log_name: str = "run",
+        progress_bar: bool = False,
+    ) -> tuple[int, BaseCallback]:
+        is_resumed = self._resumed_random_states is not None and not reset_num_timesteps
+        if reset_num_timesteps or (self._last_obs is None and not is_resumed):
+            self._episode_draws.drawn = None  # SB3 is about to reset the environments
+        return super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
+
+    def _process_state(self) -> dict[str, Any]:
+        return {**super()._process_state(), "episode_counts": self._episode_draws.drawn}
+
+    def _restore_process_state(self, state: dict[str, Any]) -> None:
+        super()._restore_process_state(state)
+        self._episode_draws.drawn = state.get("episode_counts")

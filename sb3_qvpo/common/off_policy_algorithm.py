@@ -132,7 +132,8 @@ class DiffusionOffPolicyAlgorithm(EpisodeCountsLearner):
         self._metric_sums: dict[str, tuple[th.Tensor, int]] = {}
         self._update_runner = UpdateRunner()
         self._pace, self._shows_progress = Pace(), False
-        own_kwargs = {name: largest(getattr(self, name)) for name in self._policy_arguments}
+        own_kwargs = {name: getattr(self, name) for name in self._policy_arguments}
+        own_kwargs["n_behavior_candidates"] = largest(self.n_behavior_candidates)
         policy_kwargs = self.policy_kwargs
         for name in own_kwargs.keys() & policy_kwargs.keys():
             raise ValueError(
@@ -334,10 +335,10 @@ class DiffusionOffPolicyAlgorithm(EpisodeCountsLearner):
         self, learning_starts: int, action_noise: ActionNoise | None = None, n_envs: int = 1
     ) -> tuple[np.ndarray, np.ndarray]:
         n_steps, total = self.num_timesteps - self._first_timestep, self._total_timesteps - self._first_timestep
-        counts = self._episode_draws.counts(self.n_behavior_candidates, n_envs)
+        counts, own = self._episode_draws.counts(self.n_behavior_candidates, n_envs), self.policy.n_behavior_candidates
         with (
             self.policy.counts_in_use.collecting(counts),
-            self.policy.programs.collecting(self.policy, max(counts), n_steps, total, n_envs),
+            self.policy.programs.collecting(self.policy, max(counts, default=own), n_steps, total, n_envs),
         ):
             return super()._sample_action(learning_starts, action_noise, n_envs)
 

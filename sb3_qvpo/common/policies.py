@@ -86,7 +86,8 @@ class DiffusionPolicy(BasePolicy):
     :param n_quantiles: M, quantiles of each critic, only with ``critic_type="quantile"``. 25 if None.
     :param top_quantiles_to_drop_per_net: d, largest quantiles left out of the target, only with ``critic_type="quantile"``. 2
         if None.
-    :param n_behavior_candidates: K_b, candidates of the behaviour policy (Algorithm 1, line 2).
+    :param n_behavior_candidates: K_b, candidates of the behaviour policy (Algorithm 1, line 2). Of an algorithm's several
+        counts, the largest.
     :param n_eval_candidates: K, candidates of deterministic predictions (Sec. 5.1).
     :param noise_bank_seed: Seed of the noise of deterministic predictions.
     :param normalized_observations: Whether a ``VecNormalize`` normalises the observations. ``learn()`` sets it.

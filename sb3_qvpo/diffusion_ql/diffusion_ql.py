@@ -76,8 +76,8 @@ class DiffusionQL(CandidateTDAlgorithm):
     :param target_actor_interval: The target actor moves every this many updates.
     :param target_actor_start: The first update after which it moves; until then it is the untrained actor.
     :param qf_learning_rate: Learning rate of the critics, in the same forms as ``learning_rate``, which it equals if None.
-    :param n_behavior_candidates: Candidates of ``predict(deterministic=False)`` and while collecting, at least 1. Of several,
-        an episode draws one if the last one came to its time limit. Otherwise it takes the largest, as predictions do.
+    :param n_behavior_candidates: Candidates of ``predict(deterministic=False)`` and while collecting, at least 1. Several
+        differ by episode. After an episode that reached its time limit, the next draws one. All others take the largest.
     :param n_target_candidates: Draws in the TD target, with ``max_q_backup=True`` only.
     :param n_eval_candidates: Best of this many candidates in ``predict(deterministic=True)``, at least 1.
     :param n_diffusion_steps: T, steps of the diffusion, at least 1.

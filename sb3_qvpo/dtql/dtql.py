@@ -84,8 +84,8 @@ class DTQL(TDAlgorithm):
         With the latter the target critics stand still while pre-training, as there.
     :param selection_temperature: Of the softmax over values by which ``predict(deterministic=False)`` chooses, above 0.
     :param qf_learning_rate: Learning rate of the critics, in the same forms as ``learning_rate``, which it equals if None.
-    :param n_behavior_candidates: Candidates of ``predict(deterministic=False)`` and while collecting, at least 1. Of several,
-        an episode draws one if the last one came to its time limit. Otherwise it takes the largest, as predictions do.
+    :param n_behavior_candidates: Candidates of ``predict(deterministic=False)`` and while collecting, at least 1. Several
+        differ by episode. After an episode that reached its time limit, the next draws one. All others take the largest.
     :param n_eval_candidates: Best of this many candidates in ``predict(deterministic=True)``, at least 1. With 1 it is the
         policy's centre, and an exported file holds the one-step policy alone.
     :param max_grad_norm: Largest Euclidean norm of the gradients of each network; None for no clipping.

@@ -86,9 +86,9 @@ class QVPO(CandidateTDAlgorithm):
         progress, or a string. ``"lin_0.02_0.002_0.9"`` falls linearly from 0.02 to 0.002 over 90 % of training.
         0 switches the term off.
     :param qf_learning_rate: Learning rate of the critics, in the same forms as ``learning_rate``, which it equals if None.
-    :param n_behavior_candidates: K_b, best of this many candidates while collecting (Algorithm 1, line 2), at least 1. Of
-        several, such as ``(2, 8, 16)``, an episode draws one if the last one came to its time limit, and takes the largest
-        otherwise, as ``predict(deterministic=False)`` does.
+    :param n_behavior_candidates: K_b, best of this many candidates while collecting (Algorithm 1, line 2), at least 1.
+        Several, such as ``(2, 8, 16)``, differ by episode. After an episode that reached its time limit, the next draws one.
+        All others take the largest. So does ``predict(deterministic=False)``.
     :param n_target_candidates: K_t, best of this many candidates in the TD target (Algorithm 1, line 10), at least 1.
     :param n_eval_candidates: K, best of this many candidates in ``predict(deterministic=True)`` (Sec. 5.1), at least 1.
     :param n_train_candidates: N_d, candidates of each state of which the best is trained on (Algorithm 1, lines 5-7),

@@ -116,8 +116,9 @@ class SDAC(CandidateTDAlgorithm):
         actions of the replay buffer, which need no chain.
     :param box: ``"truncated"`` draws clean actions inside [-1, 1], ``"clip"`` values them clipped, as the authors' code does.
     :param qf_learning_rate: Learning rate of the critics, in the same forms as ``learning_rate``, which it equals if None.
-    :param n_behavior_candidates: K_b, best of this many candidates while collecting, at least 1. Of several, an episode
-        draws one if the last one came to its time limit. Otherwise it takes the largest, as predictions do.
+    :param n_behavior_candidates: K_b, best of this many candidates while collecting, at least 1. Several differ by
+        episode. After an episode that reached its time limit, the next draws one. All others take the largest. So does
+        ``predict(deterministic=False)``.
     :param n_target_candidates: K_t, best of this many candidates in the TD target, at least 1.
     :param n_eval_candidates: K, best of this many candidates in ``predict(deterministic=True)``, at least 1.
     :param n_diffusion_steps: T, steps of the diffusion, at least 1.

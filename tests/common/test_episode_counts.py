@@ -4,12 +4,22 @@ import numpy as np
 import pytest
 import reference
 import torch as th
-from helpers import CountdownEnv, actor_to_numpy, countdown, critics_to_numpy, tiny_dtql, tiny_qvpo, tiny_sdac
-from stable_baselines3.common.callbacks import BaseCallback
+from helpers import (
+    CountdownEnv,
+    actor_to_numpy,
+    countdown,
+    critics_to_numpy,
+    same_weights,
+    tiny_dtql,
+    tiny_qvpo,
+    tiny_sdac,
+    weights_of,
+)
+from stable_baselines3.common.callbacks import BaseCallback, CallbackList
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import DummyVecEnv
 
-from sb3_qvpo import QVPO
+from sb3_qvpo import QVPO, ResumableCheckpointCallback
 from sb3_qvpo.common.candidates import only_first
 from sb3_qvpo.common.noise_schedules import make_betas
 
@@ -61,6 +71,40 @@ def test_after_an_episode_that_ended_early_the_next_has_the_largest_count():
     at_limit, early = np.array(callback.counts).T
     assert set(at_limit) == {1, 4, 6}
     assert set(early) == {6}
+
+
+def test_counts_survive_a_checkpoint_and_end_with_a_run(tmp_path):
+    """A checkpoint after each episode starts all environments again, and the count that was drawn remains."""
+    callback = CountsOfSteps()
+    checkpoint = ResumableCheckpointCallback(5, tmp_path / "run", at_episode_end=True)
+    env = CountdownEnv(length=5, truncate=True)
+    model = tiny_qvpo(env, n_behavior_candidates=[1, 4, 6], learning_starts=0).learn(100, CallbackList([checkpoint, callback]))
+    assert {counts for (counts,) in callback.counts} == {1, 4, 6}
+    resumed = QVPO.resume(tmp_path / "run", CountdownEnv(length=5, truncate=True), device="cpu")
+    assert resumed._episode_draws.drawn == model._episode_draws.drawn
+    again = CountsOfSteps()
+    model.learn(5, again)  # a new run, in an environment that was reset
+    assert {counts for (counts,) in again.counts} == {6}
+
+
+def test_a_single_count_is_the_policys_own():
+    """Nothing is in use, so whatever the policy says holds, as ever."""
+    callback = CountsOfSteps()
+    model = tiny_qvpo(CountdownEnv(), n_behavior_candidates=(1, 4), learning_starts=0)
+    model.n_behavior_candidates = 3
+    model.learn(20, callback)
+    assert set(callback.counts) == {()}
+    assert model._episode_draws.drawn is None
+
+
+def test_predictions_for_other_states_are_not_restricted():
+    """Deterministic ones while collecting, for instance, come row by row."""
+    model = tiny_qvpo(n_behavior_candidates=(1, 4))
+    observation = th.randn(2, 3)
+    with th.no_grad():
+        expected = model.policy._predict(observation, deterministic=True)
+        with model.policy.counts_in_use.collecting((1, 4)):
+            assert th.equal(model.policy._predict(observation, deterministic=True), expected)
 
 
 def test_all_counts_are_equally_likely():
@@ -116,10 +160,12 @@ def test_a_softmax_draws_among_the_first_candidates_too():
 
 
 def test_one_count_among_several_is_that_count():
-    """The same actions, weights and buffer, bit for bit."""
-    models = [tiny_qvpo(CountdownEnv(), n_behavior_candidates=count, learning_starts=5).learn(30) for count in (3, (3,))]
-    buffers = [model.replay_buffer for model in models]
-    np.testing.assert_array_equal(buffers[0].actions, buffers[1].actions)
+    """The same actions and weights, bit for bit."""
+    models = [
+        tiny_qvpo(CountdownEnv(truncate=True), n_behavior_candidates=count, learning_starts=5).learn(30) for count in (3, (3,))
+    ]
+    np.testing.assert_array_equal(*(model.replay_buffer.actions for model in models))
+    assert same_weights(*map(weights_of, models))
 
 
 def test_several_counts_are_kept_and_can_be_changed(tmp_path):
@@ -133,7 +179,8 @@ def test_several_counts_are_kept_and_can_be_changed(tmp_path):
     assert loaded.n_behavior_candidates == 5
     loaded.n_behavior_candidates = (1, 3)
     assert (loaded.n_behavior_candidates, loaded.policy.n_behavior_candidates) == ((1, 3), 3)
-    assert QVPO.load(tmp_path / "model", n_behavior_candidates=[4, 5]).n_behavior_candidates == (4, 5)
+    for several in ([4, 5], range(4, 6), np.array([4, 5])):
+        assert QVPO.load(tmp_path / "model", n_behavior_candidates=several).n_behavior_candidates == (4, 5)
 
 
 @pytest.mark.parametrize(
