@@ -124,7 +124,7 @@ ALGOS: dict[str, tuple[str, dict[str, Any]]] = {
     "preset_fast_karras": preset(n_diffusion_steps=5, policy_kwargs=dict(noise_schedule="karras")),
     "preset_fast_nd8": preset(n_train_candidates=8),
     "preset_fast_kt1": preset(n_target_candidates=1),
-    **{f"preset_fast_kb{k}": preset(n_behavior_candidates=k) for k in (4, 8)},
+    **{f"preset_fast_kb{k}": preset(n_behavior_candidates=k) for k in (4, 8, 16)},
     "preset_fast_kb4_batch128": preset(n_behavior_candidates=4, batch_size=128),
     "preset_fast_kb32_batch128": preset(n_behavior_candidates=32, batch_size=128),
     # Collecting with fewer candidates, and with returns of one step, as the preset was at first
