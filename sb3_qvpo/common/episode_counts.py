@@ -12,8 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch as th
-from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.type_aliases import MaybeCallback
 
 from sb3_qvpo.common.arguments import PolicyCount, check_count
 from sb3_qvpo.common.candidates import only_first
@@ -148,18 +146,9 @@ class EpisodeCountsLearner(OfflineLearner):
         if dones is not None:
             self._episode_draws.end_episodes(dones, infos)
 
-    def _setup_learn(
-        self,
-        total_timesteps: int,
-        callback: MaybeCallback = None,
-        reset_num_timesteps: bool = True,
-        tb_log_name: str = "run",
-        progress_bar: bool = False,
-    ) -> tuple[int, BaseCallback]:
-        is_resumed = self._resumed_random_states is not None and not reset_num_timesteps
-        if reset_num_timesteps or (self._last_obs is None and not is_resumed):
-            self._episode_draws.drawn = None  # SB3 is about to reset the environments
-        return super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
+    def _forget_episodes(self) -> None:
+        super()._forget_episodes()
+        self._episode_draws.drawn = None
 
     def _process_state(self) -> dict[str, Any]:
         return {**super()._process_state(), "episode_counts": self._episode_draws.drawn}
