@@ -335,12 +335,10 @@ class DiffusionOffPolicyAlgorithm(EpisodeCountsLearner):
         self, learning_starts: int, action_noise: ActionNoise | None = None, n_envs: int = 1
     ) -> tuple[np.ndarray, np.ndarray]:
         n_steps, total = self.num_timesteps - self._first_timestep, self._total_timesteps - self._first_timestep
-        counts, own = self._episode_draws.counts(self.n_behavior_candidates, n_envs), self.policy.n_behavior_candidates
-        with (
-            self.policy.counts_in_use.collecting(counts),
-            self.policy.programs.collecting(self.policy, max(counts, default=own), n_steps, total, n_envs),
-        ):
-            return super()._sample_action(learning_starts, action_noise, n_envs)
+        with self.policy.counts_in_use.collecting(self._episode_draws.counts(self.n_behavior_candidates, n_envs)):
+            n_candidates = self.policy.counts_in_use.to_draw(self.policy.n_behavior_candidates)
+            with self.policy.programs.collecting(self.policy, n_candidates, n_steps, total, n_envs):
+                return super()._sample_action(learning_starts, action_noise, n_envs)
 
     def _process_state(self) -> dict[str, Any]:
         counts, for_predictions = self.policy.programs.tried_counts()

@@ -368,10 +368,11 @@ class GuardedOffPolicyAlgorithm(OffPolicyAlgorithm):
             self._resumed_random_states = None
             self._reseed_environments()
         self._statistics = normalization_statistics(self._vec_normalize_env)
-        if (reset_num_timesteps or self._last_obs is None) and self.replay_buffer is not None:
-            cut_last_episode(self.replay_buffer)  # SB3 is about to reset the environments
-        if reset_num_timesteps or (self._last_obs is None and not is_resumed):
-            self._forget_episodes()
+        if reset_num_timesteps or self._last_obs is None:  # SB3 is about to reset the environments
+            if self.replay_buffer is not None:
+                cut_last_episode(self.replay_buffer)
+            if not is_resumed:
+                self._forget_episodes()
         result = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
         self._steps_at_start = self.num_timesteps
         if not is_resumed:
