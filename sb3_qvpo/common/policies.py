@@ -154,7 +154,7 @@ class DiffusionPolicy(BasePolicy):
         critic_activation_fn = check_class("critic_activation_fn", critic_activation_fn or activation_fn, nn.Module)
         check_choice("critic_type", critic_type, CRITICS)
         if critic_type != "twin" and type(self).critic_class is not DiffusionPolicy.critic_class:
-            raise ValueError(f"critic_type must be omitted: {type(self).__name__} has critics of its own, got {critic_type!r}")
+            raise ValueError(f"critic_type must be left out, got {critic_type!r}: {type(self).__name__} has its own critics")
         net_arch = [256, 256] if net_arch is None else net_arch
         check_net_arch(net_arch)
         super().__init__(

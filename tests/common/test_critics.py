@@ -422,7 +422,7 @@ def test_a_shared_extractor_and_hindsight(share_features_extractor):
     [
         ("MlpPolicy", "sac", "critic_type must be one of 'twin', 'crossq', 'quantile', got 'sac'"),
         ("MlpPolicy", None, "critic_type must be one of"),
-        ("own", "crossq", "OwnPolicy has critics of its own"),
+        ("own", "crossq", "OwnPolicy has its own critics"),
     ],
 )
 def test_bad_critic_types(policy, critic_type, message):
