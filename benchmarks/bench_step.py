@@ -1,6 +1,7 @@
 """
-Processor time of an environment step, environment, action and update together: a preset beside SB3's and sb3-contrib's
-algorithms, in turn, with their settings of RL Zoo for MuJoCo.
+Time of an environment step, environment, action and update together: a preset beside SB3's and sb3-contrib's algorithms, in
+turn, with their settings of RL Zoo for MuJoCo. On one thread of a CPU it is processor time, which other work on the machine
+does not count in. Otherwise it is time by the clock.
 
 ``python benchmarks/bench_step.py [--threads 1] [--repeats 7]``; needs ``pip install ".[mujoco,zoo]"``. CrossQ has critics of
 256 units, as all others here; sb3-contrib's default is 1024. ``ratio`` is over CrossQ's time in the same repeat. Actions are
@@ -38,6 +39,7 @@ def main() -> None:
     arguments = parse_arguments(str(__doc__), "step")
     n_steps, repeats = (20, 1) if arguments.quick else (100, arguments.repeats)
     small = dict(batch_size=16) if arguments.quick else {}
+    clock = time.process_time if arguments.threads == 1 and arguments.device == "cpu" else time.perf_counter
     rows: Rows = []
     for env_name in ("HalfCheetah-v5", "Humanoid-v5"):
         same = dict(learning_starts=100, buffer_size=10_000, seed=0, device=arguments.device, **small)
@@ -49,9 +51,9 @@ def main() -> None:
             model.learn(130)
         for _ in range(repeats):
             for name, model in models.items():
-                start = time.process_time()
+                start = clock()
                 model.learn(n_steps, reset_num_timesteps=False)
-                times[name].append(1e3 * (time.process_time() - start) / n_steps)
+                times[name].append(1e3 * (clock() - start) / n_steps)
         rows += [
             {"env": env_name, "setting": name, **summary(each), **ratio(each, times["CrossQ-256"])}
             for name, each in times.items()
