@@ -355,6 +355,34 @@ def normalized_forward(layers, rows, epsilon=1e-3):
     return rows, statistics
 
 
+def batch_renorm(batches, start, momentum, gain, shift, epsilon=1e-3, largest_scale=3.0, largest_shift=5.0):
+    """
+    Batch renormalisation in training mode (Ioffe 2017, Algorithm 1), batch after batch. The first ``start`` batches have r = 1
+    and d = 0. Returns for each batch the output, and the running mean and variance after it. As in torch, the running variance
+    is of the unbiased kind, and starts at 1.
+    """
+    n_features = len(batches[0][0])
+    running_mean, running_variance = np.zeros(n_features), np.ones(n_features)
+    results = []
+    for i, batch in enumerate(batches):
+        n = len(batch)
+        mean = sum(batch) / n
+        variance = sum((row - mean) ** 2 for row in batch) / n
+        rows = [np.zeros(n_features) for _ in batch]
+        for j in range(n_features):
+            deviation, running = np.sqrt(variance[j] + epsilon), np.sqrt(running_variance[j] + epsilon)
+            r, d = 1.0, 0.0
+            if i >= start:
+                r = min(max(deviation / running, 1 / largest_scale), largest_scale)
+                d = min(max((mean[j] - running_mean[j]) / running, -largest_shift), largest_shift)
+            for row, result in zip(batch, rows, strict=True):
+                result[j] = gain[j] * ((row[j] - mean[j]) / deviation * r + d) + shift[j]
+        running_mean = (1 - momentum) * running_mean + momentum * mean
+        running_variance = (1 - momentum) * running_variance + momentum * variance * n / (n - 1)
+        results.append((rows, running_mean, running_variance))
+    return results
+
+
 def running_statistics(batches, momentum):
     """
     Mean and (biased) variance of features after each batch. A batch counts for 1 / n, n batches so far, but never for less

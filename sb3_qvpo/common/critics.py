@@ -12,6 +12,7 @@ argument or variable                    symbol                  meaning
 ======================================  ======================  ===========================================
 """
 
+from collections.abc import Mapping
 from contextlib import nullcontext
 from functools import partial
 from typing import Any, ClassVar, cast
@@ -25,7 +26,7 @@ from torch.nn import functional as F
 from sb3_qvpo.common.actor_critic import CandidateCritic
 from sb3_qvpo.common.arguments import check_count
 from sb3_qvpo.common.candidates import ScoredCandidates, best_candidate
-from sb3_qvpo.common.networks import evaluation_mode
+from sb3_qvpo.common.networks import BatchRenorm1d, evaluation_mode
 
 
 def join_observations(first: PyTorchObs, second: PyTorchObs) -> PyTorchObs:
@@ -50,17 +51,24 @@ class BatchNormCritic(CandidateCritic):
     stable, and spread at the critics' own speed. Candidates are scored with the running statistics.
 
     Source: Bhatt et al. (2024), *CrossQ: Batch Normalization in Deep Reinforcement Learning for Greater Sample Efficiency
-    and Simplicity*, Sec. 3. Epsilon and momentum are those of sb3-contrib's CrossQ. Its layers renormalise after 100 000
-    updates; set :attr:`norm_class` for that.
+    and Simplicity*, Sec. 3. Epsilon and momentum are those of sb3-contrib's CrossQ.
 
-    The arguments are those of :class:`CandidateCritic`.
+    :param args: Positional arguments of :class:`CandidateCritic`.
+    :param renorm_start: Updates after which :class:`~sb3_qvpo.common.networks.BatchRenorm1d` normalises by running statistics
+        in the loss too, at least 0. Never if None. sb3-contrib's CrossQ does so after 100 000.
+    :param kwargs: Keyword arguments of :class:`CandidateCritic`.
+    :raises ValueError: If ``renorm_start`` is no whole number of at least 0.
     """
 
     has_targets: ClassVar[bool] = False
     bootstraps_from_scores: ClassVar[bool] = False
 
     norm_class: ClassVar[Any] = partial(nn.BatchNorm1d, eps=1e-3, momentum=0.01)
-    """From a number of inputs to a layer."""
+    """From a number of inputs to a layer, unless ``renorm_start`` asks for another."""
+
+    def __init__(self, *args: Any, renorm_start: int | None = None, **kwargs: Any):
+        self._renorm_start = None if renorm_start is None else check_count("renorm_start", renorm_start, 0)
+        super().__init__(*args, **kwargs)
 
     def make_q_network(self, n_inputs: int, net_arch: list[int], activation_fn: type[nn.Module]) -> nn.Module:
         """
@@ -71,7 +79,8 @@ class BatchNormCritic(CandidateCritic):
         :param activation_fn: Activation function.
         :return: A network from rows (R, S + A) to (R, 1).
         """
-        norm = cast(type[nn.Module], type(self).norm_class)
+        renorm = None if self._renorm_start is None else partial(BatchRenorm1d, start=self._renorm_start)
+        norm = cast(type[nn.Module], renorm or type(self).norm_class)
         return nn.Sequential(*create_mlp(n_inputs, 1, net_arch, activation_fn, pre_linear_modules=[norm]))
 
     def bootstrap(self, features: th.Tensor, candidates: th.Tensor, scores: th.Tensor) -> th.Tensor:
@@ -205,19 +214,22 @@ class QuantileCritic(CandidateCritic):
         return asymmetric.mean(dim=(0, 2, 3)).sum()
 
 
-def quantile_options(critic_type: str, n_quantiles: int | None, top_quantiles_to_drop_per_net: int | None) -> dict[str, int]:
+CRITIC_OPTIONS = {"n_quantiles": "quantile", "top_quantiles_to_drop_per_net": "quantile", "renorm_start": "crossq"}
+"""Arguments that not all critics have, and the ``critic_type`` that has them."""
+
+
+def critic_options(critic_type: str, arguments: Mapping[str, Any]) -> dict[str, int]:
     """
-    The arguments of :class:`QuantileCritic` that were given.
+    The arguments that were given and that not all critics have.
 
     :param critic_type: Which critics a policy has.
-    :param n_quantiles: See :class:`QuantileCritic`; None if it was not given.
-    :param top_quantiles_to_drop_per_net: The same.
-    :return: Those that are not None.
-    :raises ValueError: If there are any, and the critics have no quantiles.
+    :param arguments: Arguments of the policy. Those of :data:`CRITIC_OPTIONS` are None if they were not given.
+    :return: Those of :data:`CRITIC_OPTIONS` that are not None.
+    :raises ValueError: If there are any that these critics do not have.
     """
-    options = dict(n_quantiles=n_quantiles, top_quantiles_to_drop_per_net=top_quantiles_to_drop_per_net)
-    given = {name: value for name, value in options.items() if value is not None}
-    if given and critic_type != "quantile":
-        name, value = next(iter(given.items()))
-        raise ValueError(f"{name} must be left out with critic_type={critic_type!r}, which has no quantiles, got {value!r}")
+    given = {name: arguments[name] for name in CRITIC_OPTIONS if arguments[name] is not None}
+    for name, value in given.items():
+        if CRITIC_OPTIONS[name] != critic_type:
+            needed = CRITIC_OPTIONS[name]
+            raise ValueError(f"{name} must be left out unless critic_type={needed!r}, got {value!r} with {critic_type!r}")
     return given

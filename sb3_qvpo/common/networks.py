@@ -1,6 +1,6 @@
 """
-The noise-prediction network, normalised features, the initialisation of the authors' code, and the mode in which networks are
-evaluated.
+The noise-prediction network, normalised features, batch renormalisation, the initialisation of the authors' code, and the mode
+in which networks are evaluated.
 
 Shapes: B batch, K candidates for each state, A action dimensions, S state features, T steps. E is the size of the time
 embedding, H the width of the first hidden layer.
@@ -18,6 +18,18 @@ from torch.nn import functional as F
 
 PyTorchObs = th.Tensor | dict[str, th.Tensor]
 """A batch of observations, as SB3 has them."""
+
+
+def mean_and_variance(features: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+    """
+    The statistics of a batch.
+
+    :param features: Shape (B, S).
+    :return: Mean and biased variance over the batch, shape (S,).
+    """
+    # On a CPU 17 times faster than var_mean(), which goes through the rows column by column
+    mean = features.mean(0)
+    return mean, (features - mean).square_().mean(0)
 
 
 class RunningNorm(nn.Module):
@@ -65,11 +77,69 @@ class RunningNorm(nn.Module):
         """
         self.running_count += 1
         rate = self.running_count.reciprocal().clamp(min=self.momentum)
-        var, mean = th.var_mean(features, dim=0, correction=0)
+        mean, var = mean_and_variance(features)
         shift = mean - self.running_mean
         # Of the mixture: the mean's own move is part of its variance
         self.running_var.lerp_(var, rate).add_(rate * (1 - rate) * shift.square())
         self.running_mean += rate * shift
+
+
+class BatchRenorm1d(nn.BatchNorm1d):
+    """
+    A batch norm that normalises by running statistics, in losses too, once it has seen ``start`` batches.
+
+    Until then it is a batch norm. Later its output in training mode is ``r (x - mu_B) / sigma_B + d``, then scaled and shifted
+    as learnt, with ``r = clip(sigma_B / sigma, 1 / r_max, r_max)`` and ``d = clip((mu_B - mu) / sigma, -d_max, d_max)``. Here
+    mu_B and sigma_B are mean and deviation of the batch, mu and sigma the running ones before it. No gradient goes through r
+    and d. Without clipping this is ``(x - mu) / sigma``: what evaluation mode gives.
+
+    Source: Ioffe (2017), *Batch Renormalization: Towards Reducing Minibatch Dependence in Batch-Normalized Models*, Algorithm
+    1. The limits are those of CrossQ's authors, constant from the start on, where that paper lets them grow.
+
+    :param n_features: Number of features.
+    :param start: Number of batches that are normalised by their own statistics first.
+    :param eps: What is added to a variance.
+    :param momentum: Share of a batch in the running statistics.
+    :param max_scale: r_max, at least 1.
+    :param max_shift: d_max, at least 0.
+    """
+
+    running_mean: th.Tensor
+    running_var: th.Tensor
+    num_batches_tracked: th.Tensor
+
+    def __init__(
+        self,
+        n_features: int,
+        start: int,
+        eps: float = 1e-3,
+        momentum: float = 0.01,
+        max_scale: float = 3.0,
+        max_shift: float = 5.0,
+    ):
+        super().__init__(n_features, eps=eps, momentum=momentum)
+        self.start, self.max_scale, self.max_shift = start, max_scale, max_shift
+
+    def forward(self, features: th.Tensor) -> th.Tensor:
+        """
+        :param features: Shape (B, S).
+        :return: Shape (B, S).
+        """
+        if not self.training:
+            return super().forward(features)
+        with th.no_grad():
+            mean, var = mean_and_variance(features)
+            deviation = (self.running_var + self.eps).sqrt()
+            # On the device, so that a captured update follows the count
+            started = self.num_batches_tracked >= self.start
+            scale = ((var + self.eps).sqrt() / deviation).clamp(1 / self.max_scale, self.max_scale)
+            shift = ((mean - self.running_mean) / deviation).clamp(-self.max_shift, self.max_shift)
+            scale, shift = th.where(started, scale, 1.0), th.where(started, shift, 0.0)
+            self.num_batches_tracked += 1
+        weight, bias = self.weight * scale, self.bias + self.weight * shift
+        return F.batch_norm(
+            features, self.running_mean, self.running_var, weight, bias, True, cast(float, self.momentum), self.eps
+        )
 
 
 @contextmanager

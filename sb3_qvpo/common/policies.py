@@ -25,7 +25,7 @@ from sb3_qvpo.common import arguments
 from sb3_qvpo.common.actor_critic import CandidateCritic, DiffusionActor, NormalizedFeatures, fixed_noise, network_options
 from sb3_qvpo.common.arguments import PolicyCount, check_choice, check_class, check_count, check_net_arch
 from sb3_qvpo.common.candidates import ScoredCandidates, best_candidate, improve_best_candidate
-from sb3_qvpo.common.critics import quantile_options
+from sb3_qvpo.common.critics import critic_options
 from sb3_qvpo.common.diffusion import DiffusionProcess
 from sb3_qvpo.common.episode_counts import CountsInUse
 from sb3_qvpo.common.export import export_policy
@@ -95,6 +95,8 @@ class DiffusionPolicy(BasePolicy):
     :param initialization: How weights start: ``"normal"`` as in the code of QVPO's authors, or ``"torch"``, torch's own.
     :param normalize_features: Whether running statistics shift and scale the features that actor and critics see, see
         :class:`~sb3_qvpo.common.networks.RunningNorm`.
+    :param renorm_start: Updates of the critics after which batch renormalisation takes the place of batch normalisation, only
+        with ``critic_type="crossq"``. Never if None.
     :raises ValueError: For an unknown noise schedule, an impossible size, or something else where a class is expected.
     """
 
@@ -145,6 +147,7 @@ class DiffusionPolicy(BasePolicy):
         time_hidden_dim: int | None = None,
         initialization: str = "normal",
         normalize_features: bool = False,
+        renorm_start: int | None = None,
     ):
         # Everything needed to build this policy again comes from here, so that no argument can be forgotten on saving
         constructor_arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
@@ -171,9 +174,8 @@ class DiffusionPolicy(BasePolicy):
         self.n_diffusion_steps = check_count("n_diffusion_steps", n_diffusion_steps)
         check_count("n_critics", n_critics)
         check_count("time_embedding_dim", time_embedding_dim, 4)
-        actor_options, critic_options = network_options(time_hidden_dim, initialization)
-        self.n_behavior_candidates = n_behavior_candidates
-        self.n_eval_candidates = n_eval_candidates
+        actor_options, common_options = network_options(time_hidden_dim, initialization)
+        self.n_behavior_candidates, self.n_eval_candidates = n_behavior_candidates, n_eval_candidates
         self.noise_bank_seed = check_count("noise_bank_seed", noise_bank_seed, 0, 2**32 - 1)
         self.share_features_extractor, self.normalize_features = share_features_extractor, normalize_features
         self._noise_bank: th.Tensor | None = None
@@ -202,8 +204,8 @@ class DiffusionPolicy(BasePolicy):
             activation_fn=critic_activation_fn,
             n_critics=n_critics,
             share_features_extractor=share_features_extractor,
-            **critic_options,
-            **quantile_options(critic_type, n_quantiles, top_quantiles_to_drop_per_net),
+            **common_options,
+            **critic_options(critic_type, constructor_arguments),
         )
         self.critic_type = critic_type
         self._critic_class = type(self).critic_class if critic_type == "twin" else CRITICS[critic_type]

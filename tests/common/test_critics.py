@@ -27,9 +27,11 @@ from sb3_qvpo import QVPO, DiffusionPolicy
 from sb3_qvpo.common.actor_critic import CandidateCritic
 from sb3_qvpo.common.candidates import ScoredCandidates
 from sb3_qvpo.common.critics import BatchNormCritic, QuantileCritic
+from sb3_qvpo.common.networks import BatchRenorm1d
 from sb3_qvpo.common.speed.networks import FastBatchNormCritic, FastCritic, FastQuantileCritic, can_be_folded
 
 RELU = dict(net_arch=[8, 8], critic_activation_fn=nn.ReLU)
+QUANTILE_ARGUMENTS = ["n_quantiles", "top_quantiles_to_drop_per_net"]
 
 
 def shaken(model):
@@ -306,6 +308,40 @@ def test_there_are_no_targets(tmp_path):
         tiny_qvpo(policy_kwargs=RELU).set_parameters(parameters)
 
 
+@pytest.mark.parametrize("start", [True, -1, 0.5])
+def test_bad_starts_of_renormalisation(start):
+    with pytest.raises(ValueError, match=f"renorm_start must be a whole number of at least 0, got {start}"):
+        tiny_qvpo(critic_type="crossq", policy_kwargs=dict(renorm_start=start))
+
+
+def renormalized(start, **kwargs):
+    return crossq(policy_kwargs=dict(RELU, renorm_start=start), **kwargs)
+
+
+def test_renormalisation_starts_after_so_many_updates():
+    """Until then, weights are those without it, bit for bit."""
+    for start in (3, 4):
+        models = [each.learn(10) for each in (renormalized(start, learning_starts=10), crossq(learning_starts=10))]
+        for model in models:
+            th.manual_seed(0)
+            np.random.seed(0)
+            model.train(4, batch_size=4)
+        assert same_weights(*map(weights_of, models)) == (start == 4)
+
+
+def test_renormalised_critics_are_folded_and_saved(tmp_path):
+    """The start and the count of updates are parts of what is saved."""
+    model = renormalized(6).learn(10)
+    assert all(can_be_folded(q_network) for q_network in model.critic.q_networks)
+    model.save(tmp_path / "model")
+    for each in (model, QVPO.load(tmp_path / "model")):
+        norms = [module for module in each.critic.modules() if isinstance(module, nn.BatchNorm1d)]
+        assert {(type(norm), norm.start, int(norm.num_batches_tracked)) for norm in norms} == {
+            (BatchRenorm1d, 6, model._n_updates)
+        }
+    assert model._n_updates > 0
+
+
 def test_a_norm_of_ones_own_is_used_eagerly(settings):
     """Another norm is one attribute, and takes the eager path."""
 
@@ -384,11 +420,17 @@ def test_bad_quantiles(kwargs, message):
         tiny_qvpo(critic_type="quantile", policy_kwargs=dict(net_arch=[4], **kwargs))
 
 
-@pytest.mark.parametrize("critic_type", ["twin", "crossq"])
-@pytest.mark.parametrize("name", ["n_quantiles", "top_quantiles_to_drop_per_net"])
-def test_other_critics_have_no_quantiles(critic_type, name):
+@pytest.mark.parametrize(
+    ("critic_type", "name", "needed"),
+    [
+        *((critic_type, name, "quantile") for critic_type in ("twin", "crossq") for name in QUANTILE_ARGUMENTS),
+        *((critic_type, "renorm_start", "crossq") for critic_type in ("twin", "quantile")),
+    ],
+)
+def test_arguments_that_other_critics_do_not_have(critic_type, name, needed):
     """An argument that would have no effect is refused."""
-    with pytest.raises(ValueError, match=f"{name} must be left out with critic_type='{critic_type}', .* got 3"):
+    message = f"{name} must be left out unless critic_type='{needed}', got 3 with '{critic_type}'"
+    with pytest.raises(ValueError, match=message):
         tiny_qvpo(critic_type=critic_type, policy_kwargs={name: 3})
 
 

@@ -11,7 +11,14 @@ from helpers import TOLERANCE, actor_to_numpy, random_policy
 from torch import nn
 
 from sb3_qvpo import DiffusionPolicy
-from sb3_qvpo.common.networks import NoisePredictor, RunningNorm, evaluation_mode, init_linear_layers, sinusoidal_embedding
+from sb3_qvpo.common.networks import (
+    BatchRenorm1d,
+    NoisePredictor,
+    RunningNorm,
+    evaluation_mode,
+    init_linear_layers,
+    sinusoidal_embedding,
+)
 
 
 def test_width_of_the_time_network_and_initial_weights():
@@ -51,6 +58,64 @@ def test_only_losses_move_a_running_norm():
     assert all(th.equal(value, before[name]) for name, value in norm.state_dict().items())
     norm(rows)
     assert norm.running_count == 1
+
+
+def renorm(start, n_features=3, **kwargs):
+    norm = BatchRenorm1d(n_features, start=start, **kwargs)
+    with th.no_grad():
+        norm.weight.uniform_(0.5, 2.0)
+        norm.bias.normal_()
+    return norm
+
+
+@pytest.mark.parametrize("start", [0, 3, 10])
+def test_batch_renorm_against_the_reference(start):
+    """Shifts and scales within the limits and beyond them: the batches move far from what the running statistics know."""
+    norm, rng = renorm(start, momentum=0.25), np.random.default_rng(0)
+    batches = [rng.normal(4.0 * i, 1 + i, (5, 3)) * [1, 100, 0.01] for i in range(7)]
+    gain, shift = norm.weight.detach().double().numpy(), norm.bias.detach().double().numpy()
+    expected = reference.batch_renorm(batches, start, 0.25, gain, shift)
+    for batch, (rows, mean, variance) in zip(batches, expected, strict=True):
+        np.testing.assert_allclose(norm(th.tensor(batch, dtype=th.float32)).detach(), rows, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(norm.running_mean, mean, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(norm.running_var, variance, rtol=1e-5, atol=1e-6)
+    assert norm.num_batches_tracked == 7
+
+
+def test_batch_renorm_is_a_batch_norm_until_its_start():
+    """Bit for bit."""
+    norm, plain = renorm(4), nn.BatchNorm1d(3, eps=1e-3, momentum=0.01)
+    plain.load_state_dict(norm.state_dict())
+    for i in range(6):
+        batch = 2 * th.randn(8, 3) + 1
+        assert th.equal(norm(batch), plain(batch)) == (i < 4)
+
+
+def test_batch_renorm_trains_on_what_evaluation_sees():
+    """Closed form: without clipping, training mode gives what evaluation mode gave before the batch."""
+    norm = renorm(0, momentum=0.5)
+    for _ in range(20):
+        norm(th.randn(64, 3) * 2 + 1)
+    batch = th.randn(64, 3) * 3 - 1
+    with evaluation_mode(norm):
+        evaluated = norm(batch)
+    th.testing.assert_close(norm(batch), evaluated, rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_of_batch_renorm():
+    """r and d count as constants: the gradient of the batch norm, times r."""
+    norm = renorm(0, momentum=0.5)
+    for _ in range(3):
+        norm(th.randn(16, 3) * 2 + 1)
+    batch, direction = th.randn(16, 3, requires_grad=True), th.randn(16, 3)
+    deviation = (batch.var(0, correction=0) + norm.eps).sqrt()
+    running = (norm.running_var + norm.eps).sqrt()
+    r, d = (deviation / running).detach(), ((batch.mean(0) - norm.running_mean) / running).detach()
+    plain = norm.weight * ((batch - batch.mean(0)) / deviation * r + d) + norm.bias
+    inputs = (batch, norm.weight, norm.bias)
+    expected = th.autograd.grad((plain * direction).sum(), inputs)
+    for gradient, wanted in zip(th.autograd.grad((norm(batch) * direction).sum(), inputs), expected, strict=True):
+        th.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_time_embedding():

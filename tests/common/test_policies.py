@@ -35,6 +35,7 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from sb3_qvpo import QVPO, DiffusionPolicy
 from sb3_qvpo.common import policies
 from sb3_qvpo.common.candidates import best_candidate
+from sb3_qvpo.common.critics import CRITIC_OPTIONS
 from sb3_qvpo.common.noise_schedules import make_betas
 from sb3_qvpo.common.speed.networks import FastActor
 
@@ -400,6 +401,7 @@ POLICY_ALIVE = {
     "time_hidden_dim": 5,
     "initialization": "torch",
     "normalize_features": True,
+    "renorm_start": 0,
     "noise_bank_seed": 1,
 }
 
@@ -408,7 +410,7 @@ POLICY_ALIVE = {
 def test_policy_argument_is_alive(name):
     observe = prediction(deterministic=True) if name == "noise_bank_seed" else trained_weights
     changed = {**TINY["policy_kwargs"], name: POLICY_ALIVE[name]}
-    critic_type = "quantile" if "quantiles" in name else "twin"
+    critic_type = CRITIC_OPTIONS.get(name, "twin")
     first, second = (tiny_qvpo(critic_type=critic_type, policy_kwargs=each) for each in (TINY["policy_kwargs"], changed))
     assert differ(observe(first), observe(second))
 

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from sb3_qvpo.common.actor_critic import CandidateCritic, DiffusionActor
 from sb3_qvpo.common.critics import BatchNormCritic, QuantileCritic
 from sb3_qvpo.common.diffusion import NoiseNetwork
-from sb3_qvpo.common.networks import Condition, NoisePredictor, is_traced
+from sb3_qvpo.common.networks import BatchRenorm1d, Condition, NoisePredictor, is_traced
 from sb3_qvpo.common.speed import cpu
 from sb3_qvpo.common.speed.settings import candidate_dtype, settings
 
@@ -206,7 +206,7 @@ def can_be_folded(q_network: nn.Module) -> bool:
         return False
     norms, linears = list(q_network)[::3], list(q_network)[1::3]
     return (
-        all(type(norm) is nn.BatchNorm1d and norm.affine and norm.track_running_stats for norm in norms)
+        all(type(norm) in (nn.BatchNorm1d, BatchRenorm1d) and norm.affine and norm.track_running_stats for norm in norms)
         and all(type(linear) is nn.Linear and linear.bias is not None for linear in linears)
         and all(layer.weight.dtype == th.float32 for layer in (*norms, *linears))
     )

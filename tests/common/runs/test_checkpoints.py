@@ -42,6 +42,7 @@ RUNS = {
     "normalised": (lambda: normalized(pendulum), dict()),
     "rewards normalised only": (lambda: normalized(pendulum, norm_obs=False), dict()),
     "n-step": (countdown(truncate=True), dict(n_steps=3)),
+    "renormalised critics": (countdown(), dict(critic_type="crossq", policy_kwargs=dict(net_arch=[8], renorm_start=40))),
     "hindsight": (lambda: BitFlippingEnv(n_bits=3, continuous=True), HER),
     "noise, delay, schedules": (
         countdown(),

@@ -90,6 +90,7 @@ CASES = {
         policy_delay=2,
         policy_kwargs=dict(net_arch=[8], prediction="v", sampler="dpm++", optimizer_kwargs=dict(eps=1e-3)),
     ),
+    "renormalisation that starts meanwhile": dict(critic_type="crossq", policy_kwargs=dict(net_arch=[8], renorm_start=20)),
     "quantiles": dict(critic_type="quantile"),
 }
 
