@@ -69,8 +69,8 @@ def sample_qvpo_params(trial: "optuna.Trial", n_actions: int, n_envs: int, addit
         "train_freq": trial.suggest_int("train_freq", 1, 10),
         "ent_coef": trial.suggest_float("ent_coef", 0.001, 0.3, log=True),
         "net_arch": trial.suggest_categorical("net_arch", ["small", "medium"]),
-        # 1, 2, 4 or 8
-        "n_behavior_candidates_pow": trial.suggest_int("n_behavior_candidates_pow", 0, 3),
+        # From 1 to 16
+        "n_behavior_candidates_pow": trial.suggest_int("n_behavior_candidates_pow", 0, 4),
         "around": trial.suggest_categorical("around", ["paper", "presets.fast"]),
     }
     sampled |= _sample_around_paper(trial) if sampled["around"] == "paper" else _sample_around_fast(trial)
@@ -141,13 +141,16 @@ def _convert_around_paper(params: dict[str, Any], net_arch: str) -> dict[str, An
 def _convert_around_fast(params: dict[str, Any], net_arch: str) -> dict[str, Any]:
     for name in ("n_train_candidates", "n_target_candidates"):
         params[name] = 2 ** params.pop(f"{name}_pow")
-    kept = ("q_weighting", "n_uniform_actions")
     own = dict(net_arch=WIDTHS[net_arch], optimizer_kwargs=_betas_for(params["critic_type"]))
-    return {
-        **{name: presets.fast[name] for name in kept},
-        **params,
-        "policy_kwargs": {**presets.fast["policy_kwargs"], **own},
-    }
+    return {**_kept_from(presets.fast), **params, "policy_kwargs": {**presets.fast["policy_kwargs"], **own}}
+
+
+def _kept_from(preset: presets.Preset) -> dict[str, Any]:
+    """
+    What a trial takes from a preset where the search does not choose. The warm-up and the length of returns are left to the
+    settings file: they depend on the task, and observations that are dictionaries have returns of one step only.
+    """
+    return {name: value for name, value in preset.items() if name not in ("learning_starts", "n_steps")}
 
 
 def _betas_for(critic_type: str) -> dict[str, tuple[float, float]]:
@@ -190,13 +193,7 @@ def convert_sdac_params(sampled_params: dict[str, Any]) -> dict[str, Any]:
     :param sampled_params: What :func:`sample_sdac_params` sampled, or the parameters of a trial of a study.
     :return: Keyword arguments for SDAC.
     """
-    params = {
-        "q_scaling": "spread",
-        "proposal_actions": "replay",
-        "n_behavior_candidates": 4,
-        "policy_delay": 2,
-        **sampled_params,
-    }
+    params = {**_kept_from(presets.sdac), **sampled_params}
     params["gamma"] = 1 - params.pop("one_minus_gamma")
     params["gradient_steps"] = params["train_freq"]  # one update for each step
     for name in ("n_reverse_samples", "n_target_candidates"):

@@ -3,7 +3,7 @@
 import optuna
 import pytest
 
-from sb3_qvpo import DTQL, QVPO, SDAC, DiffusionQL, zoo
+from sb3_qvpo import DTQL, QVPO, SDAC, DiffusionQL, presets, zoo
 
 LOW = dict(
     one_minus_gamma=0.02, learning_rate=1e-3, qf_learning_rate=1e-3, tau=0.01, train_freq=2, ent_coef=0.01, q_weighting="qadv",
@@ -54,12 +54,23 @@ def test_sampled_settings_are_valid_and_share_a_budget():
     assert len(sampled["train_freq"]) == 10
 
 
+def assert_rest_is_of(preset, params, trial):
+    """What was not sampled is the preset's. Warm-up and length of returns are left to the settings file."""
+    sampled = {name.removesuffix("_pow") for name in trial.params} | {"policy_kwargs"}
+    rest = {name: value for name, value in preset.items() if name not in sampled}
+    assert rest.keys() - params.keys() == {"learning_starts", "n_steps"}
+    assert all(params[name] == rest[name] for name in rest.keys() & params.keys())
+    own = {"net_arch", "optimizer_kwargs"}
+    expected = {name: value for name, value in preset["policy_kwargs"].items() if name not in own}
+    assert {name: value for name, value in params["policy_kwargs"].items() if name not in own} == expected
+
+
 def test_settings_around_the_preset_are_valid_and_cost_no_more():
     costs = []
     for trial, params in random_trials(200, NO_HER, "presets.fast"):
         assert zoo.convert_qvpo_params(trial.params) == params
         assert all(params[name] == value for name, value in trial.user_attrs.items())
-        assert params["q_weighting"] == "qadv_normalized" and params["policy_kwargs"]["n_sampling_steps"] == 5
+        assert_rest_is_of(presets.fast, params, trial)
         assert (params["policy_kwargs"]["optimizer_kwargs"]["betas"][0] == 0.5) == (params["critic_type"] == "crossq")
         costs.append(estimated_cost(params))
     assert max(costs) < 1.2 * max(estimated_cost(params) for _, params in random_trials(200, NO_HER))
@@ -119,6 +130,7 @@ def test_settings_sampled_for_sdac_are_valid_and_share_a_budget():
         params = zoo.sample_sdac_params(trial, 1, 1, dict(NO_HER))
         assert zoo.convert_sdac_params(trial.params) == params  # what --trial-id does
         assert all(params[name] == value for name, value in trial.user_attrs.items())
+        assert_rest_is_of(presets.sdac, params, trial)
         rows = 5 * params["n_target_candidates"] + (2 * params["n_reverse_samples"] + 6) / 2 + 12
         costs.append(rows * (1 if params["policy_kwargs"]["net_arch"] == [128, 128] else 2.5))
     assert 3 < max(costs) / min(costs) < 5
