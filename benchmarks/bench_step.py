@@ -1,7 +1,7 @@
 """
 Time of an environment step, environment, action and update together: a preset beside SB3's and sb3-contrib's algorithms, in
-turn, with their settings of RL Zoo for MuJoCo. On one thread of a CPU it is processor time, which other work on the machine
-does not count in. Otherwise it is time by the clock.
+turn, with their settings of RL Zoo for MuJoCo. On one thread of a CPU it is processor time, in which other work on the machine
+does not count. Otherwise it is time by the clock; the column ``clock`` says which.
 
 ``python benchmarks/bench_step.py [--threads 1] [--repeats 7]``; needs ``pip install ".[mujoco,zoo]"``. CrossQ has critics of
 256 units, as all others here; sb3-contrib's default is 1024. ``ratio`` is over CrossQ's time in the same repeat. Actions are
@@ -10,12 +10,13 @@ eager: long runs compile them, which these steps are too few for.
 
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from sb3_contrib import TQC, CrossQ
 from stable_baselines3 import SAC, TD3
-from timing import Rows, parse_arguments, ratio, report, summary
+from timing import WARM_UP, Rows, parse_arguments, ratio, report, summary, synchronize
 
 sys.path.insert(0, str(Path(__file__).parent / "learning"))  # is no package
 
@@ -35,11 +36,20 @@ MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 
 
+def clock_for(threads: int, device: str) -> tuple[str, Callable[[], float]]:
+    """Which time counts, and how to read it. Processor time of several threads adds up, and a GPU's is not in it."""
+    if threads == 1 and device == "cpu":
+        return "processor", time.process_time
+    return "wall", time.perf_counter
+
+
 def main() -> None:
     arguments = parse_arguments(str(__doc__), "step")
     n_steps, repeats = (20, 1) if arguments.quick else (100, arguments.repeats)
     small = dict(batch_size=16) if arguments.quick else {}
-    clock = time.process_time if arguments.threads == 1 and arguments.device == "cpu" else time.perf_counter
+    kind, clock = clock_for(arguments.threads, arguments.device)
+    # A GPU captures updates after some eager ones, and those of the policy are not in every step
+    n_warm_up = 100 + (3 * WARM_UP if arguments.device == "cuda" else 30)
     rows: Rows = []
     for env_name in ("HalfCheetah-v5", "Humanoid-v5"):
         same = dict(learning_starts=100, buffer_size=10_000, seed=0, device=arguments.device, **small)
@@ -48,14 +58,16 @@ def main() -> None:
         }
         times: dict[str, list[float]] = {name: [] for name in models}
         for model in models.values():
-            model.learn(130)
+            model.learn(n_warm_up)
         for _ in range(repeats):
             for name, model in models.items():
+                synchronize()
                 start = clock()
                 model.learn(n_steps, reset_num_timesteps=False)
+                synchronize()
                 times[name].append(1e3 * (clock() - start) / n_steps)
         rows += [
-            {"env": env_name, "setting": name, **summary(each), **ratio(each, times["CrossQ-256"])}
+            {"env": env_name, "setting": name, "clock": kind, **summary(each), **ratio(each, times["CrossQ-256"])}
             for name, each in times.items()
         ]
     report(rows, arguments)

@@ -338,45 +338,59 @@ def critic_loss(critics, states, actions, targets):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def normalized_forward(layers, rows, epsilon=1e-3):
+def normalized_forward(layers, rows, epsilon=1e-3, running=None, corrections=None):
     """
     A network with batch normalisation before each linear layer, in training mode. ``layers``: (gain, shift, weight, bias).
     ReLU between the layers. Returns the outputs and the mean and (biased) variance before each layer.
+
+    With ``running``, a mean and variance for each layer, it is batch renormalisation. What each layer's r and d are is
+    appended to the list ``corrections``, or taken from it if it is not empty.
     """
     statistics = []
+    held = list(corrections or [])
     for i, (gain, shift, weight, bias) in enumerate(layers):
         n = len(rows)
         mean = sum(rows) / n
         variance = sum((row - mean) ** 2 for row in rows) / n
         statistics.append((mean, variance))
-        rows = [weight @ (gain * (row - mean) / np.sqrt(variance + epsilon) + shift) + bias for row in rows]
+        r, d = np.ones(len(mean)), np.zeros(len(mean))
+        if held:
+            r, d = held[i]
+        elif running is not None:
+            r, d = renorm_correction(mean, variance, *running[i], epsilon)
+            corrections.append((r, d))
+        rows = [weight @ (gain * ((row - mean) / np.sqrt(variance + epsilon) * r + d) + shift) + bias for row in rows]
         if i < len(layers) - 1:
             rows = [np.maximum(row, 0) for row in rows]
     return rows, statistics
 
 
-def batch_renorm(batches, start, momentum, gain, shift, epsilon=1e-3, largest_scale=3.0, largest_shift=5.0):
+def renorm_correction(mean, variance, running_mean, running_variance, epsilon=1e-3, largest_scale=3.0, largest_shift=5.0):
+    """r and d of batch renormalisation (Ioffe 2017, Algorithm 1), from the statistics of a batch and the running ones."""
+    r, d = np.ones(len(mean)), np.zeros(len(mean))
+    for j in range(len(mean)):
+        running = np.sqrt(running_variance[j] + epsilon)
+        r[j] = min(max(np.sqrt(variance[j] + epsilon) / running, 1 / largest_scale), largest_scale)
+        d[j] = min(max((mean[j] - running_mean[j]) / running, -largest_shift), largest_shift)
+    return r, d
+
+
+def batch_renorm(batches, start, momentum, gain, shift, epsilon=1e-3):
     """
-    Batch renormalisation in training mode (Ioffe 2017, Algorithm 1), batch after batch. The first ``start`` batches have r = 1
-    and d = 0. Returns for each batch the output, and the running mean and variance after it. As in torch, the running variance
-    is of the unbiased kind, and starts at 1.
+    Batch renormalisation in training mode, batch after batch. The first ``start`` batches have r = 1 and d = 0. Returns for
+    each batch the output, and the running mean and variance after it. As in torch, the running variance is of the unbiased
+    kind, and starts at 1.
     """
-    n_features = len(batches[0][0])
-    running_mean, running_variance = np.zeros(n_features), np.ones(n_features)
+    running_mean, running_variance = np.zeros(len(gain)), np.ones(len(gain))
     results = []
     for i, batch in enumerate(batches):
         n = len(batch)
         mean = sum(batch) / n
         variance = sum((row - mean) ** 2 for row in batch) / n
-        rows = [np.zeros(n_features) for _ in batch]
-        for j in range(n_features):
-            deviation, running = np.sqrt(variance[j] + epsilon), np.sqrt(running_variance[j] + epsilon)
-            r, d = 1.0, 0.0
-            if i >= start:
-                r = min(max(deviation / running, 1 / largest_scale), largest_scale)
-                d = min(max((mean[j] - running_mean[j]) / running, -largest_shift), largest_shift)
-            for row, result in zip(batch, rows, strict=True):
-                result[j] = gain[j] * ((row[j] - mean[j]) / deviation * r + d) + shift[j]
+        r, d = np.ones(len(gain)), np.zeros(len(gain))
+        if i >= start:
+            r, d = renorm_correction(mean, variance, running_mean, running_variance, epsilon)
+        rows = [gain * ((row - mean) / np.sqrt(variance + epsilon) * r + d) + shift for row in batch]
         running_mean = (1 - momentum) * running_mean + momentum * mean
         running_variance = (1 - momentum) * running_variance + momentum * variance * n / (n - 1)
         results.append((rows, running_mean, running_variance))
@@ -398,15 +412,17 @@ def running_statistics(batches, momentum):
     return statistics
 
 
-def crossq_loss(critics, batch, next_actions, gamma):
+def crossq_loss(critics, batch, next_actions, gamma, running=None):
     """
-    CrossQ, Sec. 3: (s, a) and (s', a') in one batch, targets from the same pass. Returns the loss, the targets and the
-    statistics of each critic.
+    CrossQ, Sec. 3: (s, a) and (s', a') in one batch, targets from the same pass. ``running``: for each critic what
+    :func:`normalized_forward` takes for batch renormalisation. Returns the loss, the targets and each critic's statistics.
     """
     n = len(batch["rewards"])
     rows = [np.concatenate([s, a]) for s, a in zip(batch["observations"], batch["actions"], strict=True)]
     rows += [np.concatenate([s, a]) for s, a in zip(batch["next_observations"], next_actions, strict=True)]
-    outputs, statistics = zip(*(normalized_forward(layers, rows) for layers in critics), strict=True)
+    known = running or [None] * len(critics)
+    results = [normalized_forward(critics[c], rows, running=known[c], corrections=[]) for c in range(len(critics))]
+    outputs, statistics = zip(*results, strict=True)
     targets = [
         td_target(batch["rewards"][i], batch["dones"][i], gamma, min(values[n + i][0] for values in outputs)) for i in range(n)
     ]

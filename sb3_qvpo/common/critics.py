@@ -57,7 +57,7 @@ class BatchNormCritic(CandidateCritic):
     :param renorm_start: Updates after which :class:`~sb3_qvpo.common.networks.BatchRenorm1d` normalises by running statistics
         in the loss too, at least 0. Never if None. sb3-contrib's CrossQ does so after 100 000.
     :param kwargs: Keyword arguments of :class:`CandidateCritic`.
-    :raises ValueError: If ``renorm_start`` is no whole number of at least 0.
+    :raises ValueError: If ``renorm_start`` is no whole number of at least 0, or given where ``norm_class`` is another.
     """
 
     has_targets: ClassVar[bool] = False
@@ -67,7 +67,11 @@ class BatchNormCritic(CandidateCritic):
     """From a number of inputs to a layer, unless ``renorm_start`` asks for another."""
 
     def __init__(self, *args: Any, renorm_start: int | None = None, **kwargs: Any):
-        self._renorm_start = None if renorm_start is None else check_count("renorm_start", renorm_start, 0)
+        if renorm_start is not None:
+            check_count("renorm_start", renorm_start, 0)
+            if type(self).norm_class is not BatchNormCritic.norm_class:
+                raise ValueError(f"renorm_start must be left out, got {renorm_start}: {type(self).__name__} has its own norms")
+        self._renorm_start = renorm_start
         super().__init__(*args, **kwargs)
 
     def make_q_network(self, n_inputs: int, net_arch: list[int], activation_fn: type[nn.Module]) -> nn.Module:
@@ -214,22 +218,27 @@ class QuantileCritic(CandidateCritic):
         return asymmetric.mean(dim=(0, 2, 3)).sum()
 
 
-CRITIC_OPTIONS = {"n_quantiles": "quantile", "top_quantiles_to_drop_per_net": "quantile", "renorm_start": "crossq"}
-"""Arguments that not all critics have, and the ``critic_type`` that has them."""
+CRITIC_OPTIONS: dict[str, tuple[str, type[CandidateCritic]]] = {
+    "n_quantiles": ("quantile", QuantileCritic),
+    "top_quantiles_to_drop_per_net": ("quantile", QuantileCritic),
+    "renorm_start": ("crossq", BatchNormCritic),
+}
+"""Arguments that not all critics have: the ``critic_type`` that has them, and its class."""
 
 
-def critic_options(critic_type: str, arguments: Mapping[str, Any]) -> dict[str, int]:
+def critic_options(critic_class: type[CandidateCritic], arguments: Mapping[str, Any]) -> dict[str, int]:
     """
     The arguments that were given and that not all critics have.
 
-    :param critic_type: Which critics a policy has.
+    :param critic_class: Class of a policy's critics.
     :param arguments: Arguments of the policy. Those of :data:`CRITIC_OPTIONS` are None if they were not given.
     :return: Those of :data:`CRITIC_OPTIONS` that are not None.
     :raises ValueError: If there are any that these critics do not have.
     """
     given = {name: arguments[name] for name in CRITIC_OPTIONS if arguments[name] is not None}
     for name, value in given.items():
-        if CRITIC_OPTIONS[name] != critic_type:
-            needed = CRITIC_OPTIONS[name]
-            raise ValueError(f"{name} must be left out unless critic_type={needed!r}, got {value!r} with {critic_type!r}")
+        critic_type, owner = CRITIC_OPTIONS[name]
+        if not issubclass(critic_class, owner):
+            reason = f"{critic_class.__name__} does not have it, but critic_type={critic_type!r}"
+            raise ValueError(f"{name} must be left out, got {value!r}: {reason}")
     return given

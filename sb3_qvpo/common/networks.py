@@ -27,7 +27,7 @@ def mean_and_variance(features: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
     :param features: Shape (B, S).
     :return: Mean and biased variance over the batch, shape (S,).
     """
-    # On a CPU 17 times faster than var_mean(), which goes through the rows column by column
+    # On a CPU faster than var_mean(): 0.07 instead of 1.2 ms for (512, 256)
     mean = features.mean(0)
     return mean, (features - mean).square_().mean(0)
 
@@ -94,7 +94,8 @@ class BatchRenorm1d(nn.BatchNorm1d):
     and d. Without clipping this is ``(x - mu) / sigma``: what evaluation mode gives.
 
     Source: Ioffe (2017), *Batch Renormalization: Towards Reducing Minibatch Dependence in Batch-Normalized Models*, Algorithm
-    1. The limits are those of CrossQ's authors, constant from the start on, where that paper lets them grow.
+    1. The limits are those of CrossQ's authors, constant from the start on, where that paper lets them grow. The layer of
+    sb3-contrib starts one batch later, divides by the unbiased variance and leaves ``eps`` out of the shift.
 
     :param n_features: Number of features.
     :param start: Number of batches that are normalised by their own statistics first.

@@ -198,6 +198,8 @@ class DiffusionPolicy(BasePolicy):
             prediction=prediction,
             **actor_options,
         )
+        self.critic_type = critic_type
+        self._critic_class = type(self).critic_class if critic_type == "twin" else CRITICS[critic_type]
         self.critic_kwargs = dict(
             common_kwargs,
             net_arch=critic_arch,
@@ -205,10 +207,8 @@ class DiffusionPolicy(BasePolicy):
             n_critics=n_critics,
             share_features_extractor=share_features_extractor,
             **common_options,
-            **critic_options(critic_type, constructor_arguments),
+            **critic_options(self._critic_class, constructor_arguments),
         )
-        self.critic_type = critic_type
-        self._critic_class = type(self).critic_class if critic_type == "twin" else CRITICS[critic_type]
         self._build(lr_schedule)
 
     def _build(self, lr_schedule: Schedule) -> None:

@@ -62,10 +62,11 @@ def normalized_layers(q_network):
 # Batch normalisation without targets
 
 
-@pytest.mark.parametrize("n_target_candidates", [1, 3])
-def test_one_pass_of_both_sides(n_target_candidates, monkeypatch):
+@pytest.mark.parametrize(("n_target_candidates", "renorm_start"), [(1, None), (3, None), (3, 0)])
+def test_one_pass_of_both_sides(n_target_candidates, renorm_start, monkeypatch):
     """Loss, targets, gradients and running statistics of one update on real transitions."""
-    model = crossq(CountdownEnv(length=4), learning_starts=30, n_target_candidates=n_target_candidates, policy_delay=2)
+    kwargs = dict(policy_kwargs=dict(RELU, renorm_start=renorm_start), n_target_candidates=n_target_candidates)
+    model = crossq(CountdownEnv(length=4), learning_starts=30, policy_delay=2, **kwargs)
     model.learn(30)
     records, drawn, score_candidates = recorded_draws(model), [], model.policy.score_candidates
     monkeypatch.setattr(
@@ -81,7 +82,13 @@ def test_one_pass_of_both_sides(n_target_candidates, monkeypatch):
     chosen = next_candidates.scores.argmax(dim=1)
     next_actions = next_candidates.candidates[th.arange(6), chosen].double().numpy()
     assert (next_candidates.scores == 0).all() == (n_target_candidates == 1), "one candidate needs no score"
-    loss, targets, statistics = reference.crossq_loss(critics, arrays, next_actions, model.gamma)
+    running = None
+    if renorm_start is not None:
+        running = [
+            [tuple(before[f"qf{i}.{3 * layer}.running_{name}"].numpy() for name in ("mean", "var")) for layer in range(3)]
+            for i in range(2)
+        ]
+    loss, targets, statistics = reference.crossq_loss(critics, arrays, next_actions, model.gamma, running)
     assert model.logger.name_to_value["train/critic_loss"] == pytest.approx(loss, rel=1e-4)
     assert len(set(arrays["dones"])) == 2, "the batch has ends of the task"
 
@@ -98,8 +105,11 @@ def test_one_pass_of_both_sides(n_target_candidates, monkeypatch):
     rows = [np.concatenate(pair) for pair in zip(arrays["observations"], arrays["actions"], strict=True)]
     rows += [np.concatenate(pair) for pair in zip(arrays["next_observations"], next_actions, strict=True)]
 
+    corrections = []  # r and d are held fixed, too
+    reference.normalized_forward(critics[0], rows, running=running and running[0], corrections=corrections)
+
     def loss_of(layers):
-        outputs, _ = reference.normalized_forward(layers, rows)
+        outputs, _ = reference.normalized_forward(layers, rows, corrections=corrections)
         return sum((outputs[i][0] - targets[i]) ** 2 / 6 for i in range(6))
 
     gradients = [parameter.grad.double().numpy() for parameter in model.critic.q_networks[0].parameters()]
@@ -152,10 +162,11 @@ def test_many_candidates_are_scored_by_folded_networks(monkeypatch):
 
 
 @pytest.mark.usefixtures("folding")
-@pytest.mark.parametrize("n_states", [1, 3, 40])
-def test_scores_use_running_statistics(n_states, settings):
+@pytest.mark.parametrize(("n_states", "renorm_start"), [(1, None), (3, None), (40, None), (40, 0)])
+def test_scores_use_running_statistics(n_states, renorm_start, settings):
     """Also where norms are folded into the linear layers, for few rows and for many, whatever the mode was."""
-    model = crossq(BanditEnv(action_dim=3), policy_kwargs=dict(net_arch=[64, 32], critic_activation_fn=nn.ReLU))
+    policy_kwargs = dict(net_arch=[64, 32], critic_activation_fn=nn.ReLU, renorm_start=renorm_start)
+    model = crossq(BanditEnv(action_dim=3), policy_kwargs=policy_kwargs)
     observation, noise = th.randn(n_states, 2), th.randn(3, n_states, 8, 3)
     for training in (False, True):
         model.policy.set_training_mode(training)
@@ -217,8 +228,9 @@ def test_threads_score_at_the_same_time():
         assert all(pool.map(agree, range(4)))
 
 
-def test_frozen_critics_keep_their_statistics():
-    model = crossq(CountdownEnv()).learn(10)
+@pytest.mark.parametrize("renorm_start", [None, 0])
+def test_frozen_critics_keep_their_statistics(renorm_start):
+    model = crossq(CountdownEnv(), policy_kwargs=dict(RELU, renorm_start=renorm_start)).learn(10)
     model.critic.requires_grad_(False)
     before = {name: buffer.clone() for name, buffer in model.critic.named_buffers()}
     model.learn(10, reset_num_timesteps=False)
@@ -312,6 +324,24 @@ def test_there_are_no_targets(tmp_path):
 def test_bad_starts_of_renormalisation(start):
     with pytest.raises(ValueError, match=f"renorm_start must be a whole number of at least 0, got {start}"):
         tiny_qvpo(critic_type="crossq", policy_kwargs=dict(renorm_start=start))
+
+
+def test_critics_of_ones_own_renormalise_too():
+    """Unless they have norms of their own, which the argument would replace."""
+
+    class OwnCritic(BatchNormCritic):
+        pass
+
+    class LayerNormCritic(BatchNormCritic):
+        norm_class = nn.LayerNorm
+
+    def policy(critic):
+        return type("OwnPolicy", (DiffusionPolicy,), {"critic_class": critic})
+
+    kwargs = dict(policy_kwargs=dict(net_arch=[8], renorm_start=5))
+    assert sum(type(module) is BatchRenorm1d for module in tiny_qvpo(policy=policy(OwnCritic), **kwargs).critic.modules()) == 4
+    with pytest.raises(ValueError, match="renorm_start must be left out, got 5: LayerNormCritic has its own norms"):
+        tiny_qvpo(policy=policy(LayerNormCritic), **kwargs)
 
 
 def renormalized(start, **kwargs):
@@ -429,7 +459,7 @@ def test_bad_quantiles(kwargs, message):
 )
 def test_arguments_that_other_critics_do_not_have(critic_type, name, needed):
     """An argument that would have no effect is refused."""
-    message = f"{name} must be left out unless critic_type='{needed}', got 3 with '{critic_type}'"
+    message = rf"{name} must be left out, got 3: Fast\w*Critic does not have it, but critic_type='{needed}'"
     with pytest.raises(ValueError, match=message):
         tiny_qvpo(critic_type=critic_type, policy_kwargs={name: 3})
 

@@ -63,6 +63,7 @@ MODELS = {
     "normalised, far from 0": dict(observation_space=spaces.Box(1e6 - 1, 1e6 + 1, (3,), np.float64), normalize=dict()),
     "rewards normalised only": dict(normalize=dict(norm_obs=False)),
     "normalised features": dict(observation_space=VECTORS, policy_kwargs=dict(net_arch=[8], normalize_features=True)),
+    "renormalised critics": dict(critic_type="crossq", policy_kwargs=dict(net_arch=[8], renorm_start=3)),
     "batch norm": dict(policy_kwargs=dict(features_extractor_class=BatchNormExtractor, share_features_extractor=True)),
 }
 

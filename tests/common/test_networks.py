@@ -102,6 +102,25 @@ def test_batch_renorm_trains_on_what_evaluation_sees():
     th.testing.assert_close(norm(batch), evaluated, rtol=1e-4, atol=1e-5)
 
 
+def test_batch_renorm_agrees_with_that_of_sb3_contrib():
+    """
+    But for details that are small where batches are large: theirs starts a batch later, divides by the unbiased variance of
+    the batch, and leaves epsilon out of the shift.
+    """
+    theirs = pytest.importorskip("sb3_contrib.common.torch_layers", reason="needs sb3-contrib").BatchRenorm1d
+    ours, other = renorm(11, momentum=0.1), theirs(3, momentum=0.1, warmup_steps=10)
+    with th.no_grad():
+        other.scale.copy_(ours.weight)
+        other.bias.copy_(ours.bias)
+    corrected = 0
+    for i in range(30):
+        batch = (1 + 0.3 * th.rand(3)) * th.randn(4096, 3) + 0.5 * i
+        mean_before = ours.running_mean.clone()
+        th.testing.assert_close(ours(batch), other(batch), rtol=5e-3, atol=5e-3)
+        corrected += i > 10 and bool(((batch.mean(0) - mean_before).abs() > 0.5).all())
+    assert corrected == 19, "shifts that matter were compared"
+
+
 def test_gradients_of_batch_renorm():
     """r and d count as constants: the gradient of the batch norm, times r."""
     norm = renorm(0, momentum=0.5)

@@ -148,6 +148,18 @@ def test_benchmark(benchmark, tmp_path, monkeypatch):
     assert ("Nothing is compiled here." in output) == (benchmark is bench_action)
 
 
+def test_processor_time_only_where_one_thread_does_all():
+    kinds = {(n, device): bench_step.clock_for(n, device)[0] for n in (1, 2) for device in ("cpu", "cuda")}
+    assert kinds == {(1, "cpu"): "processor", (1, "cuda"): "wall", (2, "cpu"): "wall", (2, "cuda"): "wall"}
+    readings = {}
+    for threads in (1, 2):
+        _, clock = bench_step.clock_for(threads, "cpu")
+        start = clock()
+        time.sleep(0.2)
+        readings[threads] = clock() - start
+    assert readings[1] < 0.1 and readings[2] >= 0.2
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("name", ["bench_update", "bench_action", "bench_learn", "bench_step"])
