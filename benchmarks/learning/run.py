@@ -105,6 +105,18 @@ FORMER: dict[str, Any] = dict(n_steps=1, n_behavior_candidates=4)
 FORMER_SDAC: dict[str, Any] = dict(batch_size=256, n_steps=1, temperature=0.2, n_target_candidates=4, policy_kwargs=WIDE)
 """``presets.sdac`` at first."""
 
+SMALL_OFFICIAL_SDAC: dict[str, Any] = dict(
+    learning_starts=5_000,
+    n_reverse_samples=16,
+    n_behavior_candidates=4,
+    n_target_candidates=4,
+    policy_kwargs=dict(n_sampling_steps=5, activation_fn=nn.ReLU),
+)
+"""The class's defaults, which are those of SDAC's authors, for a CPU: a quarter of the draws, an eighth of the candidates."""
+
+OWN_ADAM: dict[str, Any] = dict(learning_rate=3e-4, policy_delay=2)
+"""For critics without batch normalisation, which the preset's steps and delay are made for."""
+
 LEAN: dict[str, Any] = dict(n_train_candidates=1, n_uniform_actions=1)
 """The fewest candidates that gradient steps and the entropy term need."""
 
@@ -113,12 +125,18 @@ ALGOS: dict[str, tuple[str, dict[str, Any]]] = {
     "sdac": preset(algorithm="sdac"),
     **{f"sdac_temperature{t}": preset(algorithm="sdac", temperature=t) for t in (0.03, 0.1, 0.2, 0.5)},
     "sdac_kb16_batch256": preset(algorithm="sdac", n_behavior_candidates=16, batch_size=256),
+    # The authors' settings, with fewer candidates, draws and steps of a chain
+    "sdac_official_small": ("sdac", in_zoo(SMALL_OFFICIAL_SDAC)),
     "sdac_m8": preset(algorithm="sdac", n_reverse_samples=8),
     "sdac_m32": preset(algorithm="sdac", n_reverse_samples=32),
     # What each part of it earns
     "preset_fast_qadv": preset(q_weighting="qadv"),
     "preset_fast_no_improvement": preset(n_improvement_steps=0, n_train_candidates=8),
-    "preset_fast_twin": preset(critic_type="twin"),
+    "preset_fast_twin": preset(critic_type="twin", **OWN_ADAM, policy_kwargs=dict(optimizer_kwargs={})),
+    "preset_fast_quantile": preset(critic_type="quantile", **OWN_ADAM, policy_kwargs=dict(optimizer_kwargs={})),
+    "preset_fast_returns_1": preset(n_steps=1),
+    "preset_fast_wide": preset(policy_kwargs=WIDE),
+    "preset_fast_renorm": preset(policy_kwargs=dict(renorm_start=20_000)),
     "preset_fast_noise": preset(policy_kwargs=dict(prediction="noise")),
     "preset_fast_ddpm": preset(policy_kwargs=dict(sampler="ddpm")),
     "preset_fast_karras": preset(n_diffusion_steps=5, policy_kwargs=dict(noise_schedule="karras")),
