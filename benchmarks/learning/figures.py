@@ -34,6 +34,7 @@ from selection import (
     label_of,
     last_rows,
     mean_over_timed,
+    minutes,
     offline_ends,
     ordered,
     policy_name,
@@ -123,11 +124,6 @@ def draw_front(curves: Curves, milliseconds: dict[str, float], file: Path) -> No
         for task, algos in curves.items()
     }
     finish(figure, file, [shown, milliseconds], bbox_inches="tight")
-
-
-def minutes(milliseconds: float, n_random: int, steps: np.ndarray) -> np.ndarray:
-    """Processor time of so many steps, of which the first cost nothing."""
-    return (steps - n_random).clip(0) * milliseconds / 60_000
 
 
 def draw_steps(rows: Sequence[Row], file: Path) -> None:

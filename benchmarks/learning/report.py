@@ -82,8 +82,11 @@ def main() -> None:
     tables, curves = learning_curves(read("results"))
     tables |= {"bandit": bandit_table(read("bandit")), "multi_goal": multi_goal_table(read("multi_goal"))}
     tables["follow"] = follow_table(read("follow"))
-    front, steps = front_curves([*read("preset"), *read("results")]), list(csv.DictReader(STEPS.open()))
-    answers = {"front": front_table(front), "step": step_table(steps), "blocked_goal": blocked_table(read("blocked_goal"))}
+    compared, steps = [*read("preset"), *read("results")], list(csv.DictReader(STEPS.open()))
+    front = front_curves(compared)
+    milliseconds = {row["setting"]: float(row["median_ms"]) for row in steps if row["env"] == "HalfCheetah-v5"}
+    answers = {"front": front_table(front, front_curves(compared, column="single_return"), milliseconds)}
+    answers |= {"step": step_table(steps), "blocked_goal": blocked_table(read("blocked_goal"))}
     offline, quickstart = read("offline"), read("quickstart")
     answers["quickstart"] = quickstart_table(quickstart)
     answers |= {"offline": offline_table(offline), "online": online_table(offline)}
@@ -93,7 +96,6 @@ def main() -> None:
     figures = arguments.docs / "figures"
     for name, runs in curves.items():
         draw_curves(runs, figures / f"{name}.png")
-    milliseconds = {row["setting"]: float(row["median_ms"]) for row in steps if row["env"] == "HalfCheetah-v5"}
     draw_front(front, milliseconds, figures / "front.png")
     draw_blocked(read("blocked_goal"), figures / "blocked_goal.png")
     draw_steps(steps, figures / "step.png")

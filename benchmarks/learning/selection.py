@@ -194,18 +194,19 @@ def policy_name(setting: str, candidates: str) -> str:
     return f"{setting}, best of {candidates}" if setting.startswith(("QVPO", "SDAC")) else setting
 
 
-def front_curves(rows: Sequence[Row], length: int = 100_000) -> Curves:
+def front_curves(rows: Sequence[Row], length: int = 100_000, column: str = "mean_return") -> Curves:
     """
     Runs of this length as far as they got.
 
     :param rows: Of ``preset.csv`` and ``results.csv``.
     :param length: Steps that a run was to have.
+    :param column: Which returns. Rows without them are left out.
     :return: Their steps and returns.
     """
     seeds: dict[tuple[str, str, str], dict[int, float]] = defaultdict(dict)
     for row in rows:
-        if row["algo"] in FRONT and int(row["last_step"]) == length:
-            seeds[row["task"], row["algo"], row["seed"]][int(row["step"])] = float(row["mean_return"])
+        if row["algo"] in FRONT and int(row["last_step"]) == length and row[column]:
+            seeds[row["task"], row["algo"], row["seed"]][int(row["step"])] = float(row[column])
     curves: Curves = {}
     for task in ("HalfCheetah-v5", "Hopper-v5", "Walker2d-v5"):
         for algo in FRONT:
@@ -213,6 +214,32 @@ def front_curves(rows: Sequence[Row], length: int = 100_000) -> Curves:
                 steps, returns = np.array(sorted(seeds[key].items())).T
                 curves.setdefault(task, {}).setdefault(algo, []).append((steps, returns))
     return curves
+
+
+def minutes(milliseconds: float, n_random: int, steps: np.ndarray) -> np.ndarray:
+    """Processor time of so many steps, of which the first cost nothing."""
+    return (steps - n_random).clip(0) * milliseconds / 60_000
+
+
+def returns_for_the_same_minutes(
+    algo: str, seeds: Sequence[tuple[np.ndarray, np.ndarray]], milliseconds: dict[str, float], limit: float
+) -> list[float]:
+    """
+    The mean of the last three evaluations within so many minutes of one core, because one evaluation is a matter of chance.
+
+    :param algo: One of :data:`FRONT`.
+    :param seeds: Steps and returns of each seed.
+    :param milliseconds: Of a step of each algorithm.
+    :param limit: Minutes.
+    :return: One for each seed that took 0.9 of these minutes or more.
+    """
+    _, timed, n_random = FRONT[algo]
+    results = []
+    for x, y in seeds:
+        times = minutes(milliseconds[timed], n_random, x)
+        if times.max() >= 0.9 * limit:
+            results.append(float(y[times <= limit][-3:].mean()))
+    return results
 
 
 def by_moment(rows: Sequence[Row]) -> dict[tuple[str, str], dict[str, list[Row]]]:

@@ -24,6 +24,7 @@ from selection import (
     offline_ends,
     ordered,
     policy_name,
+    returns_for_the_same_minutes,
 )
 
 
@@ -185,17 +186,34 @@ def blocked_table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def front_table(curves: Curves, moments: Sequence[int] = (10_000, 20_000, 50_000, 100_000)) -> str:
-    """Mean returns of the README's figure, with their range over seeds."""
-    lines = [f"| task | algorithm | seeds | {' | '.join(f'{step // 1000} 000 steps' for step in moments)} |"]
-    lines.append("|---" * (3 + len(moments)) + "|")
+def front_table(
+    curves: Curves,
+    single: Curves,
+    milliseconds: dict[str, float],
+    moments: Sequence[int] = (10_000, 20_000, 50_000),
+    end: tuple[int, int] = (80_000, 100_000),
+    limit: float = 21.0,
+) -> str:
+    """
+    Mean returns of the README's figure, with their range over seeds.
+
+    :param curves: Steps and returns of each seed by task and algorithm.
+    :param single: The same with single samples.
+    :param milliseconds: Of a step of each algorithm.
+    :param moments: Steps of the evaluations that are shown.
+    :param end: First and last step of the evaluations of which the mean is shown, for seeds that got so far.
+    :param limit: Minutes of one core for which all are compared.
+    :return: A row for each task and algorithm.
+    """
+    last = f"{end[0] // 1000} 000 to {end[1] // 1000} 000"
+    shown = [f"{limit:.0f} minutes", *(f"{step // 1000} 000 steps" for step in moments), last, f"one sample, {last}"]
+    lines = [f"| task | algorithm | seeds | {' | '.join(shown)} |", "|---" * (6 + len(moments)) + "|"]
     for task, algos in curves.items():
         for algo, seeds in algos.items():
-            cells = []
-            for step in moments:
-                there = [float(y[x == step][0]) for x, y in seeds if step in x]
-                span = f" ({min(there):.0f} to {max(there):.0f})" if len(there) > 1 else ""
-                cells.append(f"{np.mean(there):.0f}{span}" if there else "-")
+            cells = [ranged(returns_for_the_same_minutes(algo, seeds, milliseconds, limit))]
+            cells += [ranged([float(y[x == step][0]) for x, y in seeds if step in x]) for step in moments]
+            for each in (seeds, single.get(task, {}).get(algo, [])):
+                cells.append(ranged([float(y[(x >= end[0]) & (x <= end[1])].mean()) for x, y in each if end[1] in x]))
             lines.append(f"| {task} | {FRONT[algo][0]} | {len(seeds)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -258,7 +276,9 @@ def online_table(rows: Sequence[Row]) -> str:
 
 
 def ranged(values: Sequence[float]) -> str:
-    """A mean, with the range if there are several."""
+    """A mean, with the range if there are several; a dash if there is none."""
+    if not values:
+        return "-"
     spread = f" ({min(values):.0f} to {max(values):.0f})" if len(values) > 1 else ""
     return f"{np.mean(values):.0f}{spread}"
 

@@ -242,10 +242,16 @@ def test_the_front_figure_shows_runs_as_far_as_they_got(tmp_path, monkeypatch):
     ]
     curves = selection.front_curves(rows)
     assert list(curves) == ["Hopper-v5"] and list(curves["Hopper-v5"]) == ["preset_fast", "sac"]
-    assert tables.front_table(curves, (10_000, 20_000)).splitlines()[2:] == [
-        "| Hopper-v5 | QVPO | 1 | 50 | - |",
-        "| Hopper-v5 | SAC | 2 | 15 (10 to 20) | 30 |",
-    ]
+    single = {"Hopper-v5": {"preset_fast": [(np.array([10_000]), np.array([7.0]))]}}
+    milliseconds = {"presets.fast": 60.0, "SAC": 30.0}
+    lines = tables.front_table(curves, single, milliseconds, (10_000, 20_000), (10_000, 20_000), 5.5).splitlines()
+    assert lines[2:] == [
+        "| Hopper-v5 | QVPO | 1 | 50 | 50 | - | - | - |",
+        "| Hopper-v5 | SAC | 2 | 20 | 15 (10 to 20) | 30 | 20 | - |",
+    ], "one seed of SAC got to the end, and took 5 minutes"
+    single["Hopper-v5"]["preset_fast"] = [(np.array([10_000, 20_000]), np.array([7.0, 9.0]))]
+    lines = tables.front_table(curves, single, milliseconds, (), (10_000, 20_000), 9.0).splitlines()
+    assert lines[2] == "| Hopper-v5 | QVPO | 1 | - | - | 8 |"
     shown = []
     monkeypatch.setattr(figures.plt, "close", shown.append)
     figures.draw_front(curves, {"presets.fast": 60.0, "SAC": 30.0}, tmp_path / "figure.png")
@@ -416,6 +422,21 @@ def quickstart_cells(settings, step):
         return "- | -"
     spread = f"{max(values):.0f}, {np.median(values):.0f}, {min(values):.0f}"
     return f"{spread} | {sum(value < -200 for value in values)} of {len(values)}"
+
+
+def test_the_front_page_shows_what_the_results_say():
+    """Its table is the column "21 minutes" of the results, means of seeds."""
+    page = (ROOT / "docs" / "results.md").read_text()
+    table = page.split("<!-- table: front -->")[1].split("<!-- end -->")[0]
+    shown = re.findall(r"^\| ([\w-]+) \| (\w+) \| \d+ \| (-?\d+)", table, re.M)
+    readme = (ROOT / "README.md").read_text()
+    (header,) = re.findall(r"^\| \| (.*) \|$", readme, re.M)
+    found = [
+        (task, algorithm, number)
+        for task, numbers in re.findall(r"^\| ([\w-]+-v5) \| ([-\d |]+) \|$", readme, re.M)
+        for algorithm, number in zip(header.split(" | "), numbers.split(" | "), strict=True)
+    ]
+    assert found == shown and len(found) >= 12
 
 
 def test_what_is_said_of_the_quick_start():
