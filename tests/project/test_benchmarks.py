@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import bench_action
 import bench_learn
 import bench_offline
+import bench_parts
 import bench_step
 import bench_update
 import numpy as np
@@ -131,11 +132,11 @@ QUICK = ("--quick", "--repeats", "2", "--threads", "1", "--csv")
 @pytest.mark.parametrize(
     "benchmark",
     [
-        *(pytest.param(each, marks=pytest.mark.slow) for each in (bench_update, bench_step, bench_offline)),
+        *(pytest.param(each, marks=pytest.mark.slow) for each in (bench_update, bench_step, bench_offline, bench_parts)),
         bench_action,
         bench_learn,
     ],
-    ids=["bench_update", "bench_step", "bench_offline", "bench_action", "bench_learn"],
+    ids=["bench_update", "bench_step", "bench_offline", "bench_parts", "bench_action", "bench_learn"],
 )
 def test_benchmark(benchmark, tmp_path, monkeypatch):
     """Without what takes long: one process for the reference in each setting, two measured memories, and the compiler."""
@@ -162,7 +163,7 @@ def test_processor_time_only_where_one_thread_does_all():
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("name", ["bench_update", "bench_action", "bench_learn", "bench_step"])
+@pytest.mark.parametrize("name", ["bench_update", "bench_action", "bench_learn", "bench_step", "bench_parts"])
 def test_benchmark_as_a_command(name, tmp_path):
     file = tmp_path / "results.csv"
     command = [sys.executable, str(BENCHMARKS / f"{name}.py"), *QUICK, str(file)]

@@ -1,0 +1,82 @@
+"""
+Where the time of a step goes with ``presets.fast`` and ``presets.sdac``: the environment, an action, an update and its parts,
+beside an update of CrossQ with networks of 256 units and of SAC. HalfCheetah-v5; functions take turns.
+
+``python benchmarks/bench_parts.py [--threads 1] [--repeats 7]``; needs ``pip install ".[mujoco,zoo]"``. Updates are means over
+the policy's delay. "SDAC, batch 256" has the batch of all others, where its preset has half of it. Actions are eager, where
+long runs compile them.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from bench_step import MODELS
+from sb3_contrib import CrossQ
+from stable_baselines3 import SAC
+from timing import Rows, interleaved, parse_arguments, report, summary
+
+from sb3_qvpo import QVPO, SDAC, presets
+from sb3_qvpo.common.speed.cpu import OneDnnProducts
+
+ENV = "HalfCheetah-v5"
+COMPARED: dict[str, tuple[Any, dict[str, Any]]] = {
+    "presets.fast": (QVPO, dict(presets.fast)),
+    "presets.sdac": (SDAC, dict(presets.sdac)),
+    "SDAC, batch 256": (SDAC, presets.sdac | dict(batch_size=256)),
+    "CrossQ-256": (CrossQ, MODELS["CrossQ-256"][1]),
+    "SAC": (SAC, {}),
+}
+
+
+def update_of(model: Any, n_updates: int) -> Callable[[], None]:
+    """A function that trains for so many updates."""
+    return lambda: model.train(gradient_steps=n_updates, batch_size=model.batch_size)
+
+
+def parts_of(model: QVPO | SDAC) -> dict[str, Callable[[], Any]]:
+    """What a step consists of, each part a function."""
+    batch = model.replay_buffer.sample(model.batch_size)
+    coefficient = model._current_ent_coef() if isinstance(model, QVPO) else model._temperature_now()
+
+    def critics() -> None:
+        with OneDnnProducts():
+            model._update_critics(batch)
+
+    def policy() -> None:
+        with OneDnnProducts():
+            model._update_policy(batch, coefficient)
+
+    observation = model.env.reset()
+    action = [model.action_space.sample()]
+    return {
+        "environment": lambda: model.env.step(action),
+        "action": partial(model.predict, observation),
+        "buffer": lambda: model.replay_buffer.sample(model.batch_size),
+        "critics": critics,
+        "policy": policy,
+    }
+
+
+def main() -> None:
+    arguments = parse_arguments(str(__doc__), "parts")
+    small = dict(batch_size=16) if arguments.quick else {}
+    functions: dict[str, Callable[[], Any]] = {}
+    per_call: dict[str, int] = {}
+    for name, (algorithm, settings) in COMPARED.items():
+        same = dict(learning_starts=100, buffer_size=10_000, seed=0, device="cpu", **small)
+        model = algorithm("MlpPolicy", ENV, **{**settings, **same}).learn(130)
+        per_call[f"{name}: update"] = delay = getattr(model, "policy_delay", 1)
+        functions[f"{name}: update"] = update_of(model, delay)
+        if name in ("presets.fast", "presets.sdac"):
+            functions |= {f"{name}: {part}": function for part, function in parts_of(model).items()}
+    times = interleaved(functions, arguments.repeats, arguments.seconds)
+    rows: Rows = []
+    for name, values in times.items():
+        setting, what = name.split(": ")
+        rows.append({"setting": setting, "what": what, **summary([value / per_call.get(name, 1) for value in values])})
+    report(rows, arguments)
+
+
+if __name__ == "__main__":
+    main()
