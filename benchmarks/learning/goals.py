@@ -19,7 +19,6 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))  # is no package
 
 from evaluation import best_of
 from multi_goal import GOALS, MultiGoalEnv
-from run import FORMER
 
 from sb3_qvpo import QVPO, SDAC, DiffusionPolicy, presets
 from sb3_qvpo.qvpo.weights import qadv
@@ -67,12 +66,12 @@ MULTI_GOAL: dict[str, tuple[type[BaseAlgorithm], dict[str, Any]]] = {
 """Algorithms and what is changed of the defaults, for the goals as they are."""
 BLOCKED: dict[str, tuple[type[BaseAlgorithm], dict[str, Any]]] = {
     **SOFT,
+    "SDAC, temperature auto": (SDAC, {**presets.sdac_several, "temperature": "auto"}),
     "SAC": (SAC, {}),
     "TD3": (TD3, {}),
     "CrossQ": (CrossQ, {}),
     "QVPO": (QVPO, dict(n_train_candidates=16)),
-    # As the preset was at first
-    "QVPO, presets.fast": (QVPO, small({**presets.fast, **FORMER})),
+    "QVPO, presets.fast": (QVPO, small(presets.fast)),
 }
 """The same for the goals of which one is blocked later."""
 
