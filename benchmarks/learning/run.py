@@ -90,9 +90,12 @@ def in_zoo(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def preset(policy_kwargs: dict[str, Any] | None = None, algorithm: str = "qvpo", **changes: Any) -> tuple[str, dict[str, Any]]:
-    """``presets.fast``, or that of another algorithm, with some settings changed."""
+    """
+    ``presets.fast``, or that of another algorithm, with some settings changed. Unless ``eval_noise_scale`` is given it is 1,
+    with which ``presets.fast`` was evaluated at first.
+    """
     settings = presets.fast if algorithm == "qvpo" else getattr(presets, algorithm)
-    kwargs = {**settings["policy_kwargs"], **(policy_kwargs or {})}
+    kwargs = {**settings["policy_kwargs"], "eval_noise_scale": 1.0, **(policy_kwargs or {})}
     return algorithm, in_zoo({**settings, **changes, "policy_kwargs": kwargs})
 
 
@@ -122,6 +125,7 @@ LEAN: dict[str, Any] = dict(n_train_candidates=1, n_uniform_actions=1)
 
 ALGOS: dict[str, tuple[str, dict[str, Any]]] = {
     "preset_fast": preset(),
+    "preset_fast_eval0.3": preset(policy_kwargs=dict(eval_noise_scale=0.3)),
     "sdac": preset(algorithm="sdac"),
     **{f"sdac_temperature{t}": preset(algorithm="sdac", temperature=t) for t in (0.03, 0.1, 0.2, 0.5)},
     "sdac_kb16_batch256": preset(algorithm="sdac", n_behavior_candidates=16, batch_size=256),

@@ -200,9 +200,9 @@ def check_replay_buffer(replay_buffer_class: Any, n_steps: int, observation_spac
         )
 
 
-def check_net_arch(net_arch: Any) -> None:
+def check_net_arch(net_arch: Any) -> Any:
     """
-    Check sizes of hidden layers: a list of sizes, or a dictionary with such lists for ``pi`` and ``qf``.
+    The sizes of hidden layers: a list of sizes, or a dictionary with such lists for ``pi`` and ``qf``.
 
     :raises ValueError: If it is anything else, or a size is not a whole number of at least 1.
     """
@@ -211,6 +211,7 @@ def check_net_arch(net_arch: Any) -> None:
         raise ValueError(f"net_arch must be a list of sizes or a dict(pi=[...], qf=[...]), got {net_arch!r}")
     for size in (size for sizes in lists for size in sizes):
         check_count("each size in net_arch", size)
+    return net_arch
 
 
 def check_interval(name: str, value: Any, low: float, high: float, low_allowed: bool = True) -> float:
@@ -293,15 +294,17 @@ class CosineSchedule:
         return self.end + (self.start - self.end) * (1 + math.cos(math.pi * share)) / 2
 
 
-def check_finite_observation(name: str, value: Any) -> None:
+def check_finite_observation(observation: Any) -> None:
     """
-    Check an observation, or one part of it. SB3 takes arrays, lists and tensors.
+    Check an observation, a batch of them, or a dictionary of either. SB3 takes arrays, lists and tensors.
 
     :raises ValueError: If a number of it is not finite.
     """
-    try:
-        array = np.asarray(value)
-    except ValueError:
-        return  # what SB3 has a message for, such as a tuple of observation and info
-    if np.issubdtype(array.dtype, np.floating) and not np.isfinite(array).all():
-        raise ValueError(f"{name} must be finite, got {array[~np.isfinite(array)].flat[0]}")
+    for key, part in observation.items() if isinstance(observation, dict) else [(None, observation)]:
+        try:
+            array = np.asarray(part)
+        except ValueError:
+            continue  # what SB3 has a message for, such as a tuple of observation and info
+        if np.issubdtype(array.dtype, np.floating) and not np.isfinite(array).all():
+            name = "observation" if key is None else f"observation[{key!r}]"
+            raise ValueError(f"{name} must be finite, got {array[~np.isfinite(array)].flat[0]}")

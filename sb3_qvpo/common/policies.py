@@ -90,6 +90,8 @@ class DiffusionPolicy(BasePolicy):
         counts, the largest.
     :param n_eval_candidates: K, candidates of deterministic predictions (Sec. 5.1).
     :param noise_bank_seed: Seed of the noise of deterministic predictions.
+    :param eval_noise_scale: Deviation of that noise, at least 0. 1 for the paper's. Below 1 the candidates are closer to the
+        middle of the policy; at 0 they are all alike.
     :param normalized_observations: Whether a ``VecNormalize`` normalises the observations. ``learn()`` sets it.
     :param time_hidden_dim: Width of the time embedding's hidden layer, 8 times its size if None.
     :param initialization: How weights start: ``"normal"`` as in the code of QVPO's authors, or ``"torch"``, torch's own.
@@ -143,6 +145,7 @@ class DiffusionPolicy(BasePolicy):
         n_behavior_candidates: int = 4,
         n_eval_candidates: int = 32,
         noise_bank_seed: int = 0,
+        eval_noise_scale: float = 1.0,
         normalized_observations: bool = False,
         time_hidden_dim: int | None = None,
         initialization: str = "normal",
@@ -158,8 +161,7 @@ class DiffusionPolicy(BasePolicy):
         check_choice("critic_type", critic_type, CRITICS)
         if critic_type != "twin" and type(self).critic_class is not DiffusionPolicy.critic_class:
             raise ValueError(f"critic_type must be left out, got {critic_type!r}: {type(self).__name__} has its own critics")
-        net_arch = [256, 256] if net_arch is None else net_arch
-        check_net_arch(net_arch)
+        net_arch = check_net_arch([256, 256] if net_arch is None else net_arch)
         super().__init__(
             observation_space,
             action_space,
@@ -177,6 +179,7 @@ class DiffusionPolicy(BasePolicy):
         actor_options, common_options = network_options(time_hidden_dim, initialization)
         self.n_behavior_candidates, self.n_eval_candidates = n_behavior_candidates, n_eval_candidates
         self.noise_bank_seed = check_count("noise_bank_seed", noise_bank_seed, 0, 2**32 - 1)
+        self.eval_noise_scale = arguments.check_interval("eval_noise_scale", eval_noise_scale, 0, float("inf"))
         self.share_features_extractor, self.normalize_features = share_features_extractor, normalize_features
         self._noise_bank: th.Tensor | None = None
         self.programs, self.counts_in_use = Programs(), CountsInUse()
@@ -407,13 +410,14 @@ class DiffusionPolicy(BasePolicy):
         The noise of deterministic predictions. The first K entries are the same however many more are asked for.
 
         :param n_candidates: Number of candidates K.
-        :return: Standard normal noise of shape (N, 1, K, A), on the policy's device; N is T unless samples take fewer steps.
+        :return: Normal noise of deviation ``eval_noise_scale`` and shape (N, 1, K, A), on the policy's device. N is T unless
+            samples take fewer steps.
         """
         bank = self._noise_bank
         # A trace must hold the same operations each time, and no tensor of it may stay here
         if bank is None or bank.shape[2] < n_candidates or bank.device != self.device or is_traced():
             sizes = (n_candidates, self.n_diffusion_steps, self.actor.action_dim)
-            bank = fixed_noise(self.noise_bank_seed, sizes).to(self.device)
+            bank = self.eval_noise_scale * fixed_noise(self.noise_bank_seed, sizes).to(self.device)
             if not is_traced():
                 self._noise_bank = bank
         return bank[: self.actor.diffusion.n_noises, :, :n_candidates]
@@ -485,9 +489,7 @@ class DiffusionPolicy(BasePolicy):
         :return: Actions within the bounds of the action space, and ``state``.
         :raises ValueError: If a number of the observation is not finite.
         """
-        for name, part in observation.items() if isinstance(observation, dict) else [("observation", observation)]:
-            what = f"observation[{name!r}]" if isinstance(observation, dict) else name
-            arguments.check_finite_observation(what, part)
+        arguments.check_finite_observation(observation)
         return super().predict(observation, state, episode_start, deterministic)
 
     def unscale_action(self, scaled_action: np.ndarray) -> np.ndarray:

@@ -97,6 +97,28 @@ def test_more_candidates_have_higher_values():
     assert values[0] < values[-1]
 
 
+def test_the_noise_of_deterministic_predictions_can_be_smaller():
+    """Nothing else changes. Without noise all candidates are alike: the middle of the policy."""
+    models = {
+        scale: tiny_qvpo(policy_kwargs=dict(net_arch=[8], eval_noise_scale=scale), n_eval_candidates=5).learn(12)
+        for scale in (1, 0.5, 0)
+    }
+    banks = {scale: model.policy.noise_bank(5) for scale, model in models.items()}
+    assert th.equal(banks[0.5], 0.5 * banks[1]) and not banks[0].any()
+    weights = {scale: weights_of(model) for scale, model in models.items()}
+    assert same_weights(weights[1], weights[0.5]) and same_weights(weights[1], weights[0])
+    observation, actions = np.full((1, 3), 0.3, np.float32), []
+    for model in models.values():
+        th.manual_seed(0)
+        actions.append(float(model.predict(observation)[0].item()))
+    assert len(set(actions)) == 1
+    assert len({float(model.predict(observation, deterministic=True)[0].item()) for model in models.values()}) == 3
+    policy = models[0].policy
+    with th.no_grad():
+        candidates = policy.score_candidates(th.as_tensor(observation), policy.noise_bank(5)).candidates
+    assert (candidates == candidates[:, :1]).all()
+
+
 def test_the_noise_bank_grows_without_changing():
     policy, other = tiny_qvpo().policy, tiny_qvpo(seed=5).policy
     small = policy.noise_bank(3).clone()
@@ -403,12 +425,13 @@ POLICY_ALIVE = {
     "normalize_features": True,
     "renorm_start": 0,
     "noise_bank_seed": 1,
+    "eval_noise_scale": 0.5,
 }
 
 
 @pytest.mark.parametrize("name", [name for name, value in POLICY_ALIVE.items() if value is not None])
 def test_policy_argument_is_alive(name):
-    observe = prediction(deterministic=True) if name == "noise_bank_seed" else trained_weights
+    observe = prediction(deterministic=True) if name in ("noise_bank_seed", "eval_noise_scale") else trained_weights
     changed = {**TINY["policy_kwargs"], name: POLICY_ALIVE[name]}
     critic_type, _ = CRITIC_OPTIONS.get(name, ("twin", None))
     first, second = (tiny_qvpo(critic_type=critic_type, policy_kwargs=each) for each in (TINY["policy_kwargs"], changed))
