@@ -192,8 +192,12 @@ def test_every_entry_builds_a_model(config, name, tmp_path, monkeypatch):
 
 def test_the_settings_of_the_learning_curves():
     """Those of presets and of the authors."""
-    settings = ALGOS["preset_fast"][1]
-    assert {**settings, "policy_kwargs": eval(settings["policy_kwargs"], {"nn": th.nn})} == dict(presets.fast)
+    for name, noise in (("preset_fast_eval0.3", 0.3), ("preset_fast", 1.0)):
+        settings = ALGOS[name][1]
+        policy_kwargs = presets.fast["policy_kwargs"]
+        assert policy_kwargs["eval_noise_scale"] == 0.3
+        expected = presets.fast | dict(policy_kwargs={**policy_kwargs, "eval_noise_scale": noise})
+        assert {**settings, "policy_kwargs": eval(settings["policy_kwargs"], {"nn": th.nn})} == expected
     official = ALGOS["fast_official"][1]
     for name in ("learning_rate", "qf_learning_rate", "max_grad_norm", "n_target_candidates", "ent_coef"):
         assert official[name] == OFFICIAL["HalfCheetah-v5"][name], name
