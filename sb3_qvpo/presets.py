@@ -126,14 +126,8 @@ sdac = Preset(
     n_reverse_samples=16,
     n_behavior_candidates=4,
     n_target_candidates=2,
-    policy_kwargs=dict(
-        net_arch=dict(pi=[128, 128], qf=[256, 256]),
-        activation_fn=nn.ReLU,
-        optimizer_kwargs=dict(betas=(0.5, 0.999)),
-        n_sampling_steps=5,
-        sampler="dpm++",
-        prediction="v",
-    ),
+    # Smaller noise while acting has not been tried with it
+    policy_kwargs={name: value for name, value in fast["policy_kwargs"].items() if name != "eval_noise_scale"},
 )
 """
 For :class:`~sb3_qvpo.sdac.sdac.SDAC` on MuJoCo and tasks like it, on a CPU: the critics and the sampler of :data:`fast`. The
