@@ -12,8 +12,6 @@ from functools import partial
 from typing import Any
 
 from bench_step import MODELS
-from sb3_contrib import CrossQ
-from stable_baselines3 import SAC
 from timing import Rows, interleaved, parse_arguments, report, summary
 
 from sb3_qvpo import QVPO, SDAC, presets
@@ -21,17 +19,9 @@ from sb3_qvpo.common.speed.cpu import OneDnnProducts
 
 ENV = "HalfCheetah-v5"
 COMPARED: dict[str, tuple[Any, dict[str, Any]]] = {
-    "presets.fast": (QVPO, dict(presets.fast)),
-    "presets.sdac": (SDAC, dict(presets.sdac)),
+    **{name: MODELS[name] for name in ("presets.fast", "presets.sdac", "CrossQ-256", "SAC")},
     "SDAC, batch 256": (SDAC, presets.sdac | dict(batch_size=256)),
-    "CrossQ-256": (CrossQ, MODELS["CrossQ-256"][1]),
-    "SAC": (SAC, {}),
 }
-
-
-def update_of(model: Any, n_updates: int) -> Callable[[], None]:
-    """A function that trains for so many updates."""
-    return lambda: model.train(gradient_steps=n_updates, batch_size=model.batch_size)
 
 
 def parts_of(model: QVPO | SDAC) -> dict[str, Callable[[], Any]]:
@@ -67,7 +57,7 @@ def main() -> None:
         same = dict(learning_starts=100, buffer_size=10_000, seed=0, device="cpu", **small)
         model = algorithm("MlpPolicy", ENV, **{**settings, **same}).learn(130)
         per_call[f"{name}: update"] = delay = getattr(model, "policy_delay", 1)
-        functions[f"{name}: update"] = update_of(model, delay)
+        functions[f"{name}: update"] = partial(model.train, delay, model.batch_size)
         if name in ("presets.fast", "presets.sdac"):
             functions |= {f"{name}: {part}": function for part, function in parts_of(model).items()}
     times = interleaved(functions, arguments.repeats, arguments.seconds)

@@ -136,8 +136,10 @@ ALGOS: dict[str, tuple[str, dict[str, Any]]] = {
     # What each part of it earns
     "preset_fast_qadv": preset(q_weighting="qadv"),
     "preset_fast_no_improvement": preset(n_improvement_steps=0, n_train_candidates=8),
-    "preset_fast_twin": preset(critic_type="twin", **OWN_ADAM, policy_kwargs=dict(optimizer_kwargs={})),
-    "preset_fast_quantile": preset(critic_type="quantile", **OWN_ADAM, policy_kwargs=dict(optimizer_kwargs={})),
+    **{
+        f"preset_fast_{kind}": preset(critic_type=kind, **OWN_ADAM, policy_kwargs=dict(optimizer_kwargs={}))
+        for kind in ("twin", "quantile")
+    },
     "preset_fast_returns_1": preset(n_steps=1),
     "preset_fast_wide": preset(policy_kwargs=WIDE),
     "preset_fast_renorm": preset(policy_kwargs=dict(renorm_start=20_000)),

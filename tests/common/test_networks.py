@@ -107,6 +107,7 @@ def test_batch_renorm_agrees_with_that_of_sb3_contrib():
     But for details that are small where batches are large: theirs starts a batch later, divides by the unbiased variance of
     the batch, and leaves epsilon out of the shift.
     """
+    # The oldest Stable-Baselines3 is tested without sb3-contrib, which asks for a newer one
     theirs = pytest.importorskip("sb3_contrib.common.torch_layers", reason="needs sb3-contrib").BatchRenorm1d
     ours, other = renorm(11, momentum=0.1), theirs(3, momentum=0.1, warmup_steps=10)
     with th.no_grad():
