@@ -56,6 +56,7 @@ fast = Preset(
     n_uniform_actions=2,
     n_improvement_steps=2,
     improvement_step=0.3,
+    eval_noise_scale=0.3,
     policy_kwargs=dict(
         net_arch=dict(pi=[128, 128], qf=[256, 256]),
         activation_fn=nn.ReLU,
@@ -63,7 +64,6 @@ fast = Preset(
         n_sampling_steps=5,
         sampler="dpm++",
         prediction="v",
-        eval_noise_scale=0.3,
     ),
 )
 """
@@ -126,8 +126,7 @@ sdac = Preset(
     n_reverse_samples=16,
     n_behavior_candidates=4,
     n_target_candidates=2,
-    # Smaller noise while acting has not been tried with it
-    policy_kwargs={name: value for name, value in fast["policy_kwargs"].items() if name != "eval_noise_scale"},
+    policy_kwargs=fast["policy_kwargs"],
 )
 """
 For :class:`~sb3_qvpo.sdac.sdac.SDAC` on MuJoCo and tasks like it, on a CPU: the critics and the sampler of :data:`fast`. The

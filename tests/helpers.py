@@ -643,6 +643,7 @@ SHARED_ALIVE = {
     "n_behavior_candidates": (7, prediction(deterministic=False)),
     "n_target_candidates": (5, trained_weights),
     "n_eval_candidates": (1, prediction(deterministic=True)),
+    "eval_noise_scale": (0.5, prediction(deterministic=True)),
     "n_diffusion_steps": (5, trained_weights),
     "max_grad_norm": (1e-3, trained_weights),
     "critic_type": ("crossq", lambda model: type(model.critic)),

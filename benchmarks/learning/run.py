@@ -89,23 +89,25 @@ def in_zoo(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {**settings, "policy_kwargs": f"dict({policy_kwargs})"}
 
 
-def preset(policy_kwargs: dict[str, Any] | None = None, algorithm: str = "qvpo", **changes: Any) -> tuple[str, dict[str, Any]]:
-    """
-    ``presets.fast``, or that of another algorithm, with some settings changed. Unless ``eval_noise_scale`` is given it is 1,
-    with which ``presets.fast`` was evaluated at first.
-    """
-    settings = presets.fast if algorithm == "qvpo" else getattr(presets, algorithm)
-    kwargs = {**settings["policy_kwargs"], "eval_noise_scale": 1.0, **(policy_kwargs or {})}
-    return algorithm, in_zoo({**settings, **changes, "policy_kwargs": kwargs})
+def preset(policy_kwargs: dict[str, Any] | None = None, algorithm: str = "fast", **changes: Any) -> tuple[str, dict[str, Any]]:
+    """The preset of :mod:`sb3_qvpo.presets` that is called so, with some settings changed."""
+    settings = getattr(presets, algorithm)
+    kwargs = {**settings["policy_kwargs"], **(policy_kwargs or {})}
+    return ("qvpo" if algorithm == "fast" else algorithm), in_zoo({**settings, **changes, "policy_kwargs": kwargs})
+
+
+def former(policy_kwargs: dict[str, Any] | None = None, **changes: Any) -> tuple[str, dict[str, Any]]:
+    """``presets.fast`` as it was before: with returns of three steps, and evaluated with noise of deviation 1."""
+    return preset(policy_kwargs, **{"n_steps": 3, "eval_noise_scale": 1.0, **changes})
 
 
 WIDE: dict[str, Any] = dict(net_arch=[256, 256])
 """An actor as wide as the critics."""
 
-FORMER: dict[str, Any] = dict(n_steps=1, n_behavior_candidates=4)
+FIRST: dict[str, Any] = dict(n_steps=1, n_behavior_candidates=4)
 """Returns and candidates for acting of ``presets.fast`` at first."""
 
-FORMER_SDAC: dict[str, Any] = dict(batch_size=256, n_steps=1, temperature=0.2, n_target_candidates=4, policy_kwargs=WIDE)
+FIRST_SDAC: dict[str, Any] = dict(batch_size=256, n_steps=1, temperature=0.2, n_target_candidates=4, policy_kwargs=WIDE)
 """``presets.sdac`` at first."""
 
 SMALL_OFFICIAL_SDAC: dict[str, Any] = dict(
@@ -125,14 +127,6 @@ LEAN: dict[str, Any] = dict(n_train_candidates=1, n_uniform_actions=1)
 
 ALGOS: dict[str, tuple[str, dict[str, Any]]] = {
     "preset_fast": preset(),
-    "preset_fast_eval0.3": preset(policy_kwargs=dict(eval_noise_scale=0.3)),
-    "sdac": preset(algorithm="sdac"),
-    **{f"sdac_temperature{t}": preset(algorithm="sdac", temperature=t) for t in (0.03, 0.1, 0.2, 0.5)},
-    "sdac_kb16_batch256": preset(algorithm="sdac", n_behavior_candidates=16, batch_size=256),
-    # The authors' settings, with fewer candidates, draws and steps of a chain
-    "sdac_official_small": ("sdac", in_zoo(SMALL_OFFICIAL_SDAC)),
-    "sdac_m8": preset(algorithm="sdac", n_reverse_samples=8),
-    "sdac_m32": preset(algorithm="sdac", n_reverse_samples=32),
     # What each part of it earns
     "preset_fast_qadv": preset(q_weighting="qadv"),
     "preset_fast_no_improvement": preset(n_improvement_steps=0, n_train_candidates=8),
@@ -140,7 +134,7 @@ ALGOS: dict[str, tuple[str, dict[str, Any]]] = {
         f"preset_fast_{kind}": preset(critic_type=kind, **OWN_ADAM, policy_kwargs=dict(optimizer_kwargs={}))
         for kind in ("twin", "quantile")
     },
-    "preset_fast_returns_1": preset(n_steps=1),
+    **{f"preset_fast_returns_{n}": preset(n_steps=n) for n in (1, 3)},
     "preset_fast_wide": preset(policy_kwargs=WIDE),
     "preset_fast_renorm": preset(policy_kwargs=dict(renorm_start=20_000)),
     "preset_fast_noise": preset(policy_kwargs=dict(prediction="noise")),
@@ -148,29 +142,38 @@ ALGOS: dict[str, tuple[str, dict[str, Any]]] = {
     "preset_fast_karras": preset(n_diffusion_steps=5, policy_kwargs=dict(noise_schedule="karras")),
     "preset_fast_nd8": preset(n_train_candidates=8),
     "preset_fast_kt1": preset(n_target_candidates=1),
-    **{f"preset_fast_kb{k}": preset(n_behavior_candidates=k) for k in (4, 8, 16)},
-    "preset_fast_kb4_batch128": preset(n_behavior_candidates=4, batch_size=128),
-    "preset_fast_kb32_batch128": preset(n_behavior_candidates=32, batch_size=128),
+    **{f"preset_fast_kb{k}": preset(n_behavior_candidates=k) for k in (4, 16)},
+    "preset_fast_batch128": preset(batch_size=128),
+    "sdac": preset(algorithm="sdac"),
+    **{f"sdac_temperature{t}": preset(algorithm="sdac", temperature=t) for t in (0.03, 0.1, 0.2, 0.5)},
+    "sdac_kb16_batch256": preset(algorithm="sdac", n_behavior_candidates=16, batch_size=256),
+    # The authors' settings, with fewer candidates, draws and steps of a chain
+    "sdac_official_small": ("sdac", in_zoo(SMALL_OFFICIAL_SDAC)),
+    **{f"sdac_m{m}": preset(algorithm="sdac", n_reverse_samples=m) for m in (8, 32)},
+    "sdac_1step": preset(algorithm="sdac", **FIRST_SDAC),
+    # presets.fast as it was before
+    "former": former(),
+    **{f"former_kb{k}": former(n_behavior_candidates=k) for k in (4, 8, 16)},
+    **{f"former_kb{k}_batch128": former(n_behavior_candidates=k, batch_size=128) for k in (4, 32)},
     # Collecting with fewer candidates, and with returns of one step, as the preset was at first
-    "preset_fast_1step": preset(**FORMER),
-    "preset_fast_1step_batch128": preset(**FORMER, batch_size=128),
-    "preset_fast_1step_batch128_2updates": preset(**FORMER, batch_size=128, gradient_steps=2, policy_delay=6),
-    "preset_fast_1step_norm": preset(**FORMER, policy_kwargs=dict(normalize_features=True)),
-    "preset_fast_1step_lean": preset(**FORMER, **LEAN),
-    "preset_fast_1step_lean_lr2e-3": preset(**FORMER, **LEAN, learning_rate=2e-3, qf_learning_rate=1e-3),
-    "sdac_1step": preset(algorithm="sdac", **FORMER_SDAC),
+    "former_1step": former(**FIRST),
+    "former_1step_batch128": former(**FIRST, batch_size=128),
+    "former_1step_batch128_2updates": former(**FIRST, batch_size=128, gradient_steps=2, policy_delay=6),
+    "former_1step_norm": former(**FIRST, policy_kwargs=dict(normalize_features=True)),
+    "former_1step_lean": former(**FIRST, **LEAN),
+    "former_1step_lean_lr2e-3": former(**FIRST, **LEAN, learning_rate=2e-3, qf_learning_rate=1e-3),
     # With a wide actor, too, which the preset had even before
-    "preset_fast_pi256": preset(**FORMER, policy_kwargs=WIDE),
-    "preset_fast_pi256_nd8": preset(**FORMER, policy_kwargs=WIDE, n_train_candidates=8),
-    **{f"preset_fast_pi256_kt{k}": preset(**FORMER, policy_kwargs=WIDE, n_target_candidates=k) for k in (1, 2)},
-    "preset_fast_pi256_eta0.1": preset(**FORMER, policy_kwargs=WIDE, improvement_step=0.1),
-    "preset_fast_pi256_mish": preset(**FORMER, policy_kwargs={**WIDE, **MISH}),
-    "preset_fast_pi256_kt1_eta0.1_mish": preset(
-        **FORMER, n_target_candidates=1, improvement_step=0.1, policy_kwargs={**WIDE, **MISH}
+    "former_pi256": former(**FIRST, policy_kwargs=WIDE),
+    "former_pi256_nd8": former(**FIRST, policy_kwargs=WIDE, n_train_candidates=8),
+    **{f"former_pi256_kt{k}": former(**FIRST, policy_kwargs=WIDE, n_target_candidates=k) for k in (1, 2)},
+    "former_pi256_eta0.1": former(**FIRST, policy_kwargs=WIDE, improvement_step=0.1),
+    "former_pi256_mish": former(**FIRST, policy_kwargs={**WIDE, **MISH}),
+    "former_pi256_kt1_eta0.1_mish": former(
+        **FIRST, n_target_candidates=1, improvement_step=0.1, policy_kwargs={**WIDE, **MISH}
     ),
-    "preset_fast_pi256_3steps": preset(**FORMER, policy_kwargs={**WIDE, "n_sampling_steps": 3}),
-    "preset_fast_pi256_ddpm": preset(**FORMER, policy_kwargs={**WIDE, "sampler": "ddpm"}),
-    "preset_fast_pi256_karras": preset(**FORMER, n_diffusion_steps=5, policy_kwargs={**WIDE, "noise_schedule": "karras"}),
+    "former_pi256_3steps": former(**FIRST, policy_kwargs={**WIDE, "n_sampling_steps": 3}),
+    "former_pi256_ddpm": former(**FIRST, policy_kwargs={**WIDE, "sampler": "ddpm"}),
+    "former_pi256_karras": former(**FIRST, n_diffusion_steps=5, policy_kwargs={**WIDE, "noise_schedule": "karras"}),
     "crossq_256": ("crossq", CROSSQ_256),
     # Without the bonus for a policy that stays random: what it does to CrossQ
     "crossq_256_no_entropy": ("crossq", {**CROSSQ_256, "ent_coef": 1e-4}),

@@ -146,6 +146,18 @@ class PolicyCount(PolicyValue):
         return check_count(self.name, value)
 
 
+class PolicyScale(PolicyValue):
+    """The same for a number of at least 0."""
+
+    def checked(self, value: Any) -> float:
+        """
+        The value as it is kept.
+
+        :raises ValueError: If it is not a finite number of at least 0.
+        """
+        return check_interval(self.name, value, 0, math.inf)
+
+
 def check_class(name: str, value: Any, base: type) -> Any:
     """
     The value of the argument ``name``, a class or a function that takes its place. Its name or an instance will not do.

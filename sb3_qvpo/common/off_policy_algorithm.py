@@ -29,7 +29,7 @@ from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
 from sb3_qvpo.common import arguments
 from sb3_qvpo.common.actor_critic import CandidateCritic, DiffusionActor
-from sb3_qvpo.common.arguments import PolicyCount
+from sb3_qvpo.common.arguments import PolicyCount, PolicyScale
 from sb3_qvpo.common.episode_counts import EpisodeCounts, EpisodeCountsLearner, largest
 from sb3_qvpo.common.policies import DiffusionPolicy
 from sb3_qvpo.common.runs.pace import Pace, step_cost, told
@@ -62,6 +62,7 @@ class DiffusionOffPolicyAlgorithm(EpisodeCountsLearner):
     :param policy_delay: Update actor and targets every this many critic updates.
     :param max_grad_norm: Largest Euclidean norm of the gradients of actor and of critics; None for no clipping.
     :param critic_type: ``"twin"``, ``"crossq"`` or ``"quantile"``, see :class:`DiffusionPolicy`.
+    :param eval_noise_scale: Deviation of the noise that the candidates of deterministic predictions start from, at least 0.
     :param kwargs: Further arguments of SB3's ``OffPolicyAlgorithm``.
     :raises ValueError: If the action space is not a finite ``Box``, a candidate count is below 1, or gSDE is asked for.
     """
@@ -76,9 +77,12 @@ class DiffusionOffPolicyAlgorithm(EpisodeCountsLearner):
     """K_b, best of this many candidates while collecting, or several; can be changed at any time."""
     n_eval_candidates = PolicyCount()
     """K, best of this many candidates in ``predict(deterministic=True)``; can be changed at any time."""
+    eval_noise_scale = PolicyScale()
+    """Deviation of the noise that these candidates start from; can be changed at any time."""
 
-    _policy_arguments: ClassVar[tuple[str, ...]]
-    _policy_arguments = ("n_diffusion_steps", "n_behavior_candidates", "n_eval_candidates", "critic_type")
+    _policy_arguments: ClassVar[tuple[str, ...]] = (
+        *("n_diffusion_steps", "n_behavior_candidates", "n_eval_candidates", "critic_type", "eval_noise_scale"),
+    )
     """Arguments that are handed on to the policy."""
     _count_arguments: ClassVar[tuple[str, ...]] = ("batch_size", "buffer_size", "n_steps", "policy_delay", "n_diffusion_steps")
     """Arguments that are whole numbers of at least 1."""
@@ -100,6 +104,7 @@ class DiffusionOffPolicyAlgorithm(EpisodeCountsLearner):
         policy_delay: int,
         max_grad_norm: float | None,
         critic_type: str = "twin",
+        eval_noise_scale: float = 1.0,
         **kwargs: Any,
     ):
         # Strings are parsed in _setup_lr_schedule()
@@ -112,6 +117,7 @@ class DiffusionOffPolicyAlgorithm(EpisodeCountsLearner):
         self.policy_delay = policy_delay
         self.max_grad_norm = max_grad_norm
         self.critic_type = critic_type
+        self.eval_noise_scale = eval_noise_scale
 
     @property
     def n_diffusion_steps(self) -> int:

@@ -23,7 +23,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from sb3_qvpo.common import arguments
 from sb3_qvpo.common.actor_critic import CandidateCritic, DiffusionActor, NormalizedFeatures, fixed_noise, network_options
-from sb3_qvpo.common.arguments import PolicyCount, check_choice, check_class, check_count, check_net_arch
+from sb3_qvpo.common.arguments import PolicyCount, PolicyScale, check_choice, check_class, check_count, check_net_arch
 from sb3_qvpo.common.candidates import ScoredCandidates, best_candidate, improve_best_candidate
 from sb3_qvpo.common.critics import critic_options
 from sb3_qvpo.common.diffusion import DiffusionProcess
@@ -116,6 +116,8 @@ class DiffusionPolicy(BasePolicy):
     """K_b, best of this many candidates in ``predict(deterministic=False)``; can be changed at any time."""
     n_eval_candidates = PolicyCount()
     """K, best of this many candidates in ``predict(deterministic=True)``; can be changed at any time."""
+    eval_noise_scale = PolicyScale()
+    """Deviation of the noise that these candidates start from; can be changed at any time."""
 
     def __init__(
         self,
@@ -179,7 +181,7 @@ class DiffusionPolicy(BasePolicy):
         actor_options, common_options = network_options(time_hidden_dim, initialization)
         self.n_behavior_candidates, self.n_eval_candidates = n_behavior_candidates, n_eval_candidates
         self.noise_bank_seed = check_count("noise_bank_seed", noise_bank_seed, 0, 2**32 - 1)
-        self.eval_noise_scale = arguments.check_interval("eval_noise_scale", eval_noise_scale, 0, float("inf"))
+        self.eval_noise_scale = eval_noise_scale
         self.share_features_extractor, self.normalize_features = share_features_extractor, normalize_features
         self._noise_bank: th.Tensor | None = None
         self.programs, self.counts_in_use = Programs(), CountsInUse()
@@ -417,10 +419,10 @@ class DiffusionPolicy(BasePolicy):
         # A trace must hold the same operations each time, and no tensor of it may stay here
         if bank is None or bank.shape[2] < n_candidates or bank.device != self.device or is_traced():
             sizes = (n_candidates, self.n_diffusion_steps, self.actor.action_dim)
-            bank = self.eval_noise_scale * fixed_noise(self.noise_bank_seed, sizes).to(self.device)
+            bank = fixed_noise(self.noise_bank_seed, sizes).to(self.device)
             if not is_traced():
                 self._noise_bank = bank
-        return bank[: self.actor.diffusion.n_noises, :, :n_candidates]
+        return cast(th.Tensor, self.eval_noise_scale * bank[: self.actor.diffusion.n_noises, :, :n_candidates])
 
     def update_targets(self, tau: float, networks: Sequence[str] = ("actor", "critic")) -> None:
         """
@@ -554,9 +556,8 @@ class DiffusionPolicy(BasePolicy):
         current = dict(
             # The learning rate belongs to the algorithm; a policy loaded alone is not trained
             lr_schedule=self._dummy_schedule,
-            n_behavior_candidates=self.n_behavior_candidates,
-            n_eval_candidates=self.n_eval_candidates,
             normalized_observations=self.normalized_observations,
             noise_schedule=picklable(self._constructor_arguments["noise_schedule"], self.n_diffusion_steps),
         )
-        return {**self._constructor_arguments, **current}
+        values = {name: getattr(self, name) for name in arguments.policy_values(type(self))}
+        return {**self._constructor_arguments, **values, **current}

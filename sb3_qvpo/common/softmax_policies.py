@@ -61,6 +61,3 @@ class SoftmaxPolicy(DiffusionPolicy):
     def _scores_as_known(self) -> bool:
         # Compiled decisions take the best candidate
         return False
-
-    def _get_constructor_parameters(self) -> dict[str, Any]:
-        return {**super()._get_constructor_parameters(), "selection_temperature": self.selection_temperature}

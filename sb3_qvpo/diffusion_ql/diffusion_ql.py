@@ -82,6 +82,8 @@ class DiffusionQL(CandidateTDAlgorithm):
     :param n_eval_candidates: Best of this many candidates in ``predict(deterministic=True)``, at least 1.
     :param n_diffusion_steps: T, steps of the diffusion, at least 1.
     :param max_grad_norm: Largest Euclidean norm of the gradients of actor and of critics; None for no clipping.
+    :param eval_noise_scale: Deviation of the noise that candidates of ``predict(deterministic=True)`` start from, at least 0.
+        Below 1 they are closer to the middle of the policy; at 0 they are all alike.
     :param use_sde: Must be False: gSDE belongs to Gaussian policies. Accepted, like the next two, only so that scripts written
         for SAC run unchanged.
     :param sde_sample_freq: Has no effect without gSDE.
@@ -136,6 +138,7 @@ class DiffusionQL(CandidateTDAlgorithm):
         n_eval_candidates: int = 50,
         n_diffusion_steps: int = 5,
         max_grad_norm: float | None = None,
+        eval_noise_scale: float = 1.0,
         use_sde: bool = False,
         sde_sample_freq: int = -1,
         use_sde_at_warmup: bool = False,
@@ -158,6 +161,7 @@ class DiffusionQL(CandidateTDAlgorithm):
             n_eval_candidates=n_eval_candidates,
             policy_delay=1,
             max_grad_norm=max_grad_norm,
+            eval_noise_scale=eval_noise_scale,
             use_sde=use_sde,
             sde_sample_freq=sde_sample_freq,
             use_sde_at_warmup=use_sde_at_warmup,

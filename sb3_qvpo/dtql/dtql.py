@@ -89,6 +89,8 @@ class DTQL(TDAlgorithm):
     :param n_eval_candidates: Best of this many candidates in ``predict(deterministic=True)``, at least 1. With 1 it is the
         policy's centre, and an exported file holds the one-step policy alone.
     :param max_grad_norm: Largest Euclidean norm of the gradients of each network; None for no clipping.
+    :param eval_noise_scale: Deviation of the noise that candidates of ``predict(deterministic=True)`` start from, at least 0.
+        Below 1 they are closer to the middle of the policy; at 0 they are all alike.
     :param use_sde: Must be False: gSDE belongs to Gaussian policies. Accepted, like the next two, only so that scripts written
         for SAC run unchanged.
     :param sde_sample_freq: Has no effect without gSDE.
@@ -111,7 +113,9 @@ class DTQL(TDAlgorithm):
         "CnnPolicy": CnnPolicy,
         "MultiInputPolicy": MultiInputPolicy,
     }
-    _policy_arguments: ClassVar[tuple[str, ...]] = ("n_behavior_candidates", "n_eval_candidates", "selection_temperature")
+    _policy_arguments: ClassVar[tuple[str, ...]] = (
+        *("n_behavior_candidates", "n_eval_candidates", "eval_noise_scale", "selection_temperature"),
+    )
 
     selection_temperature = PolicyValue()
     """Of the softmax by which ``predict(deterministic=False)`` chooses; can be changed at any time."""
@@ -143,6 +147,7 @@ class DTQL(TDAlgorithm):
         n_behavior_candidates: int | Sequence[int] = 1024,
         n_eval_candidates: int = 1024,
         max_grad_norm: float | None = None,
+        eval_noise_scale: float = 1.0,
         use_sde: bool = False,
         sde_sample_freq: int = -1,
         use_sde_at_warmup: bool = False,
@@ -164,6 +169,7 @@ class DTQL(TDAlgorithm):
             n_eval_candidates=n_eval_candidates,
             policy_delay=1,
             max_grad_norm=max_grad_norm,
+            eval_noise_scale=eval_noise_scale,
             use_sde=use_sde,
             sde_sample_freq=sde_sample_freq,
             use_sde_at_warmup=use_sde_at_warmup,

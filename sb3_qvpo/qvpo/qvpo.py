@@ -106,6 +106,8 @@ class QVPO(CandidateTDAlgorithm):
     :param n_improvement_steps: m, gradient steps on the best of the N_d candidates. Each of its m results is a candidate too.
         0, the paper's choice, for none.
     :param improvement_step: eta, length of such a step in units of sqrt(A), above 0. Each dimension moves by about eta.
+    :param eval_noise_scale: Deviation of the noise that candidates of ``predict(deterministic=True)`` start from, at least 0.
+        Below 1 they are closer to the middle of the policy; at 0 they are all alike.
     :param use_sde: Must be False: gSDE belongs to Gaussian policies. Accepted, like the next two, only so that scripts written
         for SAC run unchanged.
     :param sde_sample_freq: Has no effect without gSDE.
@@ -164,6 +166,7 @@ class QVPO(CandidateTDAlgorithm):
         critic_type: str = "twin",
         n_improvement_steps: int = 0,
         improvement_step: float = 0.1,
+        eval_noise_scale: float = 1.0,
         use_sde: bool = False,
         sde_sample_freq: int = -1,
         use_sde_at_warmup: bool = False,
@@ -187,6 +190,7 @@ class QVPO(CandidateTDAlgorithm):
             policy_delay=policy_delay,
             max_grad_norm=max_grad_norm,
             critic_type=critic_type,
+            eval_noise_scale=eval_noise_scale,
             use_sde=use_sde,
             sde_sample_freq=sde_sample_freq,
             use_sde_at_warmup=use_sde_at_warmup,

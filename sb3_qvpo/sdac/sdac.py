@@ -126,6 +126,8 @@ class SDAC(CandidateTDAlgorithm):
     :param max_grad_norm: Largest Euclidean norm of the gradients of actor and of critics; None for no clipping.
     :param critic_type: ``"twin"`` for clipped double Q-learning with target networks; ``"crossq"`` for critics with batch
         normalisation and without targets; ``"quantile"`` for truncated quantiles. See :mod:`sb3_qvpo.common.critics`.
+    :param eval_noise_scale: Deviation of the noise that candidates of ``predict(deterministic=True)`` start from, at least 0.
+        Below 1 they are closer to the middle of the policy; at 0 they are all alike.
     :param use_sde: Must be False: gSDE belongs to Gaussian policies. Accepted, like the next two, only so that scripts written
         for SAC run unchanged.
     :param sde_sample_freq: Has no effect without gSDE.
@@ -185,6 +187,7 @@ class SDAC(CandidateTDAlgorithm):
         policy_delay: int = 2,
         max_grad_norm: float | None = None,
         critic_type: str = "twin",
+        eval_noise_scale: float = 1.0,
         use_sde: bool = False,
         sde_sample_freq: int = -1,
         use_sde_at_warmup: bool = False,
@@ -208,6 +211,7 @@ class SDAC(CandidateTDAlgorithm):
             policy_delay=policy_delay,
             max_grad_norm=max_grad_norm,
             critic_type=critic_type,
+            eval_noise_scale=eval_noise_scale,
             use_sde=use_sde,
             sde_sample_freq=sde_sample_freq,
             use_sde_at_warmup=use_sde_at_warmup,

@@ -31,6 +31,26 @@ from sb3_qvpo import QVPO, DiffusionPolicy
 # Settings
 
 
+def test_the_noise_of_deterministic_predictions_can_be_changed_on_a_loaded_model(tmp_path):
+    tiny_qvpo().save(tmp_path / "model")
+    at_load, later = QVPO.load(tmp_path / "model", eval_noise_scale=0.5), QVPO.load(tmp_path / "model")
+    obs = sampled_observations(later.observation_space, 40)
+    before = later.predict(obs, deterministic=True)[0]
+    later.eval_noise_scale = 0.5
+    after = later.predict(obs, deterministic=True)[0]
+    assert not np.array_equal(before, after)
+    np.testing.assert_array_equal(after, at_load.predict(obs, deterministic=True)[0])
+    later.save(tmp_path / "again")
+    later.policy.save(tmp_path / "policy")
+    for other in (QVPO.load(tmp_path / "again"), DiffusionPolicy.load(tmp_path / "policy")):
+        np.testing.assert_array_equal(after, other.predict(obs, deterministic=True)[0])
+    later.policy.eval_noise_scale = 1  # the policy's own scale is the model's
+    np.testing.assert_array_equal(before, later.predict(obs, deterministic=True)[0])
+    assert later.eval_noise_scale == 1
+    with pytest.raises(ValueError, match=r"eval_noise_scale must be a number in \[0, inf\), got -1"):
+        later.eval_noise_scale = -1
+
+
 def test_candidate_counts_can_be_changed_on_a_loaded_model(tmp_path):
     tiny_qvpo().save(tmp_path / "model")
     at_load = QVPO.load(tmp_path / "model", n_eval_candidates=9, n_behavior_candidates=2)

@@ -99,10 +99,7 @@ def test_more_candidates_have_higher_values():
 
 def test_the_noise_of_deterministic_predictions_can_be_smaller():
     """Nothing else changes. Without noise all candidates are alike: the middle of the policy."""
-    models = {
-        scale: tiny_qvpo(policy_kwargs=dict(net_arch=[8], eval_noise_scale=scale), n_eval_candidates=5).learn(12)
-        for scale in (1, 0.5, 0)
-    }
+    models = {scale: tiny_qvpo(eval_noise_scale=scale, n_eval_candidates=5).learn(12) for scale in (1, 0.5, 0)}
     banks = {scale: model.policy.noise_bank(5) for scale, model in models.items()}
     assert th.equal(banks[0.5], 0.5 * banks[1]) and not banks[0].any()
     weights = {scale: weights_of(model) for scale, model in models.items()}
@@ -116,7 +113,8 @@ def test_the_noise_of_deterministic_predictions_can_be_smaller():
     policy = models[0].policy
     with th.no_grad():
         candidates = policy.score_candidates(th.as_tensor(observation), policy.noise_bank(5)).candidates
-    assert (candidates == candidates[:, :1]).all()
+    # Equal rows of a batch may differ in their last bit, because the last few take another path of the kernel
+    th.testing.assert_close(candidates, candidates[:, :1].expand_as(candidates), rtol=0, atol=1e-6)
 
 
 def test_the_noise_bank_grows_without_changing():
@@ -425,13 +423,12 @@ POLICY_ALIVE = {
     "normalize_features": True,
     "renorm_start": 0,
     "noise_bank_seed": 1,
-    "eval_noise_scale": 0.5,
 }
 
 
 @pytest.mark.parametrize("name", [name for name, value in POLICY_ALIVE.items() if value is not None])
 def test_policy_argument_is_alive(name):
-    observe = prediction(deterministic=True) if name in ("noise_bank_seed", "eval_noise_scale") else trained_weights
+    observe = prediction(deterministic=True) if name == "noise_bank_seed" else trained_weights
     changed = {**TINY["policy_kwargs"], name: POLICY_ALIVE[name]}
     critic_type, _ = CRITIC_OPTIONS.get(name, ("twin", None))
     first, second = (tiny_qvpo(critic_type=critic_type, policy_kwargs=each) for each in (TINY["policy_kwargs"], changed))
@@ -441,7 +438,7 @@ def test_policy_argument_is_alive(name):
 def test_every_policy_argument_is_covered():
     given_by_sb3_or_qvpo = {
         *("observation_space", "action_space", "lr_schedule", "normalized_observations"),
-        *("n_diffusion_steps", "n_behavior_candidates", "n_eval_candidates", "critic_type"),
+        *("n_diffusion_steps", "n_behavior_candidates", "n_eval_candidates", "critic_type", "eval_noise_scale"),
     }
     assert set(inspect.signature(DiffusionPolicy).parameters) == POLICY_ALIVE.keys() | given_by_sb3_or_qvpo
 

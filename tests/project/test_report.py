@@ -235,21 +235,21 @@ def test_the_front_figure_shows_runs_as_far_as_they_got(tmp_path, monkeypatch):
         {**row(seed, step, value, algo, last_step), "task": "Hopper-v5"}
         for seed, step, value, algo, last_step in (
             *((0, 20_000, 30, "sac", 100_000), (0, 10_000, 10, "sac", 100_000), (1, 10_000, 20, "sac", 100_000)),
-            *((0, 10_000, 50, "preset_fast", 100_000), (0, 10_000, 1, "qvpo", 100_000)),
+            *((0, 10_000, 50, "former", 100_000), (0, 10_000, 1, "qvpo", 100_000)),
             # Runs of other lengths are others
-            *((0, 10_000, 5, "sac", 200_000), (1, 10_000, 5, "sac", 40_000), (2, 20_000, 5, "preset_fast", 30_000)),
+            *((0, 10_000, 5, "sac", 200_000), (1, 10_000, 5, "sac", 40_000), (2, 20_000, 5, "former", 30_000)),
         )
     ]
     curves = selection.front_curves(rows)
-    assert list(curves) == ["Hopper-v5"] and list(curves["Hopper-v5"]) == ["preset_fast", "sac"]
-    single = {"Hopper-v5": {"preset_fast": [(np.array([10_000]), np.array([7.0]))]}}
+    assert list(curves) == ["Hopper-v5"] and list(curves["Hopper-v5"]) == ["former", "sac"]
+    single = {"Hopper-v5": {"former": [(np.array([10_000]), np.array([7.0]))]}}
     milliseconds = {"presets.fast": 60.0, "SAC": 30.0}
     lines = tables.front_table(curves, single, milliseconds, (10_000, 20_000), (10_000, 20_000), 5.5).splitlines()
     assert lines[2:] == [
         "| Hopper-v5 | QVPO | 1 | 50 | 50 | - | - | - |",
         "| Hopper-v5 | SAC | 2 | 20 | 15 (10 to 20) | 30 | 20 | - |",
     ], "one seed of SAC got to the end, and took 5 minutes"
-    single["Hopper-v5"]["preset_fast"] = [(np.array([10_000, 20_000]), np.array([7.0, 9.0]))]
+    single["Hopper-v5"]["former"] = [(np.array([10_000, 20_000]), np.array([7.0, 9.0]))]
     lines = tables.front_table(curves, single, milliseconds, (), (10_000, 20_000), 9.0).splitlines()
     assert lines[2] == "| Hopper-v5 | QVPO | 1 | - | - | 8 |"
     shown = []

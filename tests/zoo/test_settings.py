@@ -192,12 +192,13 @@ def test_every_entry_builds_a_model(config, name, tmp_path, monkeypatch):
 
 def test_the_settings_of_the_learning_curves():
     """Those of presets and of the authors."""
-    for name, noise in (("preset_fast_eval0.3", 0.3), ("preset_fast", 1.0)):
-        settings = ALGOS[name][1]
-        policy_kwargs = presets.fast["policy_kwargs"]
-        assert policy_kwargs["eval_noise_scale"] == 0.3
-        expected = presets.fast | dict(policy_kwargs={**policy_kwargs, "eval_noise_scale": noise})
-        assert {**settings, "policy_kwargs": eval(settings["policy_kwargs"], {"nn": th.nn})} == expected
+
+    def settings(name):
+        return {**ALGOS[name][1], "policy_kwargs": eval(ALGOS[name][1]["policy_kwargs"], {"nn": th.nn})}
+
+    assert settings("preset_fast") == dict(presets.fast) and settings("sdac") == dict(presets.sdac)
+    assert (presets.fast["n_steps"], presets.fast["eval_noise_scale"]) == (3, 0.3)
+    assert settings("former") == presets.fast | dict(n_steps=3, eval_noise_scale=1.0)
     official = ALGOS["fast_official"][1]
     for name in ("learning_rate", "qf_learning_rate", "max_grad_norm", "n_target_candidates", "ent_coef"):
         assert official[name] == OFFICIAL["HalfCheetah-v5"][name], name
