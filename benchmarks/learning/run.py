@@ -134,7 +134,8 @@ ALGOS: dict[str, tuple[str, dict[str, Any]]] = {
         f"preset_fast_{kind}": preset(critic_type=kind, **OWN_ADAM, policy_kwargs=dict(optimizer_kwargs={}))
         for kind in ("twin", "quantile")
     },
-    **{f"preset_fast_returns_{n}": preset(n_steps=n) for n in (1, 3)},
+    **{f"preset_fast_returns_{n}": preset(n_steps=n) for n in (1, 2)},
+    "preset_fast_returns_2_kb4": preset(n_steps=2, n_behavior_candidates=4),
     "preset_fast_wide": preset(policy_kwargs=WIDE),
     "preset_fast_renorm": preset(policy_kwargs=dict(renorm_start=20_000)),
     "preset_fast_noise": preset(policy_kwargs=dict(prediction="noise")),
