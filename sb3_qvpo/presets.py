@@ -83,7 +83,7 @@ There is no other preset for long runs, because nothing has been measured beyond
 Cost: 25 ms a step on one core of a Xeon, 0.96 times CrossQ's, 1.9 times SAC's (``benchmarks/results/step_one_thread.csv``).
 Returns of the best of 32, seed 0, means from 80 000 to 100 000 steps: 2705 on Hopper-v5, 4066 on Walker2d-v5 and 6399 on
 HalfCheetah-v5 (``benchmarks/learning/preset.csv``). They were evaluated with ``eval_noise_scale=1``, with which policies fall
-now and then on the first two. With 0.3 they do not: 3464 instead of 2064 on Walker2d-v5 (docs, notes, "The preset fast").
+now and then on the first two. With 0.3 they fall less: 3464 instead of 2064 on Walker2d-v5 (docs, notes, "The preset fast").
 """
 
 small = Preset(

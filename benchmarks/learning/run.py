@@ -89,15 +89,15 @@ def in_zoo(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {**settings, "policy_kwargs": f"dict({policy_kwargs})"}
 
 
-def preset(policy_kwargs: dict[str, Any] | None = None, algorithm: str = "fast", **changes: Any) -> tuple[str, dict[str, Any]]:
+def preset(policy_kwargs: dict[str, Any] | None = None, name: str = "fast", **changes: Any) -> tuple[str, dict[str, Any]]:
     """The preset of :mod:`sb3_qvpo.presets` that is called so, with some settings changed."""
-    settings = getattr(presets, algorithm)
+    settings = getattr(presets, name)
     kwargs = {**settings["policy_kwargs"], **(policy_kwargs or {})}
-    return ("qvpo" if algorithm == "fast" else algorithm), in_zoo({**settings, **changes, "policy_kwargs": kwargs})
+    return ("qvpo" if name == "fast" else name), in_zoo({**settings, **changes, "policy_kwargs": kwargs})
 
 
 def former(policy_kwargs: dict[str, Any] | None = None, **changes: Any) -> tuple[str, dict[str, Any]]:
-    """``presets.fast`` as it was before: with returns of three steps, and evaluated with noise of deviation 1."""
+    """``presets.fast`` as its first curves were measured: returns of three steps, evaluated with noise of deviation 1."""
     return preset(policy_kwargs, **{"n_steps": 3, "eval_noise_scale": 1.0, **changes})
 
 
@@ -145,14 +145,14 @@ ALGOS: dict[str, tuple[str, dict[str, Any]]] = {
     "preset_fast_kt1": preset(n_target_candidates=1),
     **{f"preset_fast_kb{k}": preset(n_behavior_candidates=k) for k in (4, 16)},
     "preset_fast_batch128": preset(batch_size=128),
-    "sdac": preset(algorithm="sdac"),
-    **{f"sdac_temperature{t}": preset(algorithm="sdac", temperature=t) for t in (0.03, 0.1, 0.2, 0.5)},
-    "sdac_kb16_batch256": preset(algorithm="sdac", n_behavior_candidates=16, batch_size=256),
+    "sdac": preset(name="sdac"),
+    **{f"sdac_temperature{t}": preset(name="sdac", temperature=t) for t in (0.03, 0.1, 0.2, 0.5)},
+    "sdac_kb16_batch256": preset(name="sdac", n_behavior_candidates=16, batch_size=256),
     # The authors' settings, with fewer candidates, draws and steps of a chain
     "sdac_official_small": ("sdac", in_zoo(SMALL_OFFICIAL_SDAC)),
-    **{f"sdac_m{m}": preset(algorithm="sdac", n_reverse_samples=m) for m in (8, 32)},
-    "sdac_1step": preset(algorithm="sdac", **FIRST_SDAC),
-    # presets.fast as it was before
+    **{f"sdac_m{m}": preset(name="sdac", n_reverse_samples=m) for m in (8, 32)},
+    "sdac_1step": preset(name="sdac", **FIRST_SDAC),
+    # presets.fast as its first curves were measured
     "former": former(),
     **{f"former_kb{k}": former(n_behavior_candidates=k) for k in (4, 8, 16)},
     **{f"former_kb{k}_batch128": former(n_behavior_candidates=k, batch_size=128) for k in (4, 32)},
