@@ -104,6 +104,7 @@ def _sample_around_fast(trial: "optuna.Trial") -> dict[str, Any]:
         "policy_delay": trial.suggest_int("policy_delay", 1, 3),
         "n_improvement_steps": trial.suggest_int("n_improvement_steps", 0, 3),
         "improvement_step": trial.suggest_float("improvement_step", 0.05, 0.5, log=True),
+        "training_action_noise": trial.suggest_float("training_action_noise", 0.0, 0.3),
         "n_train_candidates_pow": trial.suggest_int("n_train_candidates_pow", 1, 3),
         "n_target_candidates_pow": trial.suggest_int("n_target_candidates_pow", 0, 2),
     }

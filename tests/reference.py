@@ -486,7 +486,7 @@ class Learner:
     ``actor`` and ``critics`` (and their targets) are changed in place; ``settings`` holds ``betas``, ``tau``, ``gamma``,
     ``weighting`` (values of one state -> weights), ``ent_coef``, ``actor_learning_rate``, ``critic_learning_rate``,
     ``adam_epsilon``, ``max_grad_norm`` and ``policy_delay``. What the paper has not may be left out: ``prediction``,
-    ``solver_steps``, ``n_improvement_steps`` and ``improvement_step``.
+    ``solver_steps``, ``n_improvement_steps``, ``improvement_step`` and ``training_action_noise``.
     """
 
     def __init__(self, actor, actor_target, critics, critics_target, settings):
@@ -546,7 +546,13 @@ class Learner:
             values = [min(q_values(self.critics, state, action)) for action in candidates]
             omega = self.settings["weighting"](values)  # line 6
             best = max(range(len(candidates)), key=lambda k: (omega[k], values[k]))  # line 7
-            actions.append([candidates[best], *noise["uniform_actions"][i]])
+            chosen = candidates[best]
+            if self.settings.get("training_action_noise"):
+                noisy = [
+                    a + self.settings["training_action_noise"] * e for a, e in zip(chosen, noise["action"][i], strict=True)
+                ]
+                chosen = np.array([min(max(a, -1.0), 1.0) for a in noisy])
+            actions.append([chosen, *noise["uniform_actions"][i]])
             omega_ent = self.settings["ent_coef"] * omega[best]  # line 8
             weights.append([omega[best]] + [omega_ent] * len(noise["uniform_actions"][i]))
             contrasts.append(max(values) - np.mean(values))

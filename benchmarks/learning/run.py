@@ -136,6 +136,7 @@ ALGOS: dict[str, tuple[str, dict[str, Any]]] = {
     },
     **{f"preset_fast_returns_{n}": preset(n_steps=n) for n in (1, 2)},
     "preset_fast_returns_2_kb4": preset(n_steps=2, n_behavior_candidates=4),
+    **{f"preset_fast_train_noise{std}": preset(training_action_noise=std) for std in (0.1, 0.2, 0.3)},
     "preset_fast_wide": preset(policy_kwargs=WIDE),
     "preset_fast_renorm": preset(policy_kwargs=dict(renorm_start=20_000)),
     "preset_fast_noise": preset(policy_kwargs=dict(prediction="noise")),

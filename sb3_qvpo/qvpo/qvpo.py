@@ -13,6 +13,7 @@ argument or variable        symbol              meaning
 ``ent_coef``                omega_ent           weight of the entropy term
 ``n_improvement_steps``     m                   gradient steps on the best of them (not in the paper)
 ``improvement_step``        eta                 length of such a step, over sqrt(A) (not in the paper)
+``training_action_noise``   sigma               deviation of noise on the action trained on (not in the paper)
 ``weights``                 omega_eq(s, a_i)    Q-weights of the candidates
 ``best_actions``            a_max               the candidate trained on
 ``denoising_losses``        norm in (6), (10)   ``mean over dimensions of (epsilon - epsilon_theta)^2``
@@ -49,12 +50,14 @@ class ActorNoise(NamedTuple):
     :param uniform_actions: Uniform actions in [-1, 1], shape (B, N_e, A).
     :param timesteps: Diffusion steps of the loss, shape (B, 1 + N_e).
     :param denoising: Noise epsilon of the loss, shape (B, 1 + N_e, A).
+    :param action: Noise for a_max, of deviation 1, shape (B, A). None without ``training_action_noise``.
     """
 
     chain: th.Tensor | int
     uniform_actions: th.Tensor
     timesteps: th.Tensor
     denoising: th.Tensor
+    action: th.Tensor | None
 
 
 class QVPO(CandidateTDAlgorithm):
@@ -106,6 +109,8 @@ class QVPO(CandidateTDAlgorithm):
     :param n_improvement_steps: m, gradient steps on the best of the N_d candidates. Each of its m results is a candidate too.
         0, the paper's choice, for none.
     :param improvement_step: eta, length of such a step in units of sqrt(A), above 0. Each dimension moves by about eta.
+    :param training_action_noise: sigma, deviation of normal noise added to a_max before the policy is trained on it, at least
+        0. The sum is clipped to the box. Above 0 the policy cannot become narrower than that. 0 is the paper's choice.
     :param eval_noise_scale: Deviation of the noise that candidates of ``predict(deterministic=True)`` start from, at least 0.
         Below 1 they are closer to the middle of the policy; at 0 they are all alike.
     :param use_sde: Must be False: gSDE belongs to Gaussian policies. Accepted, like the next two, only so that scripts written
@@ -166,6 +171,7 @@ class QVPO(CandidateTDAlgorithm):
         critic_type: str = "twin",
         n_improvement_steps: int = 0,
         improvement_step: float = 0.1,
+        training_action_noise: float = 0.0,
         eval_noise_scale: float = 1.0,
         use_sde: bool = False,
         sde_sample_freq: int = -1,
@@ -219,6 +225,7 @@ class QVPO(CandidateTDAlgorithm):
         self.q_weighting = q_weighting
         self.n_improvement_steps = n_improvement_steps
         self.improvement_step = improvement_step
+        self.training_action_noise = training_action_noise
 
         if _init_setup_model:
             self._setup_model()
@@ -276,6 +283,8 @@ class QVPO(CandidateTDAlgorithm):
             weights = self._q_weighting(q_values)
             # Line 7: only the sample with the largest weight is trained on
             best_actions, best_weights = select_training_actions(candidates, q_values, weights)
+            if noise.action is not None:
+                best_actions = (best_actions + self.training_action_noise * noise.action).clamp(-1, 1)
             # Line 8: N_e uniform samples, each with weight omega_ent * omega_eq(s, a_max)
             actions, action_weights = add_uniform_actions(best_actions, best_weights, noise.uniform_actions, ent_coef)
 
@@ -314,6 +323,7 @@ class QVPO(CandidateTDAlgorithm):
             uniform_actions=2 * th.rand(uniform_shape, device=self.device) - 1,
             timesteps=self.actor.diffusion.draw_timesteps(loss_shape, self.device),
             denoising=th.randn((*loss_shape, self.actor.action_dim), device=self.device),
+            action=th.randn((batch_size, self.actor.action_dim), device=self.device) if self.training_action_noise else None,
         )
 
     def _current_ent_coef(self) -> float:
@@ -325,6 +335,7 @@ class QVPO(CandidateTDAlgorithm):
         super()._resolve_arguments()
         self.n_improvement_steps = check_count("n_improvement_steps", self.n_improvement_steps, 0)
         check_interval("improvement_step", self.improvement_step, 0, math.inf, low_allowed=False)
+        check_interval("training_action_noise", self.training_action_noise, 0, math.inf)
         self._q_weighting: QWeighting = resolve_q_weighting(
             self.q_weighting, self.n_train_candidates, self.device, self.n_improvement_steps
         )

@@ -92,6 +92,7 @@ BAD = [
     (dict(policy_kwargs=dict(time_embedding_dim="x")), "time_embedding_dim must be a whole number of at least 4, got 'x'"),
     (dict(policy_kwargs=dict(sampling_eta=None)), r"sampling_eta must be a number in \[0, 1\], got None"),
     (dict(eval_noise_scale=-0.1), r"eval_noise_scale must be a number in \[0, inf\), got -0.1"),
+    (dict(training_action_noise=-0.1), r"training_action_noise must be a number in \[0, inf\), got -0.1"),
     (dict(policy_kwargs=dict(noise_bank_seed="x")), "noise_bank_seed must be .* of at least 0 .*, got 'x'"),
     (dict(policy_kwargs=dict(noise_bank_seed=2**32)), "noise_bank_seed must be .* at most 4294967295, got 4294967296"),
     (dict(learning_starts=-2), r"learning_starts must be a number in \[0, inf\), got -2"),

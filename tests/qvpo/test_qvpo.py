@@ -50,6 +50,7 @@ SETTINGS = {
     "n-step": dict(n_steps=3),
     "normalised weights": dict(q_weighting="qadv_normalized"),
     "improved candidates": dict(n_improvement_steps=2, improvement_step=0.2),
+    "noisy actions": dict(training_action_noise=0.4),
     "v and solver": dict(policy_kwargs=dict(prediction="v", sampler="dpm++")),
     "other sizes": dict(policy_kwargs=dict(net_arch=dict(pi=[9], qf=[5, 7]), n_critics=3, noise_schedule="vp"), gamma=0.9),
 }
@@ -94,6 +95,7 @@ def test_train_step_by_step(name, env):
             solver_steps=[0, 1, 2] if policy_kwargs.get("sampler") == "dpm++" else None,
             n_improvement_steps=settings.get("n_improvement_steps", 0),
             improvement_step=settings.get("improvement_step"),
+            training_action_noise=settings.get("training_action_noise"),
         ),
     )
     for _ in range(3):
@@ -186,16 +188,17 @@ def test_entropy_loss_is_a_part_of_the_actor_loss():
 
 def test_random_draws_of_an_update():
     """Ranges and moments, and independence over states, candidates and steps."""
-    model = tiny_qvpo(n_diffusion_steps=4, n_uniform_actions=5, n_train_candidates=6)
+    model = tiny_qvpo(n_diffusion_steps=4, n_uniform_actions=5, n_train_candidates=6, training_action_noise=0.1)
     noise = actor_noise(model, 2000)
-    shapes = [(4, 2000, 6, 1), (2000, 5, 1), (2000, 6), (2000, 6, 1)]
+    shapes = [(4, 2000, 6, 1), (2000, 5, 1), (2000, 6), (2000, 6, 1), (2000, 1)]
     assert [tuple(tensor.shape) for tensor in noise] == shapes
     counts = np.bincount(noise.timesteps.flatten(), minlength=4)
     np.testing.assert_allclose(counts / 12000, 0.25, atol=0.02)  # t uniform over 0 ... T-1
     assert len(counts) == 4
     assert -1 <= noise.uniform_actions.min() < -0.99
     assert 0.99 < noise.uniform_actions.max() <= 1
-    for tensor, std in [(noise.chain, 1), (noise.denoising, 1), (noise.uniform_actions, 3**-0.5)]:
+    of_actions = actor_noise(model, 20_000).action
+    for tensor, std in [(noise.chain, 1), (noise.denoising, 1), (noise.uniform_actions, 3**-0.5), (of_actions, 1)]:
         assert float(tensor.mean()) == pytest.approx(0, abs=0.03)
         assert float(tensor.std()) == pytest.approx(std, abs=0.03)
     for axis in range(3):
@@ -233,6 +236,7 @@ ALIVE = {
     "policy_delay": (2, trained_weights),
     "n_improvement_steps": (2, trained_weights),
     "improvement_step": (0.5, trained_weights),
+    "training_action_noise": (0.5, trained_weights),
 }
 
 

@@ -82,7 +82,7 @@ def test_settings_around_the_preset_train(critic_type):
     trial = optuna.trial.FixedTrial({
         **{name: LOW[name] for name in (*shared, "n_behavior_candidates_pow")},
         **dict(around="presets.fast", critic_type=critic_type, policy_delay=2, n_improvement_steps=1, improvement_step=0.1),
-        **dict(n_train_candidates_pow=1, n_target_candidates_pow=0),
+        **dict(n_train_candidates_pow=1, n_target_candidates_pow=0, training_action_noise=0.2),
     })  # fmt: skip
     params = zoo.sample_qvpo_params(trial, 1, 1, dict(NO_HER))
     model = QVPO("MlpPolicy", "Pendulum-v1", learning_starts=4, buffer_size=100, device="cpu", **params).learn(8)

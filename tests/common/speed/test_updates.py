@@ -86,6 +86,7 @@ CASES = {
     "norms and gradients of actions": dict(
         critic_type="crossq",
         n_improvement_steps=2,
+        training_action_noise=0.3,
         n_target_candidates=2,
         policy_delay=2,
         policy_kwargs=dict(net_arch=[8], prediction="v", sampler="dpm++", optimizer_kwargs=dict(eps=1e-3)),
