@@ -46,16 +46,17 @@ class Preset(Mapping[str, Any]):
 fast = Preset(
     learning_rate=1e-3,
     learning_starts=5_000,
-    n_steps=3,
+    n_steps=2,
     critic_type="crossq",
     q_weighting="qadv_normalized",
     policy_delay=3,
-    n_behavior_candidates=[2, 8, 16],
+    n_behavior_candidates=[4, 4, 4, 16],
     n_target_candidates=4,
     n_train_candidates=2,
     n_uniform_actions=2,
     n_improvement_steps=2,
     improvement_step=0.3,
+    training_action_noise=0.2,
     eval_noise_scale=0.3,
     policy_kwargs=dict(
         net_arch=dict(pi=[128, 128], qf=[256, 256]),
@@ -64,6 +65,7 @@ fast = Preset(
         n_sampling_steps=5,
         sampler="dpm++",
         prediction="v",
+        normalize_features=True,
     ),
 )
 """
@@ -71,19 +73,20 @@ For MuJoCo and tasks like it, on a CPU: critics with batch normalisation and wit
 better one follows the critics' gradient, weights in units of each state's spread, a few steps of a second-order solver. The TD
 target takes the best of four candidates, because a single one is worse than what the policy does.
 
-The actor is half as wide as the critics, which spares a third of the time. Returns of three steps bring values back sooner.
-Observations that are dictionaries need ``n_steps=1``. On Ant-v5 take ``n_steps=2``: with three it has not
-learnt to walk in 60 000 steps.
+The policy is trained on noisy actions, so it stays wide and the data hold more of them. Deterministic actions stay near its
+middle. One sample of it, ``predict(deterministic=False)`` with ``n_behavior_candidates=1``, returns much less.
+
+The actor is half as wide as the critics, which spares a third of the time. Returns of two steps bring values back sooner.
+Observations that are dictionaries need ``n_steps=1``.
 
 Collecting takes the best of sixteen, because what is done in the end is the best of 32. Where episodes last until their time
-limit, as on HalfCheetah-v5, some take the best of two or eight, because there variety helps.
+limit, as on HalfCheetah-v5, three of four take the best of four, because there variety helps.
 
 There is no other preset for long runs, because nothing has been measured beyond 100 000 steps.
 
-Cost: 25 ms a step on one core of a Xeon, 0.96 times CrossQ's, 1.9 times SAC's (``benchmarks/results/step_one_thread.csv``).
-Returns of the best of 32, seed 0, means from 80 000 to 100 000 steps: 2705 on Hopper-v5, 4066 on Walker2d-v5 and 6399 on
-HalfCheetah-v5 (``benchmarks/learning/preset.csv``). They were evaluated with ``eval_noise_scale=1``, with which policies fall
-now and then on the first two. With 0.3 they fall less: 3464 instead of 2064 on Walker2d-v5 (docs, notes, "The preset fast").
+Cost: 28 ms a step on one core of a Xeon, 1.02 times CrossQ's, 1.8 times SAC's (``benchmarks/results/step_one_thread.csv``).
+Returns of the best of 32, seed 0, after 50 000 steps: 6077 on HalfCheetah-v5, 1659 on Hopper-v5 and 5106 on Walker2d-v5; on
+Ant-v5 1059 after 25 000 (``benchmarks/learning/preset.csv``). On Hopper-v5 they go up and down, and seed 1 stands still.
 """
 
 small = Preset(
@@ -127,13 +130,13 @@ sdac = Preset(
     n_reverse_samples=16,
     n_behavior_candidates=4,
     n_target_candidates=2,
-    policy_kwargs=fast["policy_kwargs"],
+    policy_kwargs={**fast["policy_kwargs"], "normalize_features": False},
 )
 """
 For :class:`~sb3_qvpo.sdac.sdac.SDAC` on MuJoCo and tasks like it, on a CPU: the critics and the sampler of :data:`fast`. The
 temperature is in units of the values' spread, and low. For several good actions take :data:`sdac_several`.
 
-Cost: 15 ms a step, 0.6 times CrossQ's. Returns of the best of 32, seed 0: 3548 on HalfCheetah-v5 and 379 on Hopper-v5 after
+Cost: 17 ms a step, 0.7 times CrossQ's. Returns of the best of 32, seed 0: 3548 on HalfCheetah-v5 and 379 on Hopper-v5 after
 20 000 steps (``benchmarks/learning/preset.csv``).
 """
 

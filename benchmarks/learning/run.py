@@ -96,10 +96,18 @@ def preset(policy_kwargs: dict[str, Any] | None = None, name: str = "fast", **ch
     return ("qvpo" if name == "fast" else name), in_zoo({**settings, **changes, "policy_kwargs": kwargs})
 
 
-def former(policy_kwargs: dict[str, Any] | None = None, **changes: Any) -> tuple[str, dict[str, Any]]:
-    """``presets.fast`` as its first curves were measured: returns of three steps, evaluated with noise of deviation 1."""
-    return preset(policy_kwargs, **{"n_steps": 3, "eval_noise_scale": 1.0, **changes})
+FORMER: dict[str, Any] = dict(n_steps=3, n_behavior_candidates=[2, 8, 16], training_action_noise=0.0, eval_noise_scale=1.0)
+"""What ``presets.fast`` had in the place of its own at first."""
 
+
+def former(policy_kwargs: dict[str, Any] | None = None, **changes: Any) -> tuple[str, dict[str, Any]]:
+    """``presets.fast`` as its first curves were measured: three steps, raw inputs, no noise in training."""
+    kwargs = {"normalize_features": False, **(policy_kwargs or {})}
+    return preset(kwargs, **{**FORMER, **changes})
+
+
+QUIET: dict[str, Any] = dict(eval_noise_scale=0.3)
+"""Less noise in evaluation."""
 
 WIDE: dict[str, Any] = dict(net_arch=[256, 256])
 """An actor as wide as the critics."""
@@ -134,9 +142,10 @@ ALGOS: dict[str, tuple[str, dict[str, Any]]] = {
         f"preset_fast_{kind}": preset(critic_type=kind, **OWN_ADAM, policy_kwargs=dict(optimizer_kwargs={}))
         for kind in ("twin", "quantile")
     },
-    **{f"preset_fast_returns_{n}": preset(n_steps=n) for n in (1, 2)},
-    "preset_fast_returns_2_kb4": preset(n_steps=2, n_behavior_candidates=4),
-    **{f"preset_fast_train_noise{std}": preset(training_action_noise=std) for std in (0.1, 0.2, 0.3)},
+    **{f"preset_fast_returns_{n}": preset(n_steps=n) for n in (1, 3)},
+    **{f"preset_fast_train_noise{std}": preset(training_action_noise=std) for std in (0.0, 0.1, 0.3)},
+    "preset_fast_raw": preset(policy_kwargs=dict(normalize_features=False)),
+    "preset_fast_mix": preset(n_behavior_candidates=[2, 8, 16]),
     "preset_fast_wide": preset(policy_kwargs=WIDE),
     "preset_fast_renorm": preset(policy_kwargs=dict(renorm_start=20_000)),
     "preset_fast_noise": preset(policy_kwargs=dict(prediction="noise")),
@@ -157,6 +166,10 @@ ALGOS: dict[str, tuple[str, dict[str, Any]]] = {
     "former": former(),
     **{f"former_kb{k}": former(n_behavior_candidates=k) for k in (4, 8, 16)},
     **{f"former_kb{k}_batch128": former(n_behavior_candidates=k, batch_size=128) for k in (4, 32)},
+    # Evaluated with less noise, as the preset is, and with shorter returns
+    "former_quiet": former(**QUIET),
+    **{f"former_quiet_returns_{n}": former(**QUIET, n_steps=n) for n in (1, 2)},
+    "former_quiet_returns_2_kb4": former(**QUIET, n_steps=2, n_behavior_candidates=4),
     # Collecting with fewer candidates, and with returns of one step, as the preset was at first
     "former_1step": former(**FIRST),
     "former_1step_batch128": former(**FIRST, batch_size=128),

@@ -77,7 +77,7 @@ OFFLINE = {"behaviour_cloning": "behaviour cloning", "diffusion_ql": "Diffusion-
 """Algorithms that learn from data, in the order of table and figure."""
 
 FRONT = {
-    "former": ("QVPO", "presets.fast", 5_000),
+    "preset_fast": ("QVPO", "presets.fast", 5_000),
     "crossq_256": ("CrossQ", "CrossQ-256", 5_000),
     "sac": ("SAC", "SAC", 10_000),
     "td3": ("TD3", "TD3", 10_000),

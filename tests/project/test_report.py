@@ -235,21 +235,22 @@ def test_the_front_figure_shows_runs_as_far_as_they_got(tmp_path, monkeypatch):
         {**row(seed, step, value, algo, last_step), "task": "Hopper-v5"}
         for seed, step, value, algo, last_step in (
             *((0, 20_000, 30, "sac", 100_000), (0, 10_000, 10, "sac", 100_000), (1, 10_000, 20, "sac", 100_000)),
-            *((0, 10_000, 50, "former", 100_000), (0, 10_000, 1, "qvpo", 100_000)),
+            *((2, 10_000, 30, "sac", 100_000), (2, 20_000, 50, "sac", 100_000)),
+            *((0, 10_000, 50, "preset_fast", 100_000), (0, 10_000, 1, "qvpo", 100_000)),
             # Runs of other lengths are others
-            *((0, 10_000, 5, "sac", 200_000), (1, 10_000, 5, "sac", 40_000), (2, 20_000, 5, "former", 30_000)),
+            *((0, 10_000, 5, "sac", 200_000), (1, 10_000, 5, "sac", 40_000), (2, 20_000, 5, "preset_fast", 30_000)),
         )
     ]
     curves = selection.front_curves(rows)
-    assert list(curves) == ["Hopper-v5"] and list(curves["Hopper-v5"]) == ["former", "sac"]
-    single = {"Hopper-v5": {"former": [(np.array([10_000]), np.array([7.0]))]}}
+    assert list(curves) == ["Hopper-v5"] and list(curves["Hopper-v5"]) == ["preset_fast", "sac"]
+    single = {"Hopper-v5": {"preset_fast": [(np.array([10_000]), np.array([7.0]))]}}
     milliseconds = {"presets.fast": 60.0, "SAC": 30.0}
     lines = tables.front_table(curves, single, milliseconds, (10_000, 20_000), (10_000, 20_000), 5.5).splitlines()
     assert lines[2:] == [
         "| Hopper-v5 | QVPO | 1 | 50 | 50 | - | - | - |",
-        "| Hopper-v5 | SAC | 2 | 20 | 15 (10 to 20) | 30 | 20 | - |",
-    ], "one seed of SAC got to the end, and took 5 minutes"
-    single["Hopper-v5"]["former"] = [(np.array([10_000, 20_000]), np.array([7.0, 9.0]))]
+        "| Hopper-v5 | SAC | 3 | 30 (20 to 40) | 20 (10 to 30) | 40 (30 to 50) | 30 (20 to 40) | - |",
+    ], "two seeds of SAC got to the end, and took 5 minutes"
+    single["Hopper-v5"]["preset_fast"] = [(np.array([10_000, 20_000]), np.array([7.0, 9.0]))]
     lines = tables.front_table(curves, single, milliseconds, (), (10_000, 20_000), 9.0).splitlines()
     assert lines[2] == "| Hopper-v5 | QVPO | 1 | - | - | 8 |"
     shown = []
@@ -257,10 +258,10 @@ def test_the_front_figure_shows_runs_as_far_as_they_got(tmp_path, monkeypatch):
     figures.draw_front(curves, {"presets.fast": 60.0, "SAC": 30.0}, tmp_path / "figure.png")
     above, below = shown[0].axes
     drawn = {line.get_label(): line.get_xydata().tolist() for line in above.lines if not line.get_label().startswith("_")}
-    assert drawn == {"QVPO": [[10, 50]], "SAC": [[10, 15]]}, "a mean ends with the shortest seed"
+    assert drawn == {"QVPO": [[10, 50]], "SAC": [[10, 20], [20, 40]]}, "a mean is of the seeds that came furthest"
     timed = {line.get_label(): line.get_xydata().tolist() for line in below.lines if not line.get_label().startswith("_")}
-    assert timed == {"QVPO": [[5, 50]], "SAC": [[0, 15]]}, "5 000 and 10 000 random steps cost nothing"
-    assert len(above.lines) == 5, "two means, three seeds"
+    assert timed == {"QVPO": [[5, 50]], "SAC": [[0, 20], [5, 40]]}, "5 000 and 10 000 random steps cost nothing"
+    assert len(above.lines) == 6, "two means, four seeds"
 
 
 def test_tables_of_costs_and_of_the_quick_start():

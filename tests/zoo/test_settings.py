@@ -197,8 +197,9 @@ def test_the_settings_of_the_learning_curves():
         return {**ALGOS[name][1], "policy_kwargs": eval(ALGOS[name][1]["policy_kwargs"], {"nn": th.nn})}
 
     assert settings("preset_fast") == dict(presets.fast) and settings("sdac") == dict(presets.sdac)
-    assert (presets.fast["n_steps"], presets.fast["eval_noise_scale"]) == (3, 0.3)
-    assert settings("former") == presets.fast | dict(n_steps=3, eval_noise_scale=1.0)
+    former = dict(n_steps=3, n_behavior_candidates=[2, 8, 16], training_action_noise=0.0, eval_noise_scale=1.0)
+    former["policy_kwargs"] = presets.fast["policy_kwargs"] | dict(normalize_features=False)
+    assert settings("former") == presets.fast | former
     official = ALGOS["fast_official"][1]
     for name in ("learning_rate", "qf_learning_rate", "max_grad_norm", "n_target_candidates", "ent_coef"):
         assert official[name] == OFFICIAL["HalfCheetah-v5"][name], name
