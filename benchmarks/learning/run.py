@@ -97,7 +97,7 @@ def preset(policy_kwargs: dict[str, Any] | None = None, name: str = "fast", **ch
 
 
 FORMER: dict[str, Any] = dict(n_steps=3, n_behavior_candidates=[2, 8, 16], training_action_noise=0.0, eval_noise_scale=1.0)
-"""What ``presets.fast`` had in the place of its own at first."""
+"""What ``presets.fast`` had before, in the place of its own."""
 
 
 def former(policy_kwargs: dict[str, Any] | None = None, **changes: Any) -> tuple[str, dict[str, Any]]:

@@ -110,7 +110,8 @@ class QVPO(CandidateTDAlgorithm):
         0, the paper's choice, for none.
     :param improvement_step: eta, length of such a step in units of sqrt(A), above 0. Each dimension moves by about eta.
     :param training_action_noise: sigma, deviation of normal noise added to a_max before the policy is trained on it, at least
-        0. The sum is clipped to the box. Above 0 the policy cannot become narrower than that. 0 is the paper's choice.
+        0. The sum is clipped to the box. Above 0 the policy stays about that wide; the box and chains of few steps narrow it.
+        0 is the paper's choice.
     :param eval_noise_scale: Deviation of the noise that candidates of ``predict(deterministic=True)`` start from, at least 0.
         Below 1 they are closer to the middle of the policy; at 0 they are all alike.
     :param use_sde: Must be False: gSDE belongs to Gaussian policies. Accepted, like the next two, only so that scripts written
