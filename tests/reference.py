@@ -548,10 +548,7 @@ class Learner:
             best = max(range(len(candidates)), key=lambda k: (omega[k], values[k]))  # line 7
             chosen = candidates[best]
             if self.settings.get("training_action_noise"):
-                noisy = [
-                    a + self.settings["training_action_noise"] * e for a, e in zip(chosen, noise["action"][i], strict=True)
-                ]
-                chosen = np.array([min(max(a, -1.0), 1.0) for a in noisy])
+                chosen = np.clip(chosen + self.settings["training_action_noise"] * noise["action"][i], -1, 1)
             actions.append([chosen, *noise["uniform_actions"][i]])
             omega_ent = self.settings["ent_coef"] * omega[best]  # line 8
             weights.append([omega[best]] + [omega_ent] * len(noise["uniform_actions"][i]))

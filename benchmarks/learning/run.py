@@ -101,7 +101,7 @@ FORMER: dict[str, Any] = dict(n_steps=3, n_behavior_candidates=[2, 8, 16], train
 
 
 def former(policy_kwargs: dict[str, Any] | None = None, **changes: Any) -> tuple[str, dict[str, Any]]:
-    """``presets.fast`` as its first curves were measured: three steps, raw inputs, no noise in training."""
+    """``presets.fast`` as it was before: :data:`FORMER` and raw inputs."""
     kwargs = {"normalize_features": False, **(policy_kwargs or {})}
     return preset(kwargs, **{**FORMER, **changes})
 
@@ -145,7 +145,7 @@ ALGOS: dict[str, tuple[str, dict[str, Any]]] = {
     **{f"preset_fast_returns_{n}": preset(n_steps=n) for n in (1, 3)},
     **{f"preset_fast_train_noise{std}": preset(training_action_noise=std) for std in (0.0, 0.1, 0.3)},
     "preset_fast_raw": preset(policy_kwargs=dict(normalize_features=False)),
-    "preset_fast_mix": preset(n_behavior_candidates=[2, 8, 16]),
+    "preset_fast_mix": preset(n_behavior_candidates=FORMER["n_behavior_candidates"]),
     "preset_fast_wide": preset(policy_kwargs=WIDE),
     "preset_fast_renorm": preset(policy_kwargs=dict(renorm_start=20_000)),
     "preset_fast_noise": preset(policy_kwargs=dict(prediction="noise")),
@@ -162,7 +162,7 @@ ALGOS: dict[str, tuple[str, dict[str, Any]]] = {
     "sdac_official_small": ("sdac", in_zoo(SMALL_OFFICIAL_SDAC)),
     **{f"sdac_m{m}": preset(name="sdac", n_reverse_samples=m) for m in (8, 32)},
     "sdac_1step": preset(name="sdac", **FIRST_SDAC),
-    # presets.fast as its first curves were measured
+    # presets.fast as it was before
     "former": former(),
     **{f"former_kb{k}": former(n_behavior_candidates=k) for k in (4, 8, 16)},
     **{f"former_kb{k}_batch128": former(n_behavior_candidates=k, batch_size=128) for k in (4, 32)},
