@@ -412,7 +412,13 @@ def running_statistics(batches, momentum):
     return statistics
 
 
-def crossq_loss(critics, batch, next_actions, gamma, running=None):
+def pessimistic_value(values, pessimism):
+    """Of two critics: their mean less ``pessimism`` times their standard deviation (Moskovitz et al., 2021)."""
+    mean = sum(values) / 2
+    return mean - pessimism * np.sqrt(sum((value - mean) ** 2 for value in values) / 2)
+
+
+def crossq_loss(critics, batch, next_actions, gamma, running=None, pessimism=1.0):
     """
     CrossQ, Sec. 3: (s, a) and (s', a') in one batch, targets from the same pass. ``running``: for each critic what
     :func:`normalized_forward` takes for batch renormalisation. Returns the loss, the targets and each critic's statistics.
@@ -423,9 +429,8 @@ def crossq_loss(critics, batch, next_actions, gamma, running=None):
     known = running or [None] * len(critics)
     results = [normalized_forward(critics[c], rows, running=known[c], corrections=[]) for c in range(len(critics))]
     outputs, statistics = zip(*results, strict=True)
-    targets = [
-        td_target(batch["rewards"][i], batch["dones"][i], gamma, min(values[n + i][0] for values in outputs)) for i in range(n)
-    ]
+    next_values = [pessimistic_value([values[n + i][0] for values in outputs], pessimism) for i in range(n)]
+    targets = [td_target(batch["rewards"][i], batch["dones"][i], gamma, next_values[i]) for i in range(n)]
     loss = sum((values[i][0] - targets[i]) ** 2 / n for values in outputs for i in range(n))
     return loss, targets, statistics
 

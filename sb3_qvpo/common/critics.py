@@ -9,6 +9,7 @@ argument or variable                    symbol                  meaning
 ``n_quantiles``                         M                       quantiles of each critic
 ``top_quantiles_to_drop_per_net``       d                       largest quantiles left out, for each critic
 ``fractions``                           tau_m = (2m - 1) / 2M   cumulative probability of each quantile
+``pessimism``                           beta                    how far below the critics' mean a value is
 ======================================  ======================  ===========================================
 """
 
@@ -24,7 +25,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from sb3_qvpo.common.actor_critic import CandidateCritic
-from sb3_qvpo.common.arguments import check_count
+from sb3_qvpo.common.arguments import check_count, check_interval
 from sb3_qvpo.common.candidates import ScoredCandidates, best_candidate
 from sb3_qvpo.common.networks import BatchRenorm1d, evaluation_mode
 
@@ -56,8 +57,11 @@ class BatchNormCritic(CandidateCritic):
     :param args: Positional arguments of :class:`CandidateCritic`.
     :param renorm_start: Updates after which :class:`~sb3_qvpo.common.networks.BatchRenorm1d` normalises by running statistics
         in the loss too, at least 0. Never if None. sb3-contrib's CrossQ does so after 100 000.
+    :param pessimism: beta in [0, 1]: a value is ``mean_c Q_c - beta (mean_c Q_c - min_c Q_c)``. 1 for the minimum, as in the
+        paper. With two critics this is their mean less beta standard deviations.
     :param kwargs: Keyword arguments of :class:`CandidateCritic`.
-    :raises ValueError: If ``renorm_start`` is no whole number of at least 0, or given where ``norm_class`` is another.
+    :raises ValueError: If ``renorm_start`` is no whole number of at least 0, or given where ``norm_class`` is another. If
+        ``pessimism`` is not in its range.
     """
 
     has_targets: ClassVar[bool] = False
@@ -66,7 +70,8 @@ class BatchNormCritic(CandidateCritic):
     norm_class: ClassVar[Any] = partial(nn.BatchNorm1d, eps=1e-3, momentum=0.01)
     """From a number of inputs to a layer, unless ``renorm_start`` asks for another."""
 
-    def __init__(self, *args: Any, renorm_start: int | None = None, **kwargs: Any):
+    def __init__(self, *args: Any, renorm_start: int | None = None, pessimism: float = 1.0, **kwargs: Any):
+        self.pessimism = check_interval("pessimism", pessimism, 0, 1)
         if renorm_start is not None:
             check_count("renorm_start", renorm_start, 0)
             if type(self).norm_class is not BatchNormCritic.norm_class:
@@ -86,6 +91,22 @@ class BatchNormCritic(CandidateCritic):
         renorm = None if self._renorm_start is None else partial(BatchRenorm1d, start=self._renorm_start)
         norm = cast(type[nn.Module], renorm or type(self).norm_class)
         return nn.Sequential(*create_mlp(n_inputs, 1, net_arch, activation_fn, pre_linear_modules=[norm]))
+
+    def aggregate(self, q_values: th.Tensor) -> th.Tensor:
+        """
+        One value from the predictions of all critics, between their mean and their minimum.
+
+        Each backup takes it again. So what the minimum lies below the mean adds up, to 1 / (1 - gamma) times as much where an
+        episode goes on.
+
+        Source: Moskovitz et al. (2021), *Tactical Optimism and Pessimism for Deep Reinforcement Learning*, whose beta has the
+        other sign.
+
+        :param q_values: Predictions of shape (C, ..., 1).
+        :return: Values of shape (...).
+        """
+        lowest = super().aggregate(q_values)
+        return lowest if self.pessimism == 1 else q_values.squeeze(-1).mean(dim=0).lerp(lowest, self.pessimism)
 
     def bootstrap(self, features: th.Tensor, candidates: th.Tensor, scores: th.Tensor) -> th.Tensor:
         """
@@ -222,11 +243,12 @@ CRITIC_OPTIONS: dict[str, tuple[str, type[CandidateCritic]]] = {
     "n_quantiles": ("quantile", QuantileCritic),
     "top_quantiles_to_drop_per_net": ("quantile", QuantileCritic),
     "renorm_start": ("crossq", BatchNormCritic),
+    "pessimism": ("crossq", BatchNormCritic),
 }
 """Arguments that not all critics have: the ``critic_type`` that has them, and its class."""
 
 
-def critic_options(critic_class: type[CandidateCritic], arguments: Mapping[str, Any]) -> dict[str, int]:
+def critic_options(critic_class: type[CandidateCritic], arguments: Mapping[str, Any]) -> dict[str, float]:
     """
     The arguments that were given and that not all critics have.
 

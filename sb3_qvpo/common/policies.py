@@ -99,6 +99,8 @@ class DiffusionPolicy(BasePolicy):
         :class:`~sb3_qvpo.common.networks.RunningNorm`.
     :param renorm_start: Updates of the critics after which batch renormalisation takes the place of batch normalisation, only
         with ``critic_type="crossq"``. Never if None.
+    :param pessimism: beta, how far a value lies from the critics' mean (0) towards their minimum (1), only with
+        ``critic_type="crossq"``. 1 if None.
     :raises ValueError: For an unknown noise schedule, an impossible size, or something else where a class is expected.
     """
 
@@ -153,6 +155,7 @@ class DiffusionPolicy(BasePolicy):
         initialization: str = "normal",
         normalize_features: bool = False,
         renorm_start: int | None = None,
+        pessimism: float | None = None,
     ):
         # Everything needed to build this policy again comes from here, so that no argument can be forgotten on saving
         constructor_arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}

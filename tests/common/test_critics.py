@@ -62,10 +62,14 @@ def normalized_layers(q_network):
 # Batch normalisation without targets
 
 
-@pytest.mark.parametrize(("n_target_candidates", "renorm_start"), [(1, None), (3, None), (3, 0)])
-def test_one_pass_of_both_sides(n_target_candidates, renorm_start, monkeypatch):
+@pytest.mark.parametrize(
+    ("n_target_candidates", "renorm_start", "pessimism"),
+    [(1, None, None), (3, None, None), (3, 0, None), (1, None, 0), (3, None, 0.3), (3, 0, 1)],
+)
+def test_one_pass_of_both_sides(n_target_candidates, renorm_start, pessimism, monkeypatch):
     """Loss, targets, gradients and running statistics of one update on real transitions."""
-    kwargs = dict(policy_kwargs=dict(RELU, renorm_start=renorm_start), n_target_candidates=n_target_candidates)
+    policy_kwargs = dict(RELU, renorm_start=renorm_start, pessimism=pessimism)
+    kwargs = dict(policy_kwargs=policy_kwargs, n_target_candidates=n_target_candidates)
     model = crossq(CountdownEnv(length=4), learning_starts=30, policy_delay=2, **kwargs)
     model.learn(30)
     records, drawn, score_candidates = recorded_draws(model), [], model.policy.score_candidates
@@ -88,7 +92,8 @@ def test_one_pass_of_both_sides(n_target_candidates, renorm_start, monkeypatch):
             [tuple(before[f"qf{i}.{3 * layer}.running_{name}"].numpy() for name in ("mean", "var")) for layer in range(3)]
             for i in range(2)
         ]
-    loss, targets, statistics = reference.crossq_loss(critics, arrays, next_actions, model.gamma, running)
+    beta = 1 if pessimism is None else pessimism
+    loss, targets, statistics = reference.crossq_loss(critics, arrays, next_actions, model.gamma, running, beta)
     assert model.logger.name_to_value["train/critic_loss"] == pytest.approx(loss, rel=1e-4)
     assert len(set(arrays["dones"])) == 2, "the batch has ends of the task"
 
@@ -124,6 +129,36 @@ def test_one_pass_of_both_sides(n_target_candidates, renorm_start, monkeypatch):
             array[index] += 1e-5
             slope = (values[0] - values[1]) / 2e-5
             assert gradient[index] == pytest.approx(slope, rel=1e-3, abs=1e-4 * largest)
+
+
+@pytest.mark.parametrize("n_critics", [1, 2, 3])
+def test_pessimism_is_between_mean_and_minimum(n_critics):
+    """Closed form, for scores, gradients and more critics than two."""
+    models = {
+        beta: crossq(BanditEnv(), seed=1, policy_kwargs=dict(RELU, n_critics=n_critics, pessimism=beta))
+        for beta in (0, 0.25, 1)
+    }
+    features, candidates = th.randn(5, 2), 2 * th.rand(5, 7, 1) - 1
+    scores, gradients = {}, {}
+    for beta, model in models.items():
+        model.policy.load_state_dict(models[0].policy.state_dict())
+        model.policy.set_training_mode(False)
+        with th.no_grad():
+            scores[beta] = model.critic.score(features, candidates)
+        _, gradients[beta] = model.critic.action_gradient(features, candidates[:, 0])
+    with th.no_grad():
+        predictions = models[0].critic.value_candidates(features, candidates).squeeze(-1)
+    th.testing.assert_close(scores[0], predictions.mean(dim=0))
+    assert th.equal(scores[1], predictions.min(dim=0).values), "bit for bit, as without the argument"
+    for values in (scores, gradients):
+        th.testing.assert_close(values[0.25], 0.75 * values[0] + 0.25 * values[1])
+        assert (values[0] - values[1]).abs().max() > 1e-3 or n_critics == 1
+
+
+@pytest.mark.parametrize("pessimism", [-0.1, 1.1, float("nan"), "low", True])
+def test_bad_pessimism(pessimism):
+    with pytest.raises(ValueError, match=rf"pessimism must be a number in \[0, 1\], got {pessimism!r}"):
+        tiny_qvpo(critic_type="crossq", policy_kwargs=dict(pessimism=pessimism))
 
 
 def running_value(q_network, row):
@@ -454,7 +489,7 @@ def test_bad_quantiles(kwargs, message):
     ("critic_type", "name", "needed"),
     [
         *((critic_type, name, "quantile") for critic_type in ("twin", "crossq") for name in QUANTILE_ARGUMENTS),
-        *((critic_type, "renorm_start", "crossq") for critic_type in ("twin", "quantile")),
+        *((critic_type, name, "crossq") for critic_type in ("twin", "quantile") for name in ("renorm_start", "pessimism")),
     ],
 )
 def test_arguments_that_other_critics_do_not_have(critic_type, name, needed):

@@ -64,6 +64,7 @@ MODELS = {
     "rewards normalised only": dict(normalize=dict(norm_obs=False)),
     "normalised features": dict(observation_space=VECTORS, policy_kwargs=dict(net_arch=[8], normalize_features=True)),
     "renormalised critics": dict(critic_type="crossq", policy_kwargs=dict(net_arch=[8], renorm_start=3)),
+    "mean of the critics": dict(critic_type="crossq", policy_kwargs=dict(net_arch=[8], pessimism=0)),
     "batch norm": dict(policy_kwargs=dict(features_extractor_class=BatchNormExtractor, share_features_extractor=True)),
 }
 

@@ -422,6 +422,7 @@ POLICY_ALIVE = {
     "initialization": "torch",
     "normalize_features": True,
     "renorm_start": 0,
+    "pessimism": 0,
     "noise_bank_seed": 1,
 }
 

@@ -24,7 +24,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from sb3_qvpo.common.actor_critic import CandidateCritic, DiffusionActor
-from sb3_qvpo.common.critics import QuantileCritic
+from sb3_qvpo.common.critics import BatchNormCritic, QuantileCritic
 from sb3_qvpo.common.diffusion import GaussianDiffusion
 from sb3_qvpo.common.networks import NoisePredictor, evaluation_mode, n_observations
 from sb3_qvpo.common.speed import cpu
@@ -340,7 +340,7 @@ def are_known_networks(actor: DiffusionActor, critic: CandidateCritic) -> bool:
     known = {
         type(actor).sample_candidates: (DiffusionActor.sample_candidates, FastActor.sample_candidates),
         type(critic).value_candidates: (CandidateCritic.value_candidates, FastCritic.value_candidates),
-        type(critic).aggregate: (CandidateCritic.aggregate, QuantileCritic.aggregate),
+        type(critic).aggregate: (CandidateCritic.aggregate, BatchNormCritic.aggregate, QuantileCritic.aggregate),
         type(critic).score: (CandidateCritic.score,),
     }
     return (

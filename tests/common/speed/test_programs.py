@@ -89,6 +89,7 @@ CASES = {
             prediction="v",
             sampler="dpm++",
             normalize_features=True,
+            pessimism=0.3,
         ),
     ),
     "quantiles": (4, dict(critic_type="quantile", net_arch=[64, 64])),

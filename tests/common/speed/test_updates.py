@@ -92,6 +92,7 @@ CASES = {
         policy_kwargs=dict(net_arch=[8], prediction="v", sampler="dpm++", optimizer_kwargs=dict(eps=1e-3)),
     ),
     "renormalisation that starts meanwhile": dict(critic_type="crossq", policy_kwargs=dict(net_arch=[8], renorm_start=20)),
+    "mean of the critics": dict(critic_type="crossq", policy_kwargs=dict(net_arch=[8], pessimism=0)),
     "quantiles": dict(critic_type="quantile"),
 }
 
