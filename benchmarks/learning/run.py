@@ -155,6 +155,8 @@ ALGOS: dict[str, tuple[str, dict[str, Any]]] = {
     "preset_fast_kt1": preset(n_target_candidates=1),
     **{f"preset_fast_kb{k}": preset(n_behavior_candidates=k) for k in (4, 16)},
     "preset_fast_batch128": preset(batch_size=128),
+    **{f"preset_fast_pessimism{beta}": preset(policy_kwargs=dict(pessimism=beta)) for beta in (0.0, 0.5)},
+    "preset_fast_batch128_pessimism0.0": preset(batch_size=128, policy_kwargs=dict(pessimism=0.0)),
     "sdac": preset(name="sdac"),
     **{f"sdac_temperature{t}": preset(name="sdac", temperature=t) for t in (0.03, 0.1, 0.2, 0.5)},
     "sdac_kb16_batch256": preset(name="sdac", n_behavior_candidates=16, batch_size=256),
