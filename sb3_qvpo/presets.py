@@ -82,13 +82,14 @@ Observations that are dictionaries need ``n_steps=1``.
 Collecting takes the best of sixteen, because what is done in the end is the best of 32. Where episodes last until their time
 limit, as on HalfCheetah-v5, three of four take the best of four, because there variety helps.
 
-``batch_size=128`` takes 0.7 of the time. On HalfCheetah-v5 and Walker2d-v5 it learns as fast, on Hopper-v5 slowly (one seed).
+``batch_size=128`` takes 0.6 to 0.8 of the time, but learns more slowly by steps. On Hopper-v5 it is far behind (one seed).
 
-There is no other preset for long runs, because nothing has been measured beyond 100 000 steps.
+There is no other preset for long runs, because nothing has been measured beyond 100 000 steps, nor this one on Hopper-v5 and
+Ant-v5 beyond 50 000.
 
 Cost: 28 ms a step on one core of a Xeon, 1.02 times CrossQ's, 1.8 times SAC's (``benchmarks/results/step_one_thread.csv``).
 Returns of the best of 32, seed 0, after 50 000 steps: 6077 on HalfCheetah-v5, 1659 on Hopper-v5, 5106 on Walker2d-v5
-(``benchmarks/learning/preset.csv``). Ant-v5 is at 1321 after 40 000. Hopper-v5 goes up and down, and seed 1 stands still until
+(``benchmarks/learning/preset.csv``). Ant-v5 is at 1273 then. Hopper-v5 goes up and down, and seed 1 stands still until
 30 000 at least.
 """
 

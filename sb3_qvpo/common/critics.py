@@ -137,7 +137,8 @@ class BatchNormCritic(CandidateCritic):
         :param next_observation: The B next observations s'.
         :param next_candidates: Candidates of the next states; the best is a'.
         :param target: Not used: there are no target critics.
-        :return: Predictions of each critic, shape (B, 1), with gradients; and ``min_c Q_c(s', a')``, (B, 1), without.
+        :return: Predictions of each critic, shape (B, 1), with gradients; and what :meth:`aggregate` makes of them for
+            (s', a'), (B, 1), without.
         """
         next_actions = best_candidate(next_candidates.candidates, next_candidates.scores)
         is_frozen = not any(parameter.requires_grad for net in self.q_networks for parameter in net.parameters())

@@ -273,7 +273,7 @@ class QVPO(CandidateTDAlgorithm):
         :return: The loss and its metrics.
         """
         with th.no_grad():
-            # Line 5: N_d samples of the policy for each state, valued by the minimum over critics
+            # Line 5: N_d samples of the policy for each state, valued by the critics: their minimum by default
             scored = self.policy.score_candidates(observations, noise.chain, for_training=True)
             spread = candidate_std(scored.candidates)
             if self.n_improvement_steps:
