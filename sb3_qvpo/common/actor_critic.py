@@ -351,6 +351,16 @@ class CandidateCritic(ContinuousCritic):
         """
         return self.aggregate(self.value_candidates(features, candidates))
 
+    def rank(self, features: th.Tensor, candidates: th.Tensor) -> th.Tensor:
+        """
+        :meth:`score` where it only serves the choice of one candidate. A subclass may round it; this class does not.
+
+        :param features: State features of shape (B, S).
+        :param candidates: Actions of shape (B, K, A) in [-1, 1].
+        :return: Values of shape (B, K).
+        """
+        return self.score(features, candidates)
+
     def bootstrap(self, features: th.Tensor, candidates: th.Tensor, scores: th.Tensor) -> th.Tensor:
         """
         What the TD target takes from the next state (Algorithm 1, line 10): the value of its best candidate,

@@ -329,6 +329,7 @@ class DiffusionPolicy(BasePolicy):
         :param of: Whose candidates: the online networks' or the targets'.
         :param for_training: Whether the candidates only serve an update, see :meth:`DiffusionActor.sample_candidates`.
         :param only_to_choose: Whether the scores only serve the choice of one candidate. A single one gets the score 0 then.
+            In an update they come from :meth:`CandidateCritic.rank`.
         :return: The critics' features, shape (B, S), the candidates, (B, K, A), and their scores, (B, K).
         """
         actor, critic = self._networks(of)
@@ -337,7 +338,8 @@ class DiffusionPolicy(BasePolicy):
             candidates = actor.sample_candidates(features, noise, for_training)
             if only_to_choose and candidates.shape[1] == 1:
                 return candidates, candidates.new_zeros(candidates.shape[:2])
-            return candidates, critic.score(critic_features, candidates)
+            score = critic.rank if for_training and only_to_choose else critic.score
+            return candidates, score(critic_features, candidates)
 
         with evaluation_mode(actor, critic):
             features, critic_features = self.encode(observation, of)

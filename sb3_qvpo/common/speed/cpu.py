@@ -10,7 +10,8 @@ No mathematics is defined here: :meth:`DiffusionProcess.sample` runs the chain a
 - oneDNN multiplies matrices, see :class:`OneDnnProducts`. In float32 torch takes MKL by default, which is half as fast on AMD
   processors. Losses use this and Mish as well.
 - Candidates that only serve training may have their hidden layers multiplied in bfloat16 where the processor has it in
-  hardware. No gradient flows through candidates. Their values, and all that is trained, stay in float32.
+  hardware. So may values that only serve the choice among candidates. No gradient flows through either. All other values, and
+  all that is trained, stay in float32.
 
 Few rows of several states take the eager path: :func:`worth_blocking`. The candidates of one state, an action, are few. There
 calls of torch cost more than the numbers, so :func:`sample_for_one_state` makes five calls a step instead of twelve.
@@ -280,7 +281,7 @@ class FastLayers:
         self.scratch = scratch
         is_mish = [vectorized and type(activation) is nn.Mish for activation in layers[::2]]
         self.activations: list[Callable[[th.Tensor], th.Tensor]] = [
-            (lambda x: mish_of_negated(x, scratch)) if mish else activation.forward
+            (lambda x: mish_of_negated(x, scratch)) if mish else in_place(activation)
             for mish, activation in zip(is_mish, layers[::2], strict=True)
         ]
         self.sign, *signs = [-1 if mish else 1 for mish in is_mish] + [1]
@@ -301,12 +302,19 @@ class FastLayers:
 
     def _linear(self, x: th.Tensor, weight: th.Tensor, bias: th.Tensor, out: th.Tensor) -> th.Tensor:
         if self.dtype == th.float32:
-            # An activation may return its input
-            fits = out.shape[1] == len(weight) and x.data_ptr() != out.data_ptr()
-            return th.addmm(bias, x, weight.t(), out=out) if fits else F.linear(x, weight, bias)
+            # An activation may return its input, which must not be overwritten here
+            for spare in ("first output", "second output"):
+                if out.shape[1] != len(weight) or out.data_ptr() == x.data_ptr():
+                    out = self.scratch(spare, (len(x), len(weight)))
+            return th.addmm(bias, x, weight.t(), out=out)
         reduced = self.scratch("reduced", tuple(x.shape), self.dtype).copy_(x)
         product = F.linear(reduced, weight, bias)
         return out.copy_(product) if out.shape == product.shape else product.float()
+
+
+def in_place(activation: nn.Module) -> Callable[[th.Tensor], th.Tensor]:
+    """The activation, if it is ReLU without memory for its result. For inputs that nobody needs again."""
+    return (lambda x: x.clamp_(min=0)) if type(activation) is nn.ReLU else activation.forward
 
 
 def _signed(sign: int, tensor: th.Tensor) -> th.Tensor:
@@ -374,20 +382,20 @@ def sample_for_one_state(
 
 
 @OneDnnProducts()
-def value_in_blocks(layers: Layers, state_part: th.Tensor, candidates: th.Tensor) -> th.Tensor:
+def value_in_blocks(layers: Layers, state_part: th.Tensor, candidates: th.Tensor, dtype: th.dtype) -> th.Tensor:
     """
-    What one critic predicts for candidates (B, K, A), in float32, shape (B, K, M). The state part of its first layer, with the
-    bias, has shape (B, 1, H).
+    What one critic predicts for candidates (B, K, A), with hidden layers multiplied in ``dtype``, shape (B, K, M). The state
+    part of its first layer, with the bias, has shape (B, 1, H).
     """
     n_states, n_candidates, action_dim = candidates.shape
     first_layer, *later_modules = layers
     width = first_layer.out_features
     scratch = Scratch()
-    later_layers = FastLayers(later_modules, th.float32, scratch)
+    later_layers = FastLayers(later_modules, dtype, scratch)
     action_weight = later_layers.sign * first_layer.weight.detach()[:, -action_dim:].t().contiguous()
     state_part = later_layers.sign * state_part
     predictions = []
-    for states in blocks(n_states, n_candidates, width, th.float32):
+    for states in blocks(n_states, n_candidates, width, dtype):
         rows = candidates[states].reshape(-1, action_dim)
         hidden = scratch("hidden", (len(rows), width))
         th.mm(rows, action_weight, out=hidden)

@@ -101,6 +101,19 @@ class FastCritic(CandidateCritic):
 
     def value_candidates(self, features: th.Tensor, candidates: th.Tensor) -> th.Tensor:
         """As in :class:`CandidateCritic`."""
+        return self._value(features, candidates, th.float32)
+
+    def rank(self, features: th.Tensor, candidates: th.Tensor) -> th.Tensor:
+        """As in :class:`CandidateCritic`; on the CPU hidden layers may be multiplied in bfloat16."""
+        if is_switched_on() and self._scores_are_known():
+            return self.aggregate(self._value(features, candidates, candidate_dtype(candidates.device)))
+        return super().rank(features, candidates)
+
+    def _scores_are_known(self) -> bool:
+        own = type(self)
+        return own.score is CandidateCritic.score and own.value_candidates is FastCritic.value_candidates
+
+    def _value(self, features: th.Tensor, candidates: th.Tensor, dtype: th.dtype) -> th.Tensor:
         n_rows = candidates.shape[0] * candidates.shape[1]
         networks = self.plain_networks() if is_switched_on() and n_rows > self.few_rows else None
         if networks is None:
@@ -110,7 +123,7 @@ class FastCritic(CandidateCritic):
             state_weight, action_weight = th.split(first_layer.weight, [features.shape[-1], candidates.shape[-1]], dim=1)
             state_part = F.linear(features, state_weight, first_layer.bias).unsqueeze(1)
             if first_layer.weight.dtype == th.float32 and cpu.worth_blocking(later_layers, n_rows, features.device):
-                predictions.append(cpu.value_in_blocks([first_layer, *later_layers], state_part, candidates))
+                predictions.append(cpu.value_in_blocks([first_layer, *later_layers], state_part, candidates, dtype))
                 continue
             # Rows, as the eager critics have them: a layer may treat other axes in a way of its own
             hidden = (F.linear(candidates, action_weight) + state_part).flatten(0, 1)
@@ -121,10 +134,8 @@ class FastCritic(CandidateCritic):
 
     def action_gradient(self, features: th.Tensor, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
         """As in :class:`CandidateCritic`. Nothing is kept for gradients of the parameters."""
-        own = type(self)
-        is_known = own.score is CandidateCritic.score and own.value_candidates is FastCritic.value_candidates
         with th.no_grad():
-            networks = self.plain_networks() if is_switched_on() and is_known else None
+            networks = self.plain_networks() if is_switched_on() and self._scores_are_known() else None
         if networks is None:
             return super().action_gradient(features, actions)
         features = features.detach()

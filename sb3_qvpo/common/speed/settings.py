@@ -16,7 +16,8 @@ class SpeedSettings:
     :param compile_actions: Whether long runs compile their actions, and whether a GPU captures decisions in graphs on its own.
         See :meth:`DiffusionPolicy.compile_actions`.
     :param candidate_dtype: Type in which candidates for training are drawn: ``"float32"``, ``"bfloat16"`` or ``"auto"``. The
-        last is bfloat16 if the processor multiplies it in hardware.
+        last is bfloat16 if the processor multiplies it in hardware. On a CPU it is also the type of values that only choose
+        among the TD target's candidates.
     """
 
     enabled: bool = True

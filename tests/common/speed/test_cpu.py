@@ -42,6 +42,23 @@ def precision() -> str:
 
 
 @pytest.mark.skipif(not hasattr(th.backends.mkldnn, "matmul"), reason="torch before 2.9 has no such setting")
+@pytest.mark.parametrize(
+    "activations", [[nn.ReLU] * 4, [nn.ReLU, nn.Mish, nn.ReLU, nn.ReLU], [nn.ReLU, nn.SiLU, nn.ReLU, nn.Mish]]
+)
+@pytest.mark.parametrize("widths", [[64, 64, 64, 64], [64, 32, 32, 64], [32, 64, 64, 32]])
+def test_layers_that_work_in_place_overwrite_nothing_they_need(activations, widths):
+    """Called twice, because memory is used again."""
+    layers = []
+    for activation, n_inputs, n_outputs in zip(activations, widths, [*widths[1:], 2], strict=True):
+        layers += [activation(), nn.Linear(n_inputs, n_outputs)]
+    with th.no_grad():
+        fast = cpu.FastLayers(layers, th.float32, cpu.Scratch())
+        for _ in range(2):
+            hidden = th.randn(128, widths[0])
+            expected = nn.Sequential(*layers)(hidden)
+            np.testing.assert_allclose(fast(fast.sign * hidden), expected, atol=1e-5)
+
+
 def test_onednn_multiplies_where_it_costs_no_precision(settings, monkeypatch):
     """Within an update only, put back after an error, not against a user's setting, and not where bits would be lost."""
     model = tiny_qvpo(n_diffusion_steps=2, policy_delay=1000)

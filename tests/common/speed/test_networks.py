@@ -186,16 +186,70 @@ def test_reduced_precision_is_for_training_candidates_only(settings, monkeypatch
     settings.candidate_dtype = "bfloat16"
     dtypes, sample, value = [], cpu.sample_in_blocks, cpu.value_in_blocks
     monkeypatch.setattr(cpu, "sample_in_blocks", lambda *args: (dtypes.append(args[4]), sample(*args))[1])
-    monkeypatch.setattr(cpu, "value_in_blocks", lambda *args: (dtypes.append("value"), value(*args))[1])
+    monkeypatch.setattr(cpu, "value_in_blocks", lambda *args: (dtypes.append(("value", args[3])), value(*args))[1])
     model = tiny_qvpo(**LARGE, n_target_candidates=8)
     model.learn(6)
-    assert dtypes == [th.bfloat16, "value", "value", th.bfloat16, "value", "value"]  # TD target, policy step
+    in_float32 = [("value", th.float32)] * 2
+    assert dtypes == [th.bfloat16, *in_float32, th.bfloat16, *in_float32]  # TD target, policy step
     dtypes.clear()
     model.n_eval_candidates = model.n_behavior_candidates = 512
     for deterministic in (True, False):
         model.predict(np.zeros((2, 3), np.float32), deterministic=deterministic)
     # One observation at a time has a path of its own, in float32
-    assert dtypes == ["value"] * 4 + [th.float32, "value", "value"]
+    assert dtypes == [*in_float32, *in_float32, th.float32, *in_float32]
+
+
+@pytest.mark.parametrize("critic_type", ["crossq", "quantile"])
+def test_values_that_only_serve_a_choice_are_in_reduced_precision_too(critic_type, settings, monkeypatch):
+    """Those of the TD target's candidates, if the target's value comes from elsewhere; none while acting."""
+    settings.candidate_dtype = "bfloat16"
+    dtypes, value = [], cpu.value_in_blocks
+    monkeypatch.setattr(cpu, "value_in_blocks", lambda *args: (dtypes.append(args[3]), value(*args))[1])
+    model = tiny_qvpo(**LARGE, n_target_candidates=16, critic_type=critic_type)
+    model.learn(6)
+    assert dtypes == [th.bfloat16] * 2 + [th.float32] * 2  # TD target, policy step
+    dtypes.clear()
+    model.n_eval_candidates = model.n_behavior_candidates = 1024
+    for deterministic in (True, False):
+        model.predict(np.zeros((2, 3), np.float32), deterministic=deterministic)
+    # Deterministic actions are chosen one observation at a time
+    assert dtypes == [th.float32] * 6
+
+
+@pytest.mark.parametrize("critic_type", ["crossq", "quantile"])
+def test_the_choice_in_reduced_precision_is_as_good(critic_type, settings):
+    """Rounding is a hundredth of what values differ by. So what is chosen among 16 actions is nearly the best."""
+    model = tiny_qvpo(**LARGE, critic_type=critic_type)
+    critic = model.critic.eval()
+    with th.no_grad():
+        for parameter in critic.parameters():
+            parameter.add_(0.2 * th.randn_like(parameter))
+        features, candidates = th.randn(64, 3), 2 * th.rand(64, 16, 1) - 1
+        scores, ranks = critic.score(features, candidates), {}
+        for dtype in ("float32", "bfloat16"):
+            settings.candidate_dtype = dtype
+            ranks[dtype] = critic.rank(features, candidates)
+    assert th.equal(ranks["float32"], scores)
+    assert not th.equal(ranks["bfloat16"], scores)
+    chosen = scores.gather(1, ranks["bfloat16"].argmax(dim=1, keepdim=True)).squeeze(1)
+    lost = (scores.max(dim=1).values - chosen) / scores.std(dim=1)
+    assert lost.mean() < 0.005
+    assert (ranks["bfloat16"] - scores).std() < 0.01 * scores.std()
+
+
+def test_critics_with_scores_of_their_own_choose_by_those(settings):
+    """A subclass may score in another way, which the fast path does not know."""
+    settings.candidate_dtype = "bfloat16"
+    model = tiny_qvpo(**LARGE, critic_type="crossq")
+
+    class Opposite(type(model.critic)):
+        def score(self, features, candidates):
+            return -super().score(features, candidates)
+
+    critic, features, candidates = model.critic.eval(), th.randn(64, 3), 2 * th.rand(64, 16, 1) - 1
+    with th.no_grad():
+        critic.__class__, scores = Opposite, critic.score(features, candidates)
+        assert th.equal(critic.rank(features, candidates), -scores)
 
 
 TRAINED = {
