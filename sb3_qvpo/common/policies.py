@@ -338,8 +338,7 @@ class DiffusionPolicy(BasePolicy):
             candidates = actor.sample_candidates(features, noise, for_training)
             if only_to_choose and candidates.shape[1] == 1:
                 return candidates, candidates.new_zeros(candidates.shape[:2])
-            score = critic.rank if for_training and only_to_choose else critic.score
-            return candidates, score(critic_features, candidates)
+            return candidates, (critic.rank if for_training and only_to_choose else critic.score)(critic_features, candidates)
 
         with evaluation_mode(actor, critic):
             features, critic_features = self.encode(observation, of)
