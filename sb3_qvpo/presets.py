@@ -84,13 +84,13 @@ limit, as on HalfCheetah-v5, three of four take the best of four, because there 
 
 ``batch_size=128`` takes 0.6 to 0.8 of the time, but learns more slowly by steps. On Hopper-v5 it is far behind (one seed).
 
-There is no other preset for long runs, because nothing has been measured beyond 100 000 steps, nor this one on Hopper-v5 and
-Ant-v5 beyond 50 000.
+There is no other preset for long runs, because nothing has been measured beyond 100 000 steps. Three seeds have been run for
+50 000 steps of three tasks, one for 50 000 of Ant-v5 and 30 000 of Humanoid-v5.
 
-Cost: 28 ms a step on one core of a Xeon, 1.02 times CrossQ's, 1.8 times SAC's (``benchmarks/results/step_one_thread.csv``).
-Returns of the best of 32, seed 0, after 50 000 steps: 6077 on HalfCheetah-v5, 1659 on Hopper-v5, 5106 on Walker2d-v5
-(``benchmarks/learning/preset.csv``). Ant-v5 is at 1273 then. Hopper-v5 goes up and down, and seed 1 stands still until
-30 000 at least.
+Cost: 26 ms a step on one core of a Xeon, 0.91 times CrossQ's, 1.6 times SAC's (``benchmarks/results/step_one_thread.csv``).
+Returns of the best of 32 after 50 000 steps, three seeds: 5062 to 6077 on HalfCheetah-v5, 965 to 1659 on Hopper-v5, 2233 to
+5106 on Walker2d-v5 (``benchmarks/learning/preset.csv``). Ant-v5 is at 1273 then, one seed. Hopper-v5 goes up and down, and one
+seed stands still, which returns 1044.
 """
 
 small = Preset(
@@ -140,7 +140,7 @@ sdac = Preset(
 For :class:`~sb3_qvpo.sdac.sdac.SDAC` on MuJoCo and tasks like it, on a CPU: the critics and the sampler of :data:`fast`. The
 temperature is in units of the values' spread, and low. For several good actions take :data:`sdac_several`.
 
-Cost: 17 ms a step, 0.7 times CrossQ's. Returns of the best of 32, seed 0: 3548 on HalfCheetah-v5 and 379 on Hopper-v5 after
+Cost: 17 ms a step, 0.6 times CrossQ's. Returns of the best of 32, seed 0: 3548 on HalfCheetah-v5 and 379 on Hopper-v5 after
 20 000 steps (``benchmarks/learning/preset.csv``).
 """
 

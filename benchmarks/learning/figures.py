@@ -95,7 +95,7 @@ def draw_curves(runs: Runs, file: Path) -> None:
 
 def draw_front(curves: Curves, milliseconds: dict[str, float], file: Path) -> None:
     """
-    Means over the seeds that came furthest, and thin lines for all; above by steps, below by processor time.
+    Means as far as all seeds came, and thin lines for each; above by steps, below by processor time.
 
     :param curves: Steps and returns of each seed by task and algorithm.
     :param milliseconds: Of a step of each algorithm, timed in turn on one core.
@@ -107,10 +107,8 @@ def draw_front(curves: Curves, milliseconds: dict[str, float], file: Path) -> No
             name, timed, n_random = FRONT[algo]
             color, width = f"C{[*FRONT].index(algo)}", 2.5 if name == "QVPO" else 1.5
             # Where a seed ends, the mean of the others would jump
-            furthest = max(x[-1] for x, _ in seeds)
-            whole = [(x, y) for x, y in seeds if x[-1] == furthest]
-            steps = np.array([step for step in whole[0][0] if all(step in x for x, _ in whole)])
-            mean = [np.mean([y[x == step] for x, y in whole]) for step in steps]
+            steps = np.array([step for step in seeds[0][0] if all(step in x for x, _ in seeds)])
+            mean = [np.mean([y[x == step] for x, y in seeds]) for step in steps]
             for axis, time in zip(axes, (lambda x: x / 1_000, partial(minutes, milliseconds[timed], n_random)), strict=True):
                 for x, y in seeds:
                     axis.plot(time(x), y, color=color, alpha=0.3, linewidth=0.7)

@@ -222,15 +222,21 @@ def minutes(milliseconds: float, n_random: int, steps: np.ndarray) -> np.ndarray
 
 
 def returns_for_the_same_minutes(
-    algo: str, seeds: Sequence[tuple[np.ndarray, np.ndarray]], milliseconds: dict[str, float], limit: float
+    algo: str,
+    seeds: Sequence[tuple[np.ndarray, np.ndarray]],
+    milliseconds: dict[str, float],
+    limit: float,
+    window: float = 5.0,
 ) -> list[float]:
     """
-    The mean of the last three evaluations within so many minutes of one core, because one evaluation is a matter of chance.
+    The mean of the evaluations in the last of so many minutes of one core, because one evaluation is a matter of chance. As
+    many evaluations would reach further back where they are rarer.
 
     :param algo: One of :data:`FRONT`.
     :param seeds: Steps and returns of each seed.
     :param milliseconds: Of a step of each algorithm.
     :param limit: Minutes.
+    :param window: How many of them are the last.
     :return: One for each seed that took 0.9 of these minutes or more.
     """
     _, timed, n_random = FRONT[algo]
@@ -238,7 +244,7 @@ def returns_for_the_same_minutes(
     for x, y in seeds:
         times = minutes(milliseconds[timed], n_random, x)
         if times.max() >= 0.9 * limit:
-            results.append(float(y[times <= limit][-3:].mean()))
+            results.append(float(y[(times > limit - window) & (times <= limit)].mean()))
     return results
 
 

@@ -192,7 +192,7 @@ def front_table(
     milliseconds: dict[str, float],
     moments: Sequence[int] = (10_000, 20_000, 50_000),
     end: tuple[int, int] = (80_000, 100_000),
-    limit: float = 21.0,
+    limit: float = 20.0,
 ) -> str:
     """
     Mean returns of the README's figure, with their range over seeds.
