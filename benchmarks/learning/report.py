@@ -28,6 +28,7 @@ from selection import ABLATED, PREFIX, SCREEN, SCREENS, Row, Runs, front_curves,
 from tables import (
     bandit_table,
     blocked_table,
+    each_seed_table,
     fill,
     follow_table,
     front_table,
@@ -86,6 +87,7 @@ def main() -> None:
     front = front_curves(compared)
     milliseconds = {row["setting"]: float(row["median_ms"]) for row in steps if row["env"] == "HalfCheetah-v5"}
     answers = {"front": front_table(front, front_curves(compared, column="single_return"), milliseconds)}
+    answers["each_seed"] = each_seed_table(front, ("preset_fast", "crossq_256"), (40_000, 50_000))
     answers |= {"step": step_table(steps), "blocked_goal": blocked_table(read("blocked_goal"))}
     offline, quickstart = read("offline"), read("quickstart")
     answers["quickstart"] = quickstart_table(quickstart)

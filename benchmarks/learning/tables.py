@@ -218,6 +218,29 @@ def front_table(
     return "\n".join(lines)
 
 
+def each_seed_table(curves: Curves, algos: tuple[str, str], span: tuple[int, int]) -> str:
+    """
+    Two algorithms side by side, each seed's mean over the same steps.
+
+    :param curves: Steps and returns of each seed by task and algorithm.
+    :param algos: The two, names in :data:`FRONT`.
+    :param span: First and last step of the evaluations. Seeds that did not get so far are left out.
+    :return: A row for each task. The last column is the ratio of the means.
+    """
+    names = [FRONT[algo][0] for algo in algos]
+    heads = [head for name in names for head in (f"{name}, each seed", "mean")]
+    lines = [f"| task | {' | '.join(heads)} | {names[0]} / {names[1]} |", "|---" * 6 + "|"]
+    for task, known in curves.items():
+        cells, means = [], []
+        for algo in algos:
+            seeds = [y[(x >= span[0]) & (x <= span[1])].mean() for x, y in known.get(algo, []) if span[1] in x]
+            means.append(np.mean(seeds) if seeds else np.nan)
+            cells += [", ".join(f"{value:.0f}" for value in seeds) or "-", f"{means[-1]:.0f}" if seeds else "-"]
+        ratio = means[0] / means[1]
+        lines.append(f"| {task} | {' | '.join(cells)} | {'-' if np.isnan(ratio) else f'{ratio:.2f}'} |")
+    return "\n".join(lines)
+
+
 def step_table(rows: Sequence[Row]) -> str:
     """Processor time of a step, and how many times CrossQ's that is."""
     envs = list(dict.fromkeys(row["env"] for row in rows))

@@ -253,6 +253,10 @@ def test_the_front_figure_shows_runs_as_far_as_they_got(tmp_path, monkeypatch):
     single["Hopper-v5"]["preset_fast"] = [(np.array([10_000, 20_000]), np.array([7.0, 9.0]))]
     lines = tables.front_table(curves, single, milliseconds, (), (10_000, 20_000), 9.0).splitlines()
     assert lines[2] == "| Hopper-v5 | QVPO | 1 | - | - | 8 |"
+    lines = tables.each_seed_table(curves, ("preset_fast", "sac"), (10_000, 20_000)).splitlines()
+    assert lines[2:] == ["| Hopper-v5 | - | - | 20, 40 | 30 | - |"], "a seed that did not get so far is left out"
+    lines = tables.each_seed_table(curves, ("preset_fast", "sac"), (10_000, 10_000)).splitlines()
+    assert lines[2:] == ["| Hopper-v5 | 50 | 50 | 10, 20, 30 | 20 | 2.50 |"]
     shown = []
     monkeypatch.setattr(figures.plt, "close", shown.append)
     figures.draw_front(curves, {"presets.fast": 60.0, "SAC": 30.0}, tmp_path / "figure.png")
