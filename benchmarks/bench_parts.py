@@ -3,8 +3,7 @@ Where the time of a step goes with ``presets.fast`` and ``presets.sdac``: the en
 beside an update of CrossQ with networks of 256 units and of SAC. HalfCheetah-v5; functions take turns.
 
 ``python benchmarks/bench_parts.py [--threads 1] [--repeats 7]``; needs ``pip install ".[mujoco,zoo]"``. Updates are means over
-the policy's delay. "SDAC, batch 256" has the batch of all others, where its preset has half of it. Actions are eager, where
-long runs compile them.
+the policy's delay. Actions are eager, where long runs compile them.
 """
 
 from collections.abc import Callable
@@ -14,13 +13,12 @@ from typing import Any
 from bench_step import MODELS
 from timing import Rows, interleaved, parse_arguments, report, summary
 
-from sb3_qvpo import QVPO, SDAC, presets
+from sb3_qvpo import QVPO, SDAC
 from sb3_qvpo.common.speed.cpu import OneDnnProducts
 
 ENV = "HalfCheetah-v5"
 COMPARED: dict[str, tuple[Any, dict[str, Any]]] = {
-    **{name: MODELS[name] for name in ("presets.fast", "presets.sdac", "CrossQ-256", "SAC")},
-    "SDAC, batch 256": (SDAC, presets.sdac | dict(batch_size=256)),
+    name: MODELS[name] for name in ("presets.fast", "presets.sdac", "CrossQ-256", "SAC")
 }
 
 

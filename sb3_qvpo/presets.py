@@ -124,17 +124,19 @@ Cost: two minutes for 5 000 steps of Pendulum-v1. Returns there, with gamma 0.98
 sdac = Preset(
     learning_rate=1e-3,
     learning_starts=5_000,
-    batch_size=128,
-    n_steps=3,
+    n_steps=2,
     critic_type="crossq",
     policy_delay=3,
     temperature=0.05,
     q_scaling="spread",
     proposal_actions="replay",
     n_reverse_samples=16,
-    n_behavior_candidates=4,
+    n_improvement_steps=2,
+    improvement_step=0.3,
+    n_behavior_candidates=[4, 4, 4, 16],
     n_target_candidates=2,
-    policy_kwargs={**fast["policy_kwargs"], "normalize_features": False},
+    eval_noise_scale=0.3,
+    policy_kwargs=fast["policy_kwargs"],
 )
 """
 For :class:`~sb3_qvpo.sdac.sdac.SDAC` on MuJoCo and tasks like it, on a CPU: the critics and the sampler of :data:`fast`. The

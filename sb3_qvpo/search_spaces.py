@@ -179,6 +179,7 @@ def sample_sdac_params(trial: "optuna.Trial", n_actions: int, n_envs: int, addit
         "critic_type": trial.suggest_categorical("critic_type", ["twin", "crossq"]),
         "net_arch": trial.suggest_categorical("net_arch", ["small", "medium"]),
         "n_reverse_samples_pow": trial.suggest_int("n_reverse_samples_pow", 3, 4),
+        "n_improvement_steps": trial.suggest_int("n_improvement_steps", 0, 2),
         "n_target_candidates_pow": trial.suggest_int("n_target_candidates_pow", 0, 2),
     }
     converted = convert_sdac_params(_with_sampled_her(trial, sampled, additional_args))

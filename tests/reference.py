@@ -597,6 +597,16 @@ def truncated_normal(mean, std, u):
     return mean + std * low
 
 
+def log_truncated_density(action, mean, std):
+    """Of a normal variable cut to [-1, 1], by the error function."""
+    low, high = (-1 - mean) / std, (1 - mean) / std
+    if low > 0:  # the lower tail keeps its digits
+        low, high = -high, -low
+    z = (action - mean) / std
+    density = math.exp(-(z**2) / 2) / (std * math.sqrt(2 * math.pi))
+    return math.log(density) - math.log(normal_cdf(high) - normal_cdf(low))
+
+
 def posterior_mean_on_a_grid(x, bar, q_value, temperature, n_points=20_001):
     """E[a | x] for one dimension, the prior exp(q_value(a) / temperature) on [-1, 1], and x = sqrt(bar) a + noise."""
     total = weighted = 0.0
@@ -617,6 +627,7 @@ class SoftLearner(Learner):
     """
     The same with SDAC's actor. ``settings`` also holds ``temperature``, ``box``, ``spread`` (whether the temperature is in
     units of the deviation of a state's values) and, for one that is learnt, ``target_divergence`` and ``temperature_rate``.
+    With ``improved``, a number of steps, their length and a deviation, half of the draws are around an improved action.
     """
 
     log_temperature = 0.0
@@ -626,7 +637,8 @@ class SoftLearner(Learner):
         """``noise`` also holds the buffer's ``actions``; ``chain`` is None if noisy actions start from them."""
         n_draws = noise["reverse"].shape[1]
         betas, settings = self.settings["betas"], self.settings
-        clean, values = [], []
+        clean, values, ratios = [], [], np.zeros((len(states), n_draws))
+        n_improved = n_draws // 2 if "improved" in settings else 0
         for b, state in enumerate(states):
             start = noise["actions"][b]
             if noise["chain"] is not None:
@@ -641,6 +653,17 @@ class SoftLearner(Learner):
                 ]
             else:
                 draws = [(x - math.sqrt(1 - bar) * row) / math.sqrt(bar) for row in noise["reverse"][b]]
+            if n_improved:
+                n_steps, length, width = settings["improved"]
+                known = [start, *improve(self.critics, state, start, n_steps, length)]
+                around, _ = best_of_k(self.critics, state, np.array(known))
+                for m in range(n_draws):
+                    if m < n_improved:
+                        draws[m] = [truncated_normal(around[j], width, u) for j, u in enumerate(noise["reverse"][b, m])]
+                    at_noisy = sum(log_truncated_density(a, x[j] / math.sqrt(bar), std) for j, a in enumerate(draws[m]))
+                    at_improved = sum(log_truncated_density(a, around[j], width) for j, a in enumerate(draws[m]))
+                    share = n_improved / n_draws  # of the draws' density, where that at the noisy action was wanted
+                    ratios[b, m] = 1 / (1 - share + share * math.exp(at_improved - at_noisy))
             clean.append((x, np.array(draws)))
             values.append([min(q_values(self.critics, state, np.clip(action, -1, 1))) for action in clean[b][1]])
         unit = 1.0
@@ -651,7 +674,11 @@ class SoftLearner(Learner):
             unit = math.sqrt(self.spread_mean / self.spread_weight)
         temperature = settings["temperature"] * math.exp(self.log_temperature)
         weights = [softmax(row, temperature * unit) for row in values]
-        divergence = np.mean([sum(w * math.log(w * n_draws) for w in row) for row in weights])
+        if n_improved:
+            products = [[w * ratio for w, ratio in zip(*pair, strict=True)] for pair in zip(weights, ratios, strict=True)]
+            weights = [[w / sum(row) for w in row] for row in products]
+        preferred = [softmax(row[n_improved:], temperature * unit) for row in values]
+        divergence = np.mean([sum(w * math.log(w * len(row)) for w in row) for row in preferred])
         if "target_divergence" in settings:
             self.log_temperature += settings["temperature_rate"] * (divergence - settings["target_divergence"])
         # M rows for each state, all at the same noisy action

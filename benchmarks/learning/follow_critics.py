@@ -25,11 +25,12 @@ import numpy as np
 import torch as th
 from run import ALGOS, append
 from stable_baselines3.common.logger import configure
+from stable_baselines3.common.save_util import load_from_zip_file
 from torch import nn
 from torch.nn import functional as F
 
 from sb3_qvpo import QVPO, SDAC
-from sb3_qvpo.common.runs.checkpoints import unpickle
+from sb3_qvpo.common.runs.checkpoints import saved_model, unpickle
 
 ALGORITHMS: dict[str, type[QVPO | SDAC]] = {"qvpo": QVPO, "sdac": SDAC}
 
@@ -37,7 +38,7 @@ AFTER = (300, 1000)
 """Policy updates after which the actor is looked at."""
 
 
-def model_of(name: str, task: str, source: QVPO, buffer: Any) -> QVPO | SDAC:
+def model_of(name: str, task: str, source: QVPO | SDAC, buffer: Any) -> QVPO | SDAC:
     """A new model with settings of ``run.py``, and the critics and transitions of another."""
     algorithm, settings = ALGOS[name]
     settings = {**settings, "policy_kwargs": eval(settings["policy_kwargs"], {"nn": nn})}
@@ -74,9 +75,10 @@ def main() -> None:
     parser.add_argument("--csv", type=Path)
     arguments = parser.parse_args()
     th.set_num_threads(1)
-    source = QVPO.load(arguments.checkpoint, device="cpu")
     with zipfile.ZipFile(arguments.checkpoint) as archive:
         buffer = unpickle(archive, "replay_buffer")
+        data, _, _ = load_from_zip_file(saved_model(archive), device="cpu")
+    source = (SDAC if "temperature" in data else QVPO).load(arguments.checkpoint, device="cpu")
     rows = np.random.RandomState(0).randint(0, buffer.size(), 512)
     observations = th.as_tensor(buffer.observations[rows, 0], dtype=th.float32)
     writer = csv.writer(sys.stdout)

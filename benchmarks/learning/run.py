@@ -115,6 +115,18 @@ WIDE: dict[str, Any] = dict(net_arch=[256, 256])
 FIRST: dict[str, Any] = dict(n_steps=1, n_behavior_candidates=4)
 """Returns and candidates for acting of ``presets.fast`` at first."""
 
+FORMER_SDAC: dict[str, Any] = dict(
+    batch_size=128, n_steps=3, n_behavior_candidates=4, eval_noise_scale=1.0, n_improvement_steps=0
+)
+"""What ``presets.sdac`` had before, in the place of its own."""
+
+
+def former_sdac(policy_kwargs: dict[str, Any] | None = None, **changes: Any) -> tuple[str, dict[str, Any]]:
+    """``presets.sdac`` as it was before: :data:`FORMER_SDAC` and raw inputs."""
+    kwargs = {"normalize_features": False, **(policy_kwargs or {})}
+    return preset(kwargs, "sdac", **{**FORMER_SDAC, **changes})
+
+
 FIRST_SDAC: dict[str, Any] = dict(batch_size=256, n_steps=1, temperature=0.2, n_target_candidates=4, policy_kwargs=WIDE)
 """``presets.sdac`` at first."""
 
@@ -158,12 +170,16 @@ ALGOS: dict[str, tuple[str, dict[str, Any]]] = {
     **{f"preset_fast_pessimism{beta}": preset(policy_kwargs=dict(pessimism=beta)) for beta in (0.0, 0.5)},
     "preset_fast_batch128_pessimism0.0": preset(batch_size=128, policy_kwargs=dict(pessimism=0.0)),
     "sdac": preset(name="sdac"),
-    **{f"sdac_temperature{t}": preset(name="sdac", temperature=t) for t in (0.03, 0.1, 0.2, 0.5)},
-    "sdac_kb16_batch256": preset(name="sdac", n_behavior_candidates=16, batch_size=256),
+    # What the draws around better actions earn
+    "sdac_no_improvement": preset(name="sdac", n_improvement_steps=0),
+    "sdac_no_improvement_kt4": preset(name="sdac", n_improvement_steps=0, n_target_candidates=4),
     # The authors' settings, with fewer candidates, draws and steps of a chain
     "sdac_official_small": ("sdac", in_zoo(SMALL_OFFICIAL_SDAC)),
-    **{f"sdac_m{m}": preset(name="sdac", n_reverse_samples=m) for m in (8, 32)},
-    "sdac_1step": preset(name="sdac", **FIRST_SDAC),
+    "former_sdac": former_sdac(),
+    **{f"former_sdac_temperature{t}": former_sdac(temperature=t) for t in (0.03, 0.1, 0.2, 0.5)},
+    **{f"former_sdac_m{m}": former_sdac(n_reverse_samples=m) for m in (8, 32)},
+    "former_sdac_kb16_batch256": former_sdac(n_behavior_candidates=16, batch_size=256),
+    "former_sdac_1step": former_sdac(**FIRST_SDAC),
     # presets.fast as it was before
     "former": former(),
     **{f"former_kb{k}": former(n_behavior_candidates=k) for k in (4, 8, 16)},

@@ -11,6 +11,8 @@ argument or variable        symbol                  meaning
 ``actions``                 a                       where noisy actions come from
 ``noisy``                   x = a_t                 ``sqrt(bar alpha_t) a + sqrt(1 - bar alpha_t) eps'``
 ``clean``                   a_0                     draws of the reverse-sampling distribution at x
+``n_improvement_steps``     m                       gradient steps that half of the draws start with (not in the paper)
+``improvement_step``        eta                     length of such a step, over sqrt(A) (not in the paper)
 ``weights``                 w                       softmax over M of ``Q(s, a_0) / lambda``
 ``mean_action``             E[a_0 | x]              ``sum of w a_0``, what the regression aims at
 ==========================  ======================  ====================================================
@@ -28,7 +30,7 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, ReplayB
 from stable_baselines3.common.utils import FloatSchedule
 
 from sb3_qvpo.common.arguments import check_choice, check_count, check_interval, parse_schedule
-from sb3_qvpo.common.candidates import best_candidate
+from sb3_qvpo.common.candidates import ScoredCandidates, best_candidate
 from sb3_qvpo.common.networks import evaluation_mode
 from sb3_qvpo.common.off_policy_algorithm import Metrics
 from sb3_qvpo.common.policies import DiffusionPolicy
@@ -38,6 +40,7 @@ from sb3_qvpo.sdac.targets import (
     BOXES,
     boltzmann_weights,
     divergence,
+    mixed_actions,
     official_temperature,
     posterior_mean,
     truncated_actions,
@@ -67,7 +70,7 @@ class ActorNoise(NamedTuple):
     :param timesteps: Diffusion steps t, shape (B, 1).
     :param forward: Noise eps' of the forward process, shape (B, 1, A).
     :param reverse: Draws of the reverse-sampling distribution, shape (B, M, A): uniform in [0, 1) for the truncated one,
-        standard normal for the other.
+        standard normal for the other. The first M // 2 are around improved actions if there are such.
     """
 
     chain: th.Tensor | int | None
@@ -108,12 +111,18 @@ class SDAC(CandidateTDAlgorithm):
         ``target_divergence``; ``"auto_0.5"`` starts at 0.5 instead of 1.
     :param target_divergence: What ``temperature="auto"`` holds: by how much the weights prefer some of the M actions, in nats,
         see :func:`~sb3_qvpo.sdac.targets.divergence`. Between 0, a uniform policy, and log M; ``box="clip"`` reaches less.
+        Draws around improved actions are left out, so M is then the number of the others.
     :param temperature_learning_rate: Step size of the logarithm of the temperature with ``"auto"``, above 0.
     :param q_scaling: Units of the temperature: ``"none"``, those of the reward, or ``"spread"``, the deviation of a state's M
         values, a running mean over states. With it one temperature serves tasks with rewards of any size.
     :param n_reverse_samples: M, clean actions around a noisy one, at least 2.
     :param proposal_actions: Where noisy actions start from: ``"policy"``, the best of K_t candidates, or ``"replay"``, the
         actions of the replay buffer, which need no chain.
+    :param n_improvement_steps: m, gradient steps of fixed length from the action that a noisy one starts from. With m above 0,
+        M // 2 of the M clean actions are drawn around the best action on this way. Their weights take into account that
+        they are drawn elsewhere: what the policy learns stays the same, up to the error of M draws.
+    :param improvement_step: eta, length of such a step in units of sqrt(A), above 0. Each dimension moves by about eta.
+    :param improved_std: Deviation of the draws around the improved action, above 0.
     :param box: ``"truncated"`` draws clean actions inside [-1, 1], ``"clip"`` values them clipped, as the authors' code does.
     :param qf_learning_rate: Learning rate of the critics, in the same forms as ``learning_rate``, which it equals if None.
     :param n_behavior_candidates: K_b, best of this many candidates while collecting, at least 1. Several differ by
@@ -147,7 +156,7 @@ class SDAC(CandidateTDAlgorithm):
         "CnnPolicy": CnnPolicy,
         "MultiInputPolicy": MultiInputPolicy,
     }
-    _preset: ClassVar[tuple[str, int, int]] = ("sdac", 320, 128)
+    _preset: ClassVar[tuple[str, int, int]] = ("sdac", 640, 256)
     _not_read_by_updates: ClassVar[frozenset[str]] = CandidateTDAlgorithm._not_read_by_updates | {"_temperature_schedule"}
 
     log_temperature: th.Tensor
@@ -178,6 +187,9 @@ class SDAC(CandidateTDAlgorithm):
         q_scaling: str = "none",
         n_reverse_samples: int = 64,
         proposal_actions: str = "policy",
+        n_improvement_steps: int = 0,
+        improvement_step: float = 0.1,
+        improved_std: float = 0.3,
         box: str = "truncated",
         qf_learning_rate: float | str | Schedule | None = None,
         n_behavior_candidates: int | Sequence[int] = 32,
@@ -240,6 +252,9 @@ class SDAC(CandidateTDAlgorithm):
         self.q_scaling = q_scaling
         self.n_reverse_samples = n_reverse_samples
         self.proposal_actions = proposal_actions
+        self.n_improvement_steps = n_improvement_steps
+        self.improvement_step = improvement_step
+        self.improved_std = improved_std
         self.box = box
 
         if _init_setup_model:
@@ -281,18 +296,25 @@ class SDAC(CandidateTDAlgorithm):
         :return: The loss and its metrics.
         """
         with th.no_grad():
-            actions = self._proposals(batch, noise.chain).unsqueeze(1)
+            features, actions, improved = self._proposals(batch, noise.chain)
             # Any distribution of x with full support has the same minimiser
             noisy = self.actor.diffusion.add_noise(actions, noise.timesteps, noise.forward)
             signal, noise_level = self._levels(noise.timesteps)
-            draw = truncated_actions if self.box == "truncated" else unbounded_actions
-            clean = draw(noisy, signal, noise_level, noise.reverse)
+            log_ratios: float | th.Tensor = 0.0
+            if improved is None:
+                draw = truncated_actions if self.box == "truncated" else unbounded_actions
+                clean = draw(noisy, signal, noise_level, noise.reverse)
+            else:
+                # At high noise the draws are spread over the box, and seldom hit good actions. So half are drawn elsewhere
+                std, n = self.improved_std, self._n_improved()
+                clean, log_ratios = mixed_actions(noisy, signal, noise_level, improved, std, noise.reverse, n)
             with evaluation_mode(self.critic):
-                q_values = self.critic.score(self.critic.features(batch.observations), clean.clamp(-1, 1))
+                q_values = self.critic.score(features, clean.clamp(-1, 1))
             learnt = temperature * self.log_temperature.exp()
-            weights = boltzmann_weights(q_values, learnt * self._q_unit(q_values))
+            unit = learnt * self._q_unit(q_values)
+            weights = boltzmann_weights(q_values, unit, log_ratios)
             mean_action = posterior_mean(clean, weights)
-            preference = divergence(weights)
+            preference = divergence(boltzmann_weights(q_values[:, self._n_improved() :], unit))
             if self._learns_temperature():
                 # A temperature that is too low prefers too few actions. A number that is not finite must not stay
                 drift = self.temperature_learning_rate * (preference - self.target_divergence)
@@ -309,11 +331,35 @@ class SDAC(CandidateTDAlgorithm):
         }
         return loss, metrics
 
-    def _proposals(self, batch: ReplayBufferSamples, chain: th.Tensor | int | None) -> th.Tensor:
-        """Actions a of shape (B, A) from which noisy ones start."""
+    def _proposals(
+        self, batch: ReplayBufferSamples, chain: th.Tensor | int | None
+    ) -> tuple[th.Tensor, th.Tensor, th.Tensor | None]:
+        """
+        What a policy step knows of each state before it draws clean actions.
+
+        :param batch: B transitions.
+        :param chain: Noise of the reverse chains; None for actions of the replay buffer.
+        :return: The critics' features, shape (B, S); actions a from which noisy ones start, (B, 1, A); and the same improved
+            by gradient steps, None without.
+        """
         if chain is None:
-            return batch.actions
-        return best_candidate(*self.policy.score_candidates(batch.observations, chain, for_training=True)[1:])
+            with evaluation_mode(self.critic):
+                features, candidates = self.critic.features(batch.observations), batch.actions.unsqueeze(1)
+                # Nobody needs the value of a single action that is not improved
+                scores = self.critic.score(features, candidates) if self.n_improvement_steps else candidates[..., 0]
+            scored = ScoredCandidates(features, candidates, scores)
+        else:
+            scored = self.policy.score_candidates(batch.observations, chain, for_training=True)
+        actions, improved = best_candidate(*scored[1:]).unsqueeze(1), None
+        if self.n_improvement_steps:
+            step_length = self.improvement_step * math.sqrt(self.actor.action_dim)
+            scored = self.policy.improve_best(scored, self.n_improvement_steps, step_length)
+            improved = best_candidate(*scored[1:]).unsqueeze(1)
+        return scored.features, actions, improved
+
+    def _n_improved(self) -> int:
+        """How many of the M clean actions are drawn around an improved one."""
+        return self.n_reverse_samples // 2 if self.n_improvement_steps else 0
 
     def _n_policy_candidates(self) -> int:
         return self.n_target_candidates if self.proposal_actions == "policy" else 0
@@ -391,11 +437,18 @@ class SDAC(CandidateTDAlgorithm):
         self._temperature_in_use = self.temperature
         if not self._learns_temperature() and "log_temperature" in vars(self):
             self.log_temperature.zero_()  # what was learnt under "auto" is no factor of another temperature
-        self.n_reverse_samples = check_count("n_reverse_samples", self.n_reverse_samples, 2)  # one action has no weight
+        self.n_improvement_steps = check_count("n_improvement_steps", self.n_improvement_steps, 0)
+        check_interval("improvement_step", self.improvement_step, 0, math.inf, low_allowed=False)
+        check_interval("improved_std", self.improved_std, 0, math.inf, low_allowed=False)
+        # One action has no weight
+        smallest = 4 if self.n_improvement_steps else 2
+        self.n_reverse_samples = check_count("n_reverse_samples", self.n_reverse_samples, smallest)
         check_choice("q_scaling", self.q_scaling, ("none", "spread"))
         check_choice("proposal_actions", self.proposal_actions, ("policy", "replay"))
         check_choice("box", self.box, BOXES)
-        largest = math.log(self.n_reverse_samples) if self._learns_temperature() else math.inf
+        if self.n_improvement_steps and self.box != "truncated":
+            raise ValueError(f"n_improvement_steps above 0 needs box='truncated', got box={self.box!r}")
+        largest = math.log(self.n_reverse_samples - self._n_improved()) if self._learns_temperature() else math.inf
         check_interval("target_divergence", self.target_divergence, 0, largest)
         check_interval("temperature_learning_rate", self.temperature_learning_rate, 0, math.inf, low_allowed=False)
 

@@ -55,15 +55,79 @@ def unbounded_actions(noisy: th.Tensor, signal: th.Tensor, noise_level: th.Tenso
     return (noisy - noise_level * noise) / signal
 
 
-def boltzmann_weights(q_values: th.Tensor, temperature: float | th.Tensor) -> th.Tensor:
+def log_truncated_density(actions: th.Tensor, mean: th.Tensor, std: th.Tensor) -> th.Tensor:
+    """
+    Logarithm of the density of ``N(mean, std^2 I)`` cut to the box [-1, 1].
+
+    :param actions: Actions of shape (B, M, A) in [-1, 1].
+    :param mean: Means, shape (B, 1, A), also beyond the box.
+    :param std: Deviations above 0, shape (B, 1, 1).
+    :return: Log densities of shape (B, M).
+    """
+    low, high = (-1 - mean) / std, (1 - mean) / std
+    # Mirrored so that the interval lies to the left: small probabilities keep their digits there, those near 1 do not
+    low, high = th.where(low + high > 0, -high, low), th.where(low + high > 0, -low, high)
+    above, below = th.special.log_ndtr(high), th.special.log_ndtr(low)
+    # The ends differ, even where the box is too narrow for the digits of their probabilities
+    log_mass = above + (-th.expm1((below - above).clamp(max=-th.finfo(above.dtype).eps))).log()
+    exponents = -0.5 * ((actions - mean) / std) ** 2 - std.log() - 0.5 * math.log(2 * math.pi)
+    densities: th.Tensor = (exponents - log_mass).sum(dim=-1)
+    return densities
+
+
+def log_importance(log_wanted: th.Tensor, log_other: th.Tensor, share: float) -> th.Tensor:
+    """
+    How much draws of a mixture count where those of one of its parts were wanted: ``log(p / ((1 - share) p + share q))``. The
+    balance heuristic of Veach and Guibas (1995), which stays bounded however rare a draw is under p.
+
+    :param log_wanted: log p of each draw, shape (B, M).
+    :param log_other: log q of each draw, shape (B, M).
+    :param share: Which share of the draws is from q, in (0, 1).
+    :return: Logarithms of the ratio, shape (B, M), at most ``-log(1 - share)``.
+    """
+    ratio = log_other - log_wanted
+    return -th.logaddexp(th.full_like(ratio, math.log1p(-share)), ratio + math.log(share))
+
+
+def mixed_actions(
+    noisy: th.Tensor,
+    signal: th.Tensor,
+    noise_level: th.Tensor,
+    improved: th.Tensor,
+    improved_std: float,
+    uniforms: th.Tensor,
+    n_improved: int,
+) -> tuple[th.Tensor, th.Tensor]:
+    """
+    Clean actions of which some surround another action than the noisy one, and how much each counts.
+
+    :param noisy: x, shape (B, 1, A).
+    :param signal: ``sqrt(bar alpha_t)``, shape (B, 1, 1).
+    :param noise_level: ``sqrt(1 - bar alpha_t)``, shape (B, 1, 1).
+    :param improved: The other action, shape (B, 1, A) in [-1, 1].
+    :param improved_std: Deviation of the draws around it, above 0.
+    :param uniforms: Uniform numbers in [0, 1), shape (B, M, A).
+    :param n_improved: How many of the M surround it, the first ones.
+    :return: Actions of shape (B, M, A) in [-1, 1], and what :func:`log_importance` says of them, (B, M).
+    """
+    one, width = th.ones_like(signal), th.full_like(signal, improved_std)
+    around = truncated_actions(improved, one, width, uniforms[:, :n_improved])
+    clean = th.cat([around, truncated_actions(noisy, signal, noise_level, uniforms[:, n_improved:])], dim=1)
+    log_wanted = log_truncated_density(clean, noisy / signal, noise_level / signal)
+    log_other = log_truncated_density(clean, improved, width)
+    return clean, log_importance(log_wanted, log_other, n_improved / clean.shape[1])
+
+
+def boltzmann_weights(q_values: th.Tensor, temperature: float | th.Tensor, log_ratios: float | th.Tensor = 0.0) -> th.Tensor:
     """
     ``softmax over M of Q / temperature``. Factors that all M have in common do not change the minimiser of the loss.
 
     :param q_values: Values of shape (B, M).
     :param temperature: lambda, above 0.
+    :param log_ratios: What :func:`log_importance` returned for draws of a mixture, shape (B, M); added to the exponents.
     :return: Weights of shape (B, M) that add up to 1.
     """
-    return (q_values / temperature).softmax(dim=1)
+    return (q_values / temperature + log_ratios).softmax(dim=1)
 
 
 def posterior_mean(clean: th.Tensor, weights: th.Tensor) -> th.Tensor:

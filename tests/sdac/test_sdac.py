@@ -43,6 +43,11 @@ SETTINGS = {
         temperature="auto_0.3", q_scaling="spread", target_divergence=0.2, temperature_learning_rate=0.5
     ),
     "delayed, n-step": dict(policy_delay=2, n_steps=3),
+    "improved draws": dict(n_improvement_steps=2, improvement_step=0.2, temperature=0.1),
+    "improved draws from the buffer": dict(
+        **dict(n_improvement_steps=1, improvement_step=0.4, improved_std=0.15, proposal_actions="replay"),
+        **dict(temperature="auto_0.3", q_scaling="spread", target_divergence=0.2, temperature_learning_rate=0.5),
+    ),
     "v and solver": dict(policy_kwargs=dict(prediction="v", sampler="dpm++"), proposal_actions="replay", temperature=0.3),
 }
 
@@ -61,6 +66,10 @@ def test_train_step_by_step(name, env):
         parameter.data.add_(0.2 * th.randn_like(parameter))
     records = recorded_draws(model)
     learns = str(settings.get("temperature", "")).startswith("auto")
+    improvement = {}
+    if n_steps := settings.get("n_improvement_steps"):
+        length = settings["improvement_step"] * math.sqrt(model.actor.action_dim)
+        improvement["improved"] = (n_steps, length, settings.get("improved_std", 0.3))
     learner = reference.SoftLearner(
         *(actor_to_numpy(actor) for actor in (model.actor, model.actor_target)),
         *(critics_to_numpy(critic) for critic in (model.critic, model.critic_target)),
@@ -79,6 +88,7 @@ def test_train_step_by_step(name, env):
             box=settings.get("box", "truncated"),
             spread=settings.get("q_scaling") == "spread",
             **(dict(target_divergence=0.2, temperature_rate=0.5) if learns else {}),
+            **improvement,
         ),
     )
     for _ in range(3):
@@ -123,6 +133,9 @@ ALIVE = {
     "n_reverse_samples": (7, trained_weights),
     "proposal_actions": ("replay", trained_weights),
     "box": ("clip", trained_weights),
+    "n_improvement_steps": (1, trained_weights),
+    "improvement_step": (0.4, trained_weights),
+    "improved_std": (0.1, trained_weights),
     "policy_delay": (3, trained_weights),
 }
 
@@ -135,6 +148,8 @@ def test_argument_is_alive(name):
         kwargs["replay_buffer_kwargs"] = dict(handle_timeout_termination=False)
     if name in ("target_divergence", "temperature_learning_rate"):
         kwargs["temperature"] = "auto_0.01"
+    if name in ("improvement_step", "improved_std"):
+        kwargs["n_improvement_steps"] = 2
     if name == "device":  # a device without memory: enough to see where the model would go
         kwargs["_init_setup_model"] = False
     baseline = {**kwargs, name: TINY_SOFT.get(name, inspect.signature(SDAC).parameters[name].default)}
@@ -148,7 +163,7 @@ def test_every_argument_is_covered_and_shared_ones_are_qvpos():
     assert ALIVE.keys() == parameters.keys() - {"policy", "env"}
     shared = [name for name in parameters if name in inspect.signature(QVPO).parameters]
     own = {"temperature", "target_divergence", "temperature_learning_rate", "q_scaling", "n_reverse_samples", "box"}
-    assert parameters.keys() - set(shared) == own | {"proposal_actions"}
+    assert parameters.keys() - set(shared) == own | {"proposal_actions", "improved_std"}
     assert [str(parameters[name].annotation) for name in shared] == [
         str(inspect.signature(QVPO).parameters[name].annotation) for name in shared
     ]
@@ -173,6 +188,15 @@ def test_every_argument_is_covered_and_shared_ones_are_qvpos():
         (dict(q_scaling="std"), "q_scaling must be one of 'none', 'spread', got 'std'"),
         (dict(proposal_actions="buffer"), "proposal_actions must be one of 'policy', 'replay', got 'buffer'"),
         (dict(box=None), "box must be one of 'truncated', 'clip', got None"),
+        (dict(n_improvement_steps=-1), "n_improvement_steps must be .*, got -1"),
+        (dict(improvement_step=0.0), r"improvement_step must be a number in \(0, inf\), got 0.0"),
+        (dict(improved_std=-0.1), r"improved_std must be a number in \(0, inf\), got -0.1"),
+        (dict(n_improvement_steps=1, n_reverse_samples=3), "n_reverse_samples must be .* at least 4, got 3"),
+        (dict(n_improvement_steps=1, box="clip"), "n_improvement_steps above 0 needs box='truncated', got box='clip'"),
+        (
+            dict(n_improvement_steps=1, temperature="auto", n_reverse_samples=4, target_divergence=1.0),
+            r"target_divergence must be a number in \[0, 0.693",
+        ),
         (dict(n_target_candidates=0), "n_target_candidates must be"),
     ],
 )
@@ -346,11 +370,13 @@ def test_the_learning_rate_is_constant_unless_it_is_a_schedule():
         assert model.actor.optimizer.param_groups[0]["lr"] == pytest.approx(now, abs=2e-5)
 
 
-def test_fast_code_changes_nothing(settings):
+@pytest.mark.parametrize("n_improvement_steps", [0, 2])
+def test_fast_code_changes_nothing(settings, n_improvement_steps):
     """At sizes where the CPU's fast code is in use, with and without it: draws of the policy, values, the actor's loss."""
     kwargs = dict(
         batch_size=64, n_reverse_samples=16, temperature=0.2, q_scaling="spread", critic_type="crossq", n_diffusion_steps=5,
         policy_kwargs=dict(net_arch=[256, 256], activation_fn=th.nn.ReLU, prediction="v", sampler="dpm++"),
+        n_improvement_steps=n_improvement_steps,
     )  # fmt: skip
     results = []
     for enabled in (True, False):

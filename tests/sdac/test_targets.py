@@ -12,6 +12,9 @@ from sb3_qvpo.common.noise_schedules import make_betas
 from sb3_qvpo.sdac.targets import (
     boltzmann_weights,
     divergence,
+    log_importance,
+    log_truncated_density,
+    mixed_actions,
     official_temperature,
     posterior_mean,
     truncated_actions,
@@ -50,6 +53,42 @@ def test_truncated_draws_stay_in_the_box_wherever_the_noisy_action_is():
     th.testing.assert_close(drawn[-150:], th.ones(150, 3, 1))
 
 
+@pytest.mark.parametrize("dtype", [th.float32, th.float64])
+@pytest.mark.parametrize("bar", [1 - 1e-3, 0.6374, 0.1094, 5.27e-6])
+def test_density_of_truncated_draws(bar, dtype):
+    """Against the error function, from the middle of the box to six deviations beyond it."""
+    signal, noise_level = levels(bar)
+    actions = th.tensor([-1.0, -0.3, 0.0, 1.0], dtype=th.float64).view(-1, 1, 1)
+    means = (actions * signal + noise_level * th.tensor([-6.0, 0.5, 0.0, 6.0], dtype=th.float64).view(-1, 1, 1)) / signal
+    std = noise_level / signal
+    near = (actions + std * th.tensor([-2.0, 0.0, 1.0], dtype=th.float64).view(1, -1, 1)).clamp(-1, 1)
+    densities = log_truncated_density(*(value.to(dtype) for value in (near, means, std)))
+    assert densities.dtype == dtype and densities.shape == (4, 3)
+    expected = [[reference.log_truncated_density(a, mean.item(), std.item()) for a in row] for row, mean in
+                zip(near[..., 0].tolist(), means, strict=True)]  # fmt: skip
+    np.testing.assert_allclose(densities, expected, rtol=0, atol=2e-2 if dtype == th.float32 else 1e-7)
+
+
+def test_density_of_truncated_draws_integrates_to_one_and_is_finite_far_outside():
+    points = ((th.arange(20_000, dtype=th.float64) + 0.5) / 10_000 - 1).view(1, -1, 1)
+    for mean, std in ((0.3, 0.2), (-4.0, 1.5), (0.0, 400.0), (1.2, 0.01)):
+        centre, width = (th.full((1, 1, 1), value, dtype=th.float64) for value in (mean, std))
+        density = log_truncated_density(points, centre, width).exp()
+        assert density.sum().item() / 10_000 == pytest.approx(1, rel=5e-3), (mean, std)
+    far = log_truncated_density(th.zeros(3, 1, 2), th.tensor([-500.0, 0.0, 500.0]).view(3, 1, 1), th.full((3, 1, 1), 0.05))
+    assert far.isfinite().all() and far[0] == far[2] < far[1]
+    several = log_truncated_density(th.tensor([[[0.1, -0.4]]]), th.tensor([[[0.0, 0.2]]]), th.ones(1, 1, 1))
+    apart = [reference.log_truncated_density(a, mean, 1.0) for a, mean in ((0.1, 0.0), (-0.4, 0.2))]
+    assert several.item() == pytest.approx(sum(apart), abs=1e-5), "dimensions are independent"
+
+
+def test_how_much_draws_of_a_mixture_count():
+    wanted, other = th.tensor([[0.0, -1.0, -5000.0, 3.0]]), th.tensor([[0.0, 1.0, 0.0, -5000.0]])
+    ratios = log_importance(wanted, other, 0.25)
+    by_hand = [0.0, -math.log(0.75 + 0.25 * math.exp(2)), math.log(4) - 5000, -math.log(0.75)]
+    np.testing.assert_allclose(ratios, [by_hand], rtol=1e-5, atol=1e-6)
+
+
 QUADRATIC = [(0.6374, 0.4, 0.1851516354, 0.256748521, 0.018677), (0.1094, -0.7, -0.8216606203, -0.803395254, -0.859963)]
 """bar alpha, x, and the posterior mean of the noise for Q = -(a - 0.3)^2, temperature 0.5: without a box, cut, clipped."""
 
@@ -79,6 +118,22 @@ def test_posterior_mean_of_a_quadratic_value(bar, x, free, truncated, clipped):
     assert mean_noise(around, around.clamp(-1, 1)) == pytest.approx(clipped, abs=1e-4)
     on_grid = reference.posterior_mean_on_a_grid(x, bar, q_value, 0.5)
     assert (x - math.sqrt(bar) * on_grid) / math.sqrt(1 - bar) == pytest.approx(truncated, abs=1e-6)
+
+
+@pytest.mark.parametrize("improved", [0.3, -0.8])
+@pytest.mark.parametrize(("bar", "x", "free", "truncated", "clipped"), QUADRATIC)
+def test_draws_elsewhere_leave_the_posterior_mean_as_it_is(bar, x, free, truncated, clipped, improved):
+    """A third of the draws around another action, good or bad: the same integral."""
+    n_draws, n_improved = 300_000, 100_000
+    uniforms = [((th.arange(n, dtype=th.float64) + 0.5) / n).view(1, -1, 1) for n in (n_improved, n_draws - n_improved)]
+    signal, noise_level = levels(bar)
+    noisy, around = (th.full((1, 1, 1), value, dtype=th.float64) for value in (x, improved))
+    clean, log_ratios = mixed_actions(noisy, signal, noise_level, around, 0.3, th.cat(uniforms, dim=1), n_improved)
+    q_values = -((clean - 0.3) ** 2).squeeze(-1)
+    weights = boltzmann_weights(q_values, 0.5, log_ratios)
+    assert ((noisy - signal * posterior_mean(clean, weights)) / noise_level).item() == pytest.approx(truncated, abs=1e-4)
+    biased = posterior_mean(clean, boltzmann_weights(q_values, 0.5))
+    assert abs(((noisy - signal * biased) / noise_level).item() - truncated) > 5e-3, "without the ratios it is another"
 
 
 def test_clipping_pulls_to_the_corners_at_high_noise():

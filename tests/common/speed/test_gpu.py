@@ -81,7 +81,14 @@ def test_graphs_of_updates(name, monkeypatch, warnings_are_errors):
     assert largest_difference(model, eager) < 1e-4
 
 
-@pytest.mark.parametrize("kwargs", [{}, dict(temperature="auto", q_scaling="spread", proposal_actions="replay")])
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {},
+        dict(temperature="auto", q_scaling="spread", proposal_actions="replay"),
+        dict(n_improvement_steps=2, proposal_actions="replay"),
+    ],
+)
 def test_graphs_of_sdacs_updates(kwargs, monkeypatch, warnings_are_errors):
     model = tiny_sdac(device="cuda", **kwargs).learn(60)
     assert len(runner_of(model).graphs) == 2 and not runner_of(model).failed

@@ -101,6 +101,7 @@ SOFT_CASES = {
     "authors' schedule": dict(),
     "learnt temperature": dict(temperature="auto", q_scaling="spread"),
     "without chains": dict(temperature="lin_1_0.5", q_scaling="spread", proposal_actions="replay", critic_type="crossq"),
+    "improved draws": dict(n_improvement_steps=2, temperature=0.2),
 }
 
 
@@ -372,6 +373,7 @@ def fused_adam_on_meta(monkeypatch):
         (tiny_qvpo, dict(q_weighting="qcut"), "critic_contrast"),
         (tiny_sdac, {}, "divergence"),
         (tiny_sdac, dict(temperature="auto", q_scaling="spread", proposal_actions="replay"), "divergence"),
+        (tiny_sdac, dict(n_improvement_steps=2, proposal_actions="replay"), "effective_actions"),
         (tiny_diffusion_ql, dict(max_q_backup=True), "q_loss"),
         (tiny_diffusion_ql, dict(eta=0.0), "bc_loss"),
         (tiny_dtql, {}, "trust_region_gradient"),
