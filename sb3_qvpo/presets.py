@@ -88,6 +88,7 @@ There is no other preset for long runs, because nothing has been measured beyond
 50 000 steps of three tasks, one for 50 000 of Ant-v5 and 30 000 of Humanoid-v5.
 
 Cost: 26 ms a step on one core of a Xeon, 0.91 times CrossQ's, 1.6 times SAC's (``benchmarks/results/step_one_thread.csv``).
+Where the processor has no bfloat16 it is 1.2 to 1.4 times CrossQ's.
 Returns of the best of 32 after 50 000 steps, three seeds: 5062 to 6077 on HalfCheetah-v5, 965 to 1659 on Hopper-v5, 2233 to
 5106 on Walker2d-v5 (``benchmarks/learning/preset.csv``). Ant-v5 is at 1273 then, one seed. Hopper-v5 goes up and down, and one
 seed stands still, which returns 1044.
@@ -142,8 +143,10 @@ sdac = Preset(
 For :class:`~sb3_qvpo.sdac.sdac.SDAC` on MuJoCo and tasks like it, on a CPU: the critics and the sampler of :data:`fast`. The
 temperature is in units of the values' spread, and low. For several good actions take :data:`sdac_several`.
 
-Cost: 17 ms a step, 0.6 times CrossQ's. Returns of the best of 32, seed 0: 3548 on HalfCheetah-v5 and 379 on Hopper-v5 after
-20 000 steps (``benchmarks/learning/preset.csv``).
+Half of the draws surround actions that gradient steps have improved, so single samples are good, too.
+
+Cost: as much as :data:`fast`. A step takes 0.95 times as long on HalfCheetah-v5, 1.04 times on Humanoid-v5. Returns of the best of 32, one seed each: 4493 on HalfCheetah-v5 and 1349 on Walker2d-v5 after 25 000 steps, which
+is about what :data:`fast` has, and 432 on Hopper-v5 after 30 000, which is far less (``benchmarks/learning/preset.csv``).
 """
 
 sdac_several = Preset(

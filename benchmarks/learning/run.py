@@ -170,6 +170,8 @@ ALGOS: dict[str, tuple[str, dict[str, Any]]] = {
     **{f"preset_fast_pessimism{beta}": preset(policy_kwargs=dict(pessimism=beta)) for beta in (0.0, 0.5)},
     "preset_fast_batch128_pessimism0.0": preset(batch_size=128, policy_kwargs=dict(pessimism=0.0)),
     "sdac": preset(name="sdac"),
+    **{f"sdac_temperature{t}": preset(name="sdac", temperature=t) for t in (0.1, 0.2, 0.5)},
+    "sdac_kt4": preset(name="sdac", n_target_candidates=4),
     # What the draws around better actions earn
     "sdac_no_improvement": preset(name="sdac", n_improvement_steps=0),
     "sdac_no_improvement_kt4": preset(name="sdac", n_improvement_steps=0, n_target_candidates=4),
