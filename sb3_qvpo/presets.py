@@ -145,8 +145,10 @@ temperature is in units of the values' spread, and low. For several good actions
 
 Half of the draws surround actions that gradient steps have improved, so single samples are good, too.
 
-Cost: as much as :data:`fast`. A step takes 0.95 times as long on HalfCheetah-v5, 1.04 times on Humanoid-v5. Returns of the best of 32, one seed each: 4493 on HalfCheetah-v5 and 1349 on Walker2d-v5 after 25 000 steps, which
-is about what :data:`fast` has, and 432 on Hopper-v5 after 30 000, which is far less (``benchmarks/learning/preset.csv``).
+Cost: as much as :data:`fast`. A step takes 0.95 times as long on HalfCheetah-v5, 1.02 times on Humanoid-v5
+(``benchmarks/results/step_one_thread_no_bfloat16.csv``). Returns of the best of 32, one seed each: 4493 on HalfCheetah-v5 and
+1349 on Walker2d-v5 after 25 000 steps, and 432 on Hopper-v5 after 30 000, where :data:`fast` has 2759
+(``benchmarks/learning/preset.csv``).
 """
 
 sdac_several = Preset(
