@@ -23,14 +23,13 @@ from typing import Any
 
 import numpy as np
 import torch as th
-from run import ALGOS, append
+from run import ALGOS, append, data_in
 from stable_baselines3.common.logger import configure
-from stable_baselines3.common.save_util import load_from_zip_file
 from torch import nn
 from torch.nn import functional as F
 
 from sb3_qvpo import QVPO, SDAC
-from sb3_qvpo.common.runs.checkpoints import saved_model, unpickle
+from sb3_qvpo.common.runs.checkpoints import unpickle
 
 ALGORITHMS: dict[str, type[QVPO | SDAC]] = {"qvpo": QVPO, "sdac": SDAC}
 
@@ -77,8 +76,7 @@ def main() -> None:
     th.set_num_threads(1)
     with zipfile.ZipFile(arguments.checkpoint) as archive:
         buffer = unpickle(archive, "replay_buffer")
-        data, _, _ = load_from_zip_file(saved_model(archive), device="cpu")
-    source = (SDAC if "temperature" in data else QVPO).load(arguments.checkpoint, device="cpu")
+    source = (SDAC if "temperature" in data_in(arguments.checkpoint) else QVPO).load(arguments.checkpoint, device="cpu")
     rows = np.random.RandomState(0).randint(0, buffer.size(), 512)
     observations = th.as_tensor(buffer.observations[rows, 0], dtype=th.float32)
     writer = csv.writer(sys.stdout)

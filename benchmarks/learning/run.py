@@ -28,7 +28,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from evaluation import keep_lines, lines_of
@@ -96,14 +96,17 @@ def preset(policy_kwargs: dict[str, Any] | None = None, name: str = "fast", **ch
     return ("qvpo" if name == "fast" else name), in_zoo({**settings, **changes, "policy_kwargs": kwargs})
 
 
-FORMER: dict[str, Any] = dict(n_steps=3, n_behavior_candidates=[2, 8, 16], training_action_noise=0.0, eval_noise_scale=1.0)
-"""What ``presets.fast`` had before, in the place of its own."""
+FORMER: dict[str, dict[str, Any]] = {
+    "fast": dict(n_steps=3, n_behavior_candidates=[2, 8, 16], training_action_noise=0.0, eval_noise_scale=1.0),
+    "sdac": dict(batch_size=128, n_steps=3, n_behavior_candidates=4, eval_noise_scale=1.0, n_improvement_steps=0),
+}
+"""What each preset had before, in the place of its own."""
 
 
-def former(policy_kwargs: dict[str, Any] | None = None, **changes: Any) -> tuple[str, dict[str, Any]]:
-    """``presets.fast`` as it was before: :data:`FORMER` and raw inputs."""
+def former(policy_kwargs: dict[str, Any] | None = None, name: str = "fast", **changes: Any) -> tuple[str, dict[str, Any]]:
+    """The preset that is called so as it was before: :data:`FORMER` and raw inputs."""
     kwargs = {"normalize_features": False, **(policy_kwargs or {})}
-    return preset(kwargs, **{**FORMER, **changes})
+    return preset(kwargs, name, **{**FORMER[name], **changes})
 
 
 QUIET: dict[str, Any] = dict(eval_noise_scale=0.3)
@@ -114,18 +117,6 @@ WIDE: dict[str, Any] = dict(net_arch=[256, 256])
 
 FIRST: dict[str, Any] = dict(n_steps=1, n_behavior_candidates=4)
 """Returns and candidates for acting of ``presets.fast`` at first."""
-
-FORMER_SDAC: dict[str, Any] = dict(
-    batch_size=128, n_steps=3, n_behavior_candidates=4, eval_noise_scale=1.0, n_improvement_steps=0
-)
-"""What ``presets.sdac`` had before, in the place of its own."""
-
-
-def former_sdac(policy_kwargs: dict[str, Any] | None = None, **changes: Any) -> tuple[str, dict[str, Any]]:
-    """``presets.sdac`` as it was before: :data:`FORMER_SDAC` and raw inputs."""
-    kwargs = {"normalize_features": False, **(policy_kwargs or {})}
-    return preset(kwargs, "sdac", **{**FORMER_SDAC, **changes})
-
 
 FIRST_SDAC: dict[str, Any] = dict(batch_size=256, n_steps=1, temperature=0.2, n_target_candidates=4, policy_kwargs=WIDE)
 """``presets.sdac`` at first."""
@@ -157,7 +148,7 @@ ALGOS: dict[str, tuple[str, dict[str, Any]]] = {
     **{f"preset_fast_returns_{n}": preset(n_steps=n) for n in (1, 3)},
     **{f"preset_fast_train_noise{std}": preset(training_action_noise=std) for std in (0.0, 0.1, 0.3)},
     "preset_fast_raw": preset(policy_kwargs=dict(normalize_features=False)),
-    "preset_fast_mix": preset(n_behavior_candidates=FORMER["n_behavior_candidates"]),
+    "preset_fast_mix": preset(n_behavior_candidates=FORMER["fast"]["n_behavior_candidates"]),
     "preset_fast_wide": preset(policy_kwargs=WIDE),
     "preset_fast_renorm": preset(policy_kwargs=dict(renorm_start=20_000)),
     "preset_fast_noise": preset(policy_kwargs=dict(prediction="noise")),
@@ -177,11 +168,11 @@ ALGOS: dict[str, tuple[str, dict[str, Any]]] = {
     "sdac_no_improvement_kt4": preset(name="sdac", n_improvement_steps=0, n_target_candidates=4),
     # The authors' settings, with fewer candidates, draws and steps of a chain
     "sdac_official_small": ("sdac", in_zoo(SMALL_OFFICIAL_SDAC)),
-    "former_sdac": former_sdac(),
-    **{f"former_sdac_temperature{t}": former_sdac(temperature=t) for t in (0.03, 0.1, 0.2, 0.5)},
-    **{f"former_sdac_m{m}": former_sdac(n_reverse_samples=m) for m in (8, 32)},
-    "former_sdac_kb16_batch256": former_sdac(n_behavior_candidates=16, batch_size=256),
-    "former_sdac_1step": former_sdac(**FIRST_SDAC),
+    "former_sdac": former(name="sdac"),
+    **{f"former_sdac_temperature{t}": former(name="sdac", temperature=t) for t in (0.03, 0.1, 0.2, 0.5)},
+    **{f"former_sdac_m{m}": former(name="sdac", n_reverse_samples=m) for m in (8, 32)},
+    "former_sdac_kb16_batch256": former(name="sdac", n_behavior_candidates=16, batch_size=256),
+    "former_sdac_1step": former(name="sdac", **FIRST_SDAC),
     # presets.fast as it was before
     "former": former(),
     **{f"former_kb{k}": former(n_behavior_candidates=k) for k in (4, 8, 16)},
@@ -417,13 +408,16 @@ def read(file: Path) -> list[dict[str, str]]:
 
 def steps_in(checkpoint: Path) -> int:
     """How many steps a run had done when its checkpoint was taken; 0 without one."""
-    if not checkpoint.exists():
-        return 0
+    return int(data_in(checkpoint)["num_timesteps"]) if checkpoint.exists() else 0
+
+
+def data_in(checkpoint: Path) -> dict[str, Any]:
+    """What a checkpoint's model has besides weights: settings and counters, by name."""
     from stable_baselines3.common.save_util import load_from_zip_file
 
     with open_checkpoint(checkpoint) as archive:
         data, _, _ = load_from_zip_file(saved_model(archive), device="cpu")
-    return int(data["num_timesteps"])
+    return cast(dict[str, Any], data)
 
 
 def remove(file: Path, rows: list[dict[str, str]]) -> None:

@@ -213,9 +213,20 @@ def front_table(
             cells = [ranged(returns_for_the_same_minutes(algo, seeds, milliseconds, limit))]
             cells += [ranged([float(y[x == step][0]) for x, y in seeds if step in x]) for step in moments]
             for each in (seeds, single.get(task, {}).get(algo, [])):
-                cells.append(ranged([float(y[(x >= end[0]) & (x <= end[1])].mean()) for x, y in each if end[1] in x]))
+                cells.append(ranged(means_over(each, end)))
             lines.append(f"| {task} | {FRONT[algo][0]} | {len(seeds)} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def means_over(seeds: Sequence[tuple[np.ndarray, np.ndarray]], span: tuple[int, int]) -> list[float]:
+    """
+    The mean return of each seed over a range of steps.
+
+    :param seeds: Steps and returns of each.
+    :param span: First and last step of the evaluations. Seeds that did not get so far are left out.
+    :return: One for each of the others.
+    """
+    return [float(y[(x >= span[0]) & (x <= span[1])].mean()) for x, y in seeds if span[1] in x]
 
 
 def each_seed_table(curves: Curves, algos: tuple[str, str], span: tuple[int, int]) -> str:
@@ -233,7 +244,7 @@ def each_seed_table(curves: Curves, algos: tuple[str, str], span: tuple[int, int
     for task, known in curves.items():
         cells, means = [], []
         for algo in algos:
-            seeds = [y[(x >= span[0]) & (x <= span[1])].mean() for x, y in known.get(algo, []) if span[1] in x]
+            seeds = means_over(known.get(algo, []), span)
             means.append(np.mean(seeds) if seeds else np.nan)
             cells += [", ".join(f"{value:.0f}" for value in seeds) or "-", f"{means[-1]:.0f}" if seeds else "-"]
         ratio = means[0] / means[1]

@@ -314,7 +314,8 @@ class SDAC(CandidateTDAlgorithm):
             unit = learnt * self._q_unit(q_values)
             weights = boltzmann_weights(q_values, unit, log_ratios)
             mean_action = posterior_mean(clean, weights)
-            preference = divergence(boltzmann_weights(q_values[:, self._n_improved() :], unit))
+            others = weights if improved is None else boltzmann_weights(q_values[:, self._n_improved() :], unit)
+            preference = divergence(others)
             if self._learns_temperature():
                 # A temperature that is too low prefers too few actions. A number that is not finite must not stay
                 drift = self.temperature_learning_rate * (preference - self.target_divergence)
@@ -346,7 +347,8 @@ class SDAC(CandidateTDAlgorithm):
             with evaluation_mode(self.critic):
                 features, candidates = self.critic.features(batch.observations), batch.actions.unsqueeze(1)
                 # Nobody needs the value of a single action that is not improved
-                scores = self.critic.score(features, candidates) if self.n_improvement_steps else candidates[..., 0]
+                unvalued = candidates.new_zeros(candidates.shape[:2])
+                scores = self.critic.score(features, candidates) if self.n_improvement_steps else unvalued
             scored = ScoredCandidates(features, candidates, scores)
         else:
             scored = self.policy.score_candidates(batch.observations, chain, for_training=True)

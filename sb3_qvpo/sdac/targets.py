@@ -15,6 +15,20 @@ BOXES = ("truncated", "clip")
 """What to do with clean actions beyond [-1, 1]."""
 
 
+def _box_in_deviations(mean: th.Tensor, std: th.Tensor) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
+    """
+    The ends of [-1, 1] in deviations from a mean, mirrored where they lie to the right of it. Small probabilities keep their
+    digits, those near 1 do not.
+
+    :param mean: Means, shape (B, 1, A).
+    :param std: Deviations above 0, shape (B, 1, 1).
+    :return: The lower end, the upper end, and whether they are mirrored, each of shape (B, 1, A).
+    """
+    low, high = (-1 - mean) / std, (1 - mean) / std
+    mirrored = low + high > 0
+    return th.where(mirrored, -high, low), th.where(mirrored, -low, high), mirrored
+
+
 def truncated_actions(noisy: th.Tensor, signal: th.Tensor, noise_level: th.Tensor, uniforms: th.Tensor) -> th.Tensor:
     """
     Clean actions around a noisy one: ``N(x / signal, (noise_level / signal)^2 I)`` cut to the box [-1, 1], by the inverse of
@@ -27,10 +41,7 @@ def truncated_actions(noisy: th.Tensor, signal: th.Tensor, noise_level: th.Tenso
     :return: Actions of shape (B, M, A) in [-1, 1].
     """
     mean, std = noisy / signal, noise_level / signal
-    low, high = (-1 - mean) / std, (1 - mean) / std
-    # Mirrored so that the interval lies to the left: small probabilities keep their digits there, those near 1 do not
-    mirrored = low + high > 0
-    low, high = th.where(mirrored, -high, low), th.where(mirrored, -low, high)
+    low, high, mirrored = _box_in_deviations(mean, std)
     # 0 and 1 are the ends of the box, however unlikely
     uniforms = uniforms.clamp(2**-24, 1 - 2**-24)
     # Not by ndtr, whose float32 version is 0 from six deviations on
@@ -64,9 +75,7 @@ def log_truncated_density(actions: th.Tensor, mean: th.Tensor, std: th.Tensor) -
     :param std: Deviations above 0, shape (B, 1, 1).
     :return: Log densities of shape (B, M).
     """
-    low, high = (-1 - mean) / std, (1 - mean) / std
-    # Mirrored so that the interval lies to the left: small probabilities keep their digits there, those near 1 do not
-    low, high = th.where(low + high > 0, -high, low), th.where(low + high > 0, -low, high)
+    low, high, _ = _box_in_deviations(mean, std)
     above, below = th.special.log_ndtr(high), th.special.log_ndtr(low)
     # The ends differ, even where the box is too narrow for the digits of their probabilities
     log_mass = above + (-th.expm1((below - above).clamp(max=-th.finfo(above.dtype).eps))).log()
