@@ -143,7 +143,7 @@ sdac = Preset(
 For :class:`~sb3_qvpo.sdac.sdac.SDAC` on MuJoCo and tasks like it, on a CPU: the critics and the sampler of :data:`fast`. The
 temperature is in units of the values' spread, and low. For several good actions take :data:`sdac_several`.
 
-Half of the draws surround actions that gradient steps have improved, so single samples are good, too.
+Half of the draws surround actions that gradient steps have improved. Single samples follow the critics better so.
 
 Cost: as much as :data:`fast`. A step takes 0.95 times as long on HalfCheetah-v5, 1.02 times on Humanoid-v5
 (``benchmarks/results/step_one_thread_no_bfloat16.csv``). Returns of the best of 32, one seed each: 4493 on HalfCheetah-v5 and
