@@ -25,7 +25,7 @@ COMPARED: dict[str, tuple[Any, dict[str, Any]]] = {
 def parts_of(model: QVPO | SDAC) -> dict[str, Callable[[], Any]]:
     """What a step consists of, each part a function."""
     batch = model.replay_buffer.sample(model.batch_size)
-    coefficient = model._current_ent_coef() if isinstance(model, QVPO) else model._temperature_now()
+    coefficients = model._policy_coefficients()
 
     def critics() -> None:
         with OneDnnProducts():
@@ -33,7 +33,7 @@ def parts_of(model: QVPO | SDAC) -> dict[str, Callable[[], Any]]:
 
     def policy() -> None:
         with OneDnnProducts():
-            model._update_policy(batch, coefficient)
+            model._update_policy(batch, *coefficients)
 
     observation = model.env.reset()
     action = [model.action_space.sample()]

@@ -83,10 +83,10 @@ def main() -> None:
     for name in arguments.settings:
         model = model_of(name, arguments.task, source, buffer)
         low, high = value_range(model, observations)
-        strength = model._temperature_now() if isinstance(model, SDAC) else model._current_ent_coef()
+        coefficients = model._policy_coefficients()
         start = time.process_time()
         for update in range(1, AFTER[-1] + 1):
-            model._run_update(model._update_policy, model._sample_batch(256), strength)
+            model._run_update(model._update_policy, model._sample_batch(256), *coefficients)
             if update not in AFTER:
                 continue
             minutes = (time.process_time() - start) / 60

@@ -50,7 +50,7 @@ class ActorNoise(NamedTuple):
     :param uniform_actions: Uniform actions in [-1, 1], shape (B, N_e, A).
     :param timesteps: Diffusion steps of the loss, shape (B, 1 + N_e).
     :param denoising: Noise epsilon of the loss, shape (B, 1 + N_e, A).
-    :param action: Noise for a_max, of deviation 1, shape (B, A). None without ``training_action_noise``.
+    :param action: Noise for a_max, of deviation 1, shape (B, A). None if ``training_action_noise`` is the number 0.
     """
 
     chain: th.Tensor | int
@@ -111,7 +111,7 @@ class QVPO(CandidateTDAlgorithm):
     :param improvement_step: eta, length of such a step in units of sqrt(A), above 0. Each dimension moves by about eta.
     :param training_action_noise: sigma, deviation of normal noise added to a_max before the policy is trained on it, at least
         0. The sum is clipped to the box. Above 0 the policy stays about that wide; the box and chains of few steps narrow it.
-        0 is the paper's choice.
+        A number, a schedule, or a string as for ``ent_coef``. 0 is the paper's choice.
     :param eval_noise_scale: Deviation of the noise that candidates of ``predict(deterministic=True)`` start from, at least 0.
         Below 1 they are closer to the middle of the policy; at 0 they are all alike.
     :param use_sde: Must be False: gSDE belongs to Gaussian policies. Accepted, like the next two, only so that scripts written
@@ -139,7 +139,10 @@ class QVPO(CandidateTDAlgorithm):
         "n_uniform_actions",
     )
     _preset: ClassVar[tuple[str, int, int]] = ("fast", 1_493, 256)
-    _not_read_by_updates: ClassVar[frozenset[str]] = CandidateTDAlgorithm._not_read_by_updates | {"_ent_coef_schedule"}
+    _not_read_by_updates: ClassVar[frozenset[str]] = CandidateTDAlgorithm._not_read_by_updates | {
+        "_ent_coef_schedule",
+        "_action_noise_schedule",
+    }
 
     def __init__(
         self,
@@ -172,7 +175,7 @@ class QVPO(CandidateTDAlgorithm):
         critic_type: str = "twin",
         n_improvement_steps: int = 0,
         improvement_step: float = 0.1,
-        training_action_noise: float = 0.0,
+        training_action_noise: float | str | Schedule = 0.0,
         eval_noise_scale: float = 1.0,
         use_sde: bool = False,
         sde_sample_freq: int = -1,
@@ -240,7 +243,7 @@ class QVPO(CandidateTDAlgorithm):
         :raises ValueError: At the first loss or gradient that is not finite; the weights stay as they were before it.
         """
         self._begin_updates()
-        ent_coef = self._current_ent_coef()
+        coefficients = self._policy_coefficients()
         for _ in range(gradient_steps):
             self._n_updates += 1
             # Line 4: sample a mini-batch
@@ -251,18 +254,25 @@ class QVPO(CandidateTDAlgorithm):
 
             if self._n_updates % self.policy_delay == 0:
                 # Lines 5-9: weighted candidates, uniform actions, policy; then the targets
-                self._run_update(self._update_policy, batch, ent_coef)
+                self._run_update(self._update_policy, batch, *coefficients)
 
         self._log_updates()
 
-    def _update_policy(self, batch: ReplayBufferSamples, ent_coef: float | th.Tensor) -> Metrics:
-        loss, metrics = self._actor_loss(batch.observations, ent_coef, self._draw_actor_noise(len(batch.rewards)))
+    def _update_policy(
+        self, batch: ReplayBufferSamples, ent_coef: float | th.Tensor, action_noise_std: float | th.Tensor
+    ) -> Metrics:
+        noise = self._draw_actor_noise(len(batch.rewards))
+        loss, metrics = self._actor_loss(batch.observations, ent_coef, noise, action_noise_std)
         self._optimize(self.actor.optimizer, "actor_loss", loss)
         self.policy.update_targets(self.tau)
         return metrics
 
     def _actor_loss(
-        self, observations: PyTorchObs, ent_coef: float | th.Tensor, noise: ActorNoise
+        self,
+        observations: PyTorchObs,
+        ent_coef: float | th.Tensor,
+        noise: ActorNoise,
+        action_noise_std: float | th.Tensor = 0.0,
     ) -> tuple[th.Tensor, Metrics]:
         """
         Algorithm 1, lines 5-9: ``(1/B) sum_b [omega_b l_b + sum_e ent_coef omega_b l_be]``, Eq. 6 plus Eq. 10.
@@ -270,6 +280,7 @@ class QVPO(CandidateTDAlgorithm):
         :param observations: B observations.
         :param ent_coef: omega_ent.
         :param noise: All random draws.
+        :param action_noise_std: sigma.
         :return: The loss and its metrics.
         """
         with th.no_grad():
@@ -285,7 +296,7 @@ class QVPO(CandidateTDAlgorithm):
             # Line 7: only the sample with the largest weight is trained on
             best_actions, best_weights = select_training_actions(candidates, q_values, weights)
             if noise.action is not None:
-                best_actions = (best_actions + self.training_action_noise * noise.action).clamp(-1, 1)
+                best_actions = (best_actions + action_noise_std * noise.action).clamp(-1, 1)
             # Line 8: N_e uniform samples, each with weight omega_ent * omega_eq(s, a_max)
             actions, action_weights = add_uniform_actions(best_actions, best_weights, noise.uniform_actions, ent_coef)
 
@@ -327,16 +338,23 @@ class QVPO(CandidateTDAlgorithm):
             action=th.randn((batch_size, self.actor.action_dim), device=self.device) if self.training_action_noise else None,
         )
 
-    def _current_ent_coef(self) -> float:
+    def _policy_coefficients(self) -> tuple[float, float]:
+        """
+        What schedules say now.
+
+        :return: omega_ent and sigma.
+        """
         ent_coef = self._value_now("ent_coef", self._ent_coef_schedule)
+        action_noise_std = self._value_now("training_action_noise", self._action_noise_schedule)
         self.logger.record("train/ent_coef", ent_coef)
-        return ent_coef
+        self.logger.record("train/training_action_noise", action_noise_std)
+        return ent_coef, action_noise_std
 
     def _resolve_arguments(self) -> None:
         super()._resolve_arguments()
         self.n_improvement_steps = check_count("n_improvement_steps", self.n_improvement_steps, 0)
         check_interval("improvement_step", self.improvement_step, 0, math.inf, low_allowed=False)
-        check_interval("training_action_noise", self.training_action_noise, 0, math.inf)
+        self._action_noise_schedule = parse_schedule("training_action_noise", self.training_action_noise)
         self._q_weighting: QWeighting = resolve_q_weighting(
             self.q_weighting, self.n_train_candidates, self.device, self.n_improvement_steps
         )
@@ -358,7 +376,7 @@ class QVPO(CandidateTDAlgorithm):
         super()._setup_model()
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_q_weighting", "_ent_coef_schedule"]
+        return [*super()._excluded_save_params(), "_q_weighting", "_ent_coef_schedule", "_action_noise_schedule"]
 
     def learn(
         self: SelfQVPO,

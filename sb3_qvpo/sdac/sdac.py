@@ -274,7 +274,7 @@ class SDAC(CandidateTDAlgorithm):
             batch = self._sample_batch(batch_size)
             self._run_update(self._update_critics, batch)
             if self._n_updates % self.policy_delay == 0:
-                self._run_update(self._update_policy, batch, self._temperature_now())
+                self._run_update(self._update_policy, batch, *self._policy_coefficients())
         self._log_updates()
 
     def _update_policy(self, batch: ReplayBufferSamples, temperature: float | th.Tensor) -> Metrics:
@@ -403,11 +403,16 @@ class SDAC(CandidateTDAlgorithm):
     def _learns_temperature(self) -> bool:
         return isinstance(self._temperature_in_use, str) and self._temperature_in_use.startswith("auto")
 
-    def _temperature_now(self) -> float:
+    def _policy_coefficients(self) -> tuple[float]:
+        """
+        What the schedule says now.
+
+        :return: lambda, or a factor of what has been learnt.
+        """
         if self._temperature_schedule is None:
-            return official_temperature(self._n_updates)
+            return (official_temperature(self._n_updates),)
         temperature = self._value_now("temperature", self._temperature_schedule)
-        return check_interval("temperature", temperature, 0, math.inf, low_allowed=False)
+        return (check_interval("temperature", temperature, 0, math.inf, low_allowed=False),)
 
     def _parse_temperature(self) -> FloatSchedule | None:
         """

@@ -93,6 +93,8 @@ BAD = [
     (dict(policy_kwargs=dict(sampling_eta=None)), r"sampling_eta must be a number in \[0, 1\], got None"),
     (dict(eval_noise_scale=-0.1), r"eval_noise_scale must be a number in \[0, inf\), got -0.1"),
     (dict(training_action_noise=-0.1), r"training_action_noise must be a number in \[0, inf\), got -0.1"),
+    (dict(training_action_noise="auto"), "training_action_noise must be a number or 'lin_START'.*, got 'auto'"),
+    (dict(training_action_noise="lin_0.1_-0.1"), "training_action_noise at progress_remaining=0.0 must be a number in"),
     (dict(policy_kwargs=dict(noise_bank_seed="x")), "noise_bank_seed must be .* of at least 0 .*, got 'x'"),
     (dict(policy_kwargs=dict(noise_bank_seed=2**32)), "noise_bank_seed must be .* at most 4294967295, got 4294967296"),
     (dict(learning_starts=-2), r"learning_starts must be a number in \[0, inf\), got -2"),

@@ -103,21 +103,29 @@ def test_user_dictionaries_are_left_alone():
 
 
 def test_schedules_act_during_training():
-    """Critic and actor rates and the entropy weight follow their own schedules."""
+    """Critic and actor rates, the entropy weight and the noise on trained actions follow their own schedules."""
     seen = []
-    model = tiny_qvpo(learning_rate="lin_1e-3", qf_learning_rate=1e-2, ent_coef="lin_0.02_0.002_0.9", learning_starts=0)
+    model = tiny_qvpo(
+        learning_rate="lin_1e-3",
+        qf_learning_rate=1e-2,
+        ent_coef="lin_0.02_0.002_0.9",
+        training_action_noise="cos_0.2_0.1",
+        learning_starts=0,
+    )
 
     def record(local_variables, _):
         if model._n_updates:
             rates = [model.actor.optimizer.param_groups[0]["lr"], model.critic.optimizer.param_groups[0]["lr"]]
-            seen.append((*rates, model.logger.name_to_value["train/ent_coef"]))
+            logged = [model.logger.name_to_value[f"train/{name}"] for name in ("ent_coef", "training_action_noise")]
+            seen.append((*rates, *logged))
         return True
 
     model.learn(21, callback=record)
-    actor_rates, critic_rates, ent_coefs = zip(*seen, strict=True)
+    actor_rates, critic_rates, ent_coefs, noise_stds = zip(*seen, strict=True)
     np.testing.assert_allclose(actor_rates, [1e-3 * (1 - i / 21) for i in range(1, 21)])
     assert set(critic_rates) == {1e-2}
     np.testing.assert_allclose(ent_coefs, [max(0.02 - 0.018 * i / 21 / 0.9, 0.002) for i in range(1, 21)])
+    np.testing.assert_allclose(noise_stds, [0.15 + 0.05 * np.cos(np.pi * i / 21) for i in range(1, 21)])
     without = tiny_qvpo(learning_rate="lin_1e-3", learning_starts=0).learn(11)
     assert without.critic.optimizer.param_groups[0]["lr"] == without.actor.optimizer.param_groups[0]["lr"]
 
@@ -162,7 +170,7 @@ def test_few_updates_for_many_environments_are_warned_of_once():
 
 TRAIN_METRICS = {
     *("actor_loss", "entropy_loss", "critic_loss", "q_value", "weight", "critic_contrast", "candidate_std"),
-    *("ent_coef", "learning_rate", "learning_rate_qf", "n_updates"),
+    *("ent_coef", "training_action_noise", "learning_rate", "learning_rate_qf", "n_updates"),
 }
 
 

@@ -276,16 +276,31 @@ def test_every_argument_is_covered():
     assert set(ALIVE) == parameters
 
 
-def test_an_ent_coef_that_turns_negative_during_training_is_refused():
+@pytest.mark.parametrize("name", ["ent_coef", "training_action_noise"])
+def test_a_schedule_that_turns_negative_during_training_is_refused(name):
     schedule = lambda progress: -1.0 if 0.1 < progress < 0.4 else 0.01  # noqa: E731
-    model = tiny_qvpo(ent_coef=schedule)
-    with pytest.raises(ValueError, match="ent_coef must be a number in"):
+    model = tiny_qvpo(**{name: schedule})
+    with pytest.raises(ValueError, match=f"{name} must be a number in"):
         model.learn(20)
 
 
+def test_updates_take_the_noise_that_the_schedule_says():
+    """With deviation 0.3 from the first update on, a schedule is the number; from the middle on 0, it is something else."""
+    number, constant, until_middle = (
+        trained_weights(tiny_qvpo(training_action_noise=noise))
+        for noise in (0.3, lambda progress: 0.3, lambda progress: 0.3 * (progress > 0.5))
+    )
+    assert not differ(number, constant)
+    assert differ(number, until_middle)
+
+
 def test_custom_weighting_and_schedule_survive_saving(tmp_path):
-    model = tiny_qvpo(q_weighting=lambda q: q.softmax(dim=1), ent_coef=lambda progress: 0.1 * progress)
+    half = lambda progress: 0.5 * progress  # noqa: E731
+    model = tiny_qvpo(
+        q_weighting=lambda q: q.softmax(dim=1), ent_coef=lambda progress: 0.1 * progress, training_action_noise=half
+    )
     model.save(tmp_path / "model")
     loaded = QVPO.load(tmp_path / "model")
+    assert loaded.training_action_noise(0.5) == 0.25
     assert ent_coef_of(loaded)(0.5) == pytest.approx(0.05)
     assert th.equal(weighting_in_use(loaded)(th.zeros(1, 4)), th.full((1, 4), 0.25))

@@ -217,7 +217,7 @@ def test_a_temperature_that_is_changed_while_learning_counts_from_the_next_time_
     assert model.logger.name_to_value["train/temperature"] > 4
     model.learn(20, reset_num_timesteps=False)
     model.train(2, batch_size=8)
-    assert model._temperature_now() == 0.5
+    assert model._policy_coefficients() == (0.5,)
 
 
 @pytest.mark.parametrize("critic_type", ["twin", "crossq", "quantile"])

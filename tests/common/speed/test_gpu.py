@@ -53,7 +53,12 @@ def warnings_are_errors():
 CASES = {
     "plain": dict(),
     "delayed": dict(policy_delay=2, max_grad_norm=0.5),
-    "schedules": dict(learning_rate="lin_1e-3", qf_learning_rate=lambda p: 1e-3 * p, ent_coef="lin_0.5"),
+    "schedules": dict(
+        learning_rate="lin_1e-3",
+        qf_learning_rate=lambda p: 1e-3 * p,
+        ent_coef="lin_0.5",
+        training_action_noise="lin_0.5_0.1",
+    ),
     "dictionaries": dict(env=DictEnv, policy="MultiInputPolicy"),
     "images": dict(env=ImageEnv, policy="CnnPolicy"),
     "n-step": dict(n_steps=3),

@@ -80,7 +80,12 @@ def close(first, second) -> bool:
 CASES = {
     "plain": dict(),
     "delayed": dict(policy_delay=2, max_grad_norm=0.5),
-    "schedules": dict(learning_rate="lin_1e-3", qf_learning_rate=lambda p: 1e-3 * p, ent_coef="lin_0.5"),
+    "schedules": dict(
+        learning_rate="lin_1e-3",
+        qf_learning_rate=lambda p: 1e-3 * p,
+        ent_coef="lin_0.5",
+        training_action_noise="lin_0.5_0.1",
+    ),
     "dictionaries": dict(env=DictEnv(), policy="MultiInputPolicy"),
     "n-step, normalised features": dict(n_steps=3, policy_kwargs=dict(net_arch=[8], normalize_features=True)),
     "norms and gradients of actions": dict(
@@ -392,8 +397,8 @@ def test_an_update_reads_nothing_back_and_copies_nothing(build, kwargs, metric, 
         assert optimizers.make_capturable(network.optimizer)
         assert network.optimizer.param_groups[0]["fused"] is (None if chosen else True)
     batch = ReplayBufferSamples(*(th.empty(8, size, device="meta") for size in (3, 1, 3, 1, 1)))
-    # ent_coef, or the temperature
-    coefficients = [th.empty((), device="meta")] if isinstance(model, QVPO | SDAC) else []
+    # ent_coef and training_action_noise, or the temperature
+    coefficients = [th.empty((), device="meta")] * {QVPO: 2, SDAC: 1}.get(type(model), 0)
     guard_of(model).start_update(1, {})
     with OnDeviceOnly():
         for _ in range(2):
