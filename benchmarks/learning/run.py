@@ -147,6 +147,8 @@ ALGOS: dict[str, tuple[str, dict[str, Any]]] = {
     },
     **{f"preset_fast_returns_{n}": preset(n_steps=n) for n in (1, 3)},
     **{f"preset_fast_train_noise{std}": preset(training_action_noise=std) for std in (0.0, 0.1, 0.3)},
+    # The policy becomes narrower over the first three tenths of a run
+    "preset_fast_train_noise_falls": preset(training_action_noise="lin_0.2_0.05_0.3"),
     "preset_fast_raw": preset(policy_kwargs=dict(normalize_features=False)),
     "preset_fast_mix": preset(n_behavior_candidates=FORMER["fast"]["n_behavior_candidates"]),
     "preset_fast_wide": preset(policy_kwargs=WIDE),
