@@ -75,7 +75,7 @@ target takes the best of four candidates, because a single one is worse than wha
 
 The policy is trained on noisy actions, so it stays wide and tries more of them. Deterministic actions stay near its middle.
 One sample of it, ``predict(deterministic=False)`` with ``n_behavior_candidates=1``, returns much less. Noise that falls,
-``training_action_noise="lin_0.2_0.05_0.3"``, returned more in each of four runs (``docs/notes.md``).
+``training_action_noise="lin_0.2_0.05_0.3"``, returned more in four of five runs (``docs/notes.md``).
 
 The actor is half as wide as the critics, which spares a third of the time. Returns of two steps bring values back sooner.
 Observations that are dictionaries need ``n_steps=1``.
