@@ -105,6 +105,7 @@ def _sample_around_fast(trial: "optuna.Trial") -> dict[str, Any]:
         "n_improvement_steps": trial.suggest_int("n_improvement_steps", 0, 3),
         "improvement_step": trial.suggest_float("improvement_step", 0.05, 0.5, log=True),
         "training_action_noise": trial.suggest_float("training_action_noise", 0.0, 0.3),
+        "training_action_noise_falls": trial.suggest_categorical("training_action_noise_falls", [False, True]),
         "n_train_candidates_pow": trial.suggest_int("n_train_candidates_pow", 1, 3),
         "n_target_candidates_pow": trial.suggest_int("n_target_candidates_pow", 0, 2),
     }
@@ -142,6 +143,10 @@ def _convert_around_paper(params: dict[str, Any], net_arch: str) -> dict[str, An
 def _convert_around_fast(params: dict[str, Any], net_arch: str) -> dict[str, Any]:
     for name in ("n_train_candidates", "n_target_candidates"):
         params[name] = 2 ** params.pop(f"{name}_pow")
+    # Studies from before it was sampled have none
+    if params.pop("training_action_noise_falls", False):
+        std = params["training_action_noise"]
+        params["training_action_noise"] = f"lin_{std}_{std / 4}_0.3"
     own = dict(net_arch=WIDTHS[net_arch], optimizer_kwargs=_betas_for(params["critic_type"]))
     return {**_kept_from(presets.fast), **params, "policy_kwargs": {**presets.fast["policy_kwargs"], **own}}
 

@@ -1,9 +1,11 @@
 """The search space for Optuna: what is sampled is valid, trains, and stays within a budget."""
 
+import numpy as np
 import optuna
 import pytest
 
 from sb3_qvpo import DTQL, QVPO, SDAC, DiffusionQL, presets, zoo
+from sb3_qvpo.common.arguments import parse_schedule
 
 LOW = dict(
     one_minus_gamma=0.02, learning_rate=1e-3, qf_learning_rate=1e-3, tau=0.01, train_freq=2, ent_coef=0.01, q_weighting="qadv",
@@ -66,23 +68,30 @@ def assert_rest_is_of(preset, params, trial):
 
 
 def test_settings_around_the_preset_are_valid_and_cost_no_more():
-    costs = []
+    costs, ends = [], []
     for trial, params in random_trials(200, NO_HER, "presets.fast"):
         assert zoo.convert_qvpo_params(trial.params) == params
         assert all(params[name] == value for name, value in trial.user_attrs.items())
         assert_rest_is_of(presets.fast, params, trial)
         assert (params["policy_kwargs"]["optimizer_kwargs"]["betas"][0] == 0.5) == (params["critic_type"] == "crossq")
+        schedule = parse_schedule("training_action_noise", params["training_action_noise"])
+        assert schedule(1.0) == trial.params["training_action_noise"]
+        ends.append(schedule(0.7) / schedule(1.0))
+        before_it_was_sampled = {k: v for k, v in trial.params.items() if k != "training_action_noise_falls"}
+        assert zoo.convert_qvpo_params(before_it_was_sampled)["training_action_noise"] == schedule(1.0)
         costs.append(estimated_cost(params))
+    np.testing.assert_allclose(sorted(set(np.round(ends, 6))), [0.25, 1])
     assert max(costs) < 1.2 * max(estimated_cost(params) for _, params in random_trials(200, NO_HER))
 
 
-@pytest.mark.parametrize("critic_type", ["twin", "crossq", "quantile"])
-def test_settings_around_the_preset_train(critic_type):
+@pytest.mark.parametrize(("critic_type", "falls"), [("twin", False), ("crossq", True), ("quantile", False)])
+def test_settings_around_the_preset_train(critic_type, falls):
     shared = ("one_minus_gamma", "learning_rate", "qf_learning_rate", "train_freq", "ent_coef", "net_arch")
     trial = optuna.trial.FixedTrial({
         **{name: LOW[name] for name in (*shared, "n_behavior_candidates_pow")},
         **dict(around="presets.fast", critic_type=critic_type, policy_delay=2, n_improvement_steps=1, improvement_step=0.1),
-        **dict(n_train_candidates_pow=1, n_target_candidates_pow=0, training_action_noise=0.2),
+        **dict(n_train_candidates_pow=1, n_target_candidates_pow=0),
+        **dict(training_action_noise=0.2, training_action_noise_falls=falls),
     })  # fmt: skip
     params = zoo.sample_qvpo_params(trial, 1, 1, dict(NO_HER))
     model = QVPO("MlpPolicy", "Pendulum-v1", learning_starts=4, buffer_size=100, device="cpu", **params).learn(8)
