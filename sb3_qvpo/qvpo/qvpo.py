@@ -335,7 +335,7 @@ class QVPO(CandidateTDAlgorithm):
             uniform_actions=2 * th.rand(uniform_shape, device=self.device) - 1,
             timesteps=self.actor.diffusion.draw_timesteps(loss_shape, self.device),
             denoising=th.randn((*loss_shape, self.actor.action_dim), device=self.device),
-            action=th.randn((batch_size, self.actor.action_dim), device=self.device) if self.training_action_noise else None,
+            action=th.randn((batch_size, self.actor.action_dim), device=self.device) if self._trains_on_noise else None,
         )
 
     def _policy_coefficients(self) -> tuple[float, float]:
@@ -355,6 +355,8 @@ class QVPO(CandidateTDAlgorithm):
         self.n_improvement_steps = check_count("n_improvement_steps", self.n_improvement_steps, 0)
         check_interval("improvement_step", self.improvement_step, 0, math.inf, low_allowed=False)
         self._action_noise_schedule = parse_schedule("training_action_noise", self.training_action_noise)
+        # Decided together with the schedule, so that a change counts as a whole from the next learn() on
+        self._trains_on_noise = self.training_action_noise != 0
         self._q_weighting: QWeighting = resolve_q_weighting(
             self.q_weighting, self.n_train_candidates, self.device, self.n_improvement_steps
         )
@@ -376,7 +378,8 @@ class QVPO(CandidateTDAlgorithm):
         super()._setup_model()
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_q_weighting", "_ent_coef_schedule", "_action_noise_schedule"]
+        resolved = ["_q_weighting", "_ent_coef_schedule", "_action_noise_schedule", "_trains_on_noise"]
+        return [*super()._excluded_save_params(), *resolved]
 
     def learn(
         self: SelfQVPO,

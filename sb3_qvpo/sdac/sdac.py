@@ -115,12 +115,13 @@ class SDAC(CandidateTDAlgorithm):
     :param temperature_learning_rate: Step size of the logarithm of the temperature with ``"auto"``, above 0.
     :param q_scaling: Units of the temperature: ``"none"``, those of the reward, or ``"spread"``, the deviation of a state's M
         values, a running mean over states. With it one temperature serves tasks with rewards of any size.
-    :param n_reverse_samples: M, clean actions around a noisy one, at least 2.
+    :param n_reverse_samples: M, clean actions around a noisy one, at least 2, with ``n_improvement_steps`` at least 4.
     :param proposal_actions: Where noisy actions start from: ``"policy"``, the best of K_t candidates, or ``"replay"``, the
         actions of the replay buffer, which need no chain.
     :param n_improvement_steps: m, gradient steps of fixed length from the action that a noisy one starts from. With m above 0,
         M // 2 of the M clean actions are drawn around the best action on this way. Their weights take into account that
-        they are drawn elsewhere: what the policy learns stays the same, up to the error of M draws.
+        they are drawn elsewhere: for the same temperature the policy learns the same, up to the error of M draws. The unit
+        of ``q_scaling="spread"`` takes in all M values, so it changes with m.
     :param improvement_step: eta, length of such a step in units of sqrt(A), above 0. Each dimension moves by about eta.
     :param improved_std: Deviation of the draws around the improved action, above 0.
     :param box: ``"truncated"`` draws clean actions inside [-1, 1], ``"clip"`` values them clipped, as the authors' code does.

@@ -294,6 +294,17 @@ def test_updates_take_the_noise_that_the_schedule_says():
     assert differ(number, until_middle)
 
 
+@pytest.mark.parametrize(("before", "after"), [(0.4, 0.0), (0.0, 0.4)])
+def test_noise_that_is_changed_while_learning_counts_from_the_next_time_on(before, after):
+    model = tiny_qvpo(training_action_noise=before).learn(20)
+    model.training_action_noise = after
+    for expected in (before, after):
+        model.train(2, batch_size=8)
+        assert model.logger.name_to_value["train/training_action_noise"] == expected
+        assert (actor_noise(model, 8).action is not None) == (expected > 0)
+        model.learn(4, reset_num_timesteps=False)
+
+
 def test_custom_weighting_and_schedule_survive_saving(tmp_path):
     half = lambda progress: 0.5 * progress  # noqa: E731
     model = tiny_qvpo(
