@@ -31,6 +31,14 @@ TOLERANCE = dict(rtol=1e-5, atol=1e-5)
 
 # Models
 
+SCHEDULES = dict(
+    learning_rate="lin_1e-3",
+    qf_learning_rate=lambda p: 1e-3 * p,
+    ent_coef="lin_0.5",
+    training_action_noise="lin_0.5_0.1",
+)
+"""QVPO's arguments that may be schedules, each as one."""
+
 TINY = dict(
     learning_starts=5,
     batch_size=8,

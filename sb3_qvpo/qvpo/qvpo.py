@@ -262,7 +262,7 @@ class QVPO(CandidateTDAlgorithm):
         self, batch: ReplayBufferSamples, ent_coef: float | th.Tensor, action_noise_std: float | th.Tensor
     ) -> Metrics:
         noise = self._draw_actor_noise(len(batch.rewards))
-        loss, metrics = self._actor_loss(batch.observations, ent_coef, noise, action_noise_std)
+        loss, metrics = self._actor_loss(batch.observations, ent_coef, action_noise_std, noise)
         self._optimize(self.actor.optimizer, "actor_loss", loss)
         self.policy.update_targets(self.tau)
         return metrics
@@ -271,16 +271,16 @@ class QVPO(CandidateTDAlgorithm):
         self,
         observations: PyTorchObs,
         ent_coef: float | th.Tensor,
+        action_noise_std: float | th.Tensor,
         noise: ActorNoise,
-        action_noise_std: float | th.Tensor = 0.0,
     ) -> tuple[th.Tensor, Metrics]:
         """
         Algorithm 1, lines 5-9: ``(1/B) sum_b [omega_b l_b + sum_e ent_coef omega_b l_be]``, Eq. 6 plus Eq. 10.
 
         :param observations: B observations.
         :param ent_coef: omega_ent.
-        :param noise: All random draws.
         :param action_noise_std: sigma.
+        :param noise: All random draws.
         :return: The loss and its metrics.
         """
         with th.no_grad():

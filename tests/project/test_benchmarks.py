@@ -49,7 +49,7 @@ def test_the_reference_computes_the_same_losses(hidden):
     target_noise, noise = model.policy.draw_noise(16, 2), model._draw_actor_noise(16)
     critic_loss, _ = model._critic_loss(batch, target_noise)
     th.testing.assert_close(reference.critic_loss(batch, target_noise.flatten(1, 2)), critic_loss, atol=1e-5, rtol=1e-5)
-    actor_loss, _ = model._actor_loss(batch.observations, 0.01, noise)
+    actor_loss, _ = model._actor_loss(batch.observations, 0.01, 0.0, noise)
     # Here the best action's row comes first for each state, there for all states
     rows = [th.cat([part[:, 0], part[:, 1:].flatten(0, 1)]) for part in (noise.timesteps, noise.denoising)]
     draws = (noise.chain.flatten(1, 2), noise.uniform_actions.flatten(0, 1), *rows)

@@ -306,9 +306,10 @@ def test_noise_that_is_changed_while_learning_counts_from_the_next_time_on(befor
 
 
 def test_custom_weighting_and_schedule_survive_saving(tmp_path):
-    half = lambda progress: 0.5 * progress  # noqa: E731
     model = tiny_qvpo(
-        q_weighting=lambda q: q.softmax(dim=1), ent_coef=lambda progress: 0.1 * progress, training_action_noise=half
+        q_weighting=lambda q: q.softmax(dim=1),
+        ent_coef=lambda progress: 0.1 * progress,
+        training_action_noise=lambda progress: 0.5 * progress,
     )
     model.save(tmp_path / "model")
     loaded = QVPO.load(tmp_path / "model")

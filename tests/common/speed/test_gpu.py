@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
-from helpers import CountdownEnv, DictEnv, runner_of, take_bad_steps, tiny_qvpo, tiny_sdac, weights_of
+from helpers import SCHEDULES, CountdownEnv, DictEnv, runner_of, take_bad_steps, tiny_qvpo, tiny_sdac, weights_of
 from stable_baselines3.common.callbacks import ConvertCallback
 
 from sb3_qvpo import QVPO, ResumableCheckpointCallback
@@ -53,12 +53,7 @@ def warnings_are_errors():
 CASES = {
     "plain": dict(),
     "delayed": dict(policy_delay=2, max_grad_norm=0.5),
-    "schedules": dict(
-        learning_rate="lin_1e-3",
-        qf_learning_rate=lambda p: 1e-3 * p,
-        ent_coef="lin_0.5",
-        training_action_noise="lin_0.5_0.1",
-    ),
+    "schedules": SCHEDULES,
     "dictionaries": dict(env=DictEnv, policy="MultiInputPolicy"),
     "images": dict(env=ImageEnv, policy="CnnPolicy"),
     "n-step": dict(n_steps=3),

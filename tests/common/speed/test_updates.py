@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch as th
 from helpers import (
+    SCHEDULES,
     TINY,
     TINY_FROM_DATA,
     TINY_SOFT,
@@ -80,12 +81,7 @@ def close(first, second) -> bool:
 CASES = {
     "plain": dict(),
     "delayed": dict(policy_delay=2, max_grad_norm=0.5),
-    "schedules": dict(
-        learning_rate="lin_1e-3",
-        qf_learning_rate=lambda p: 1e-3 * p,
-        ent_coef="lin_0.5",
-        training_action_noise="lin_0.5_0.1",
-    ),
+    "schedules": SCHEDULES,
     "dictionaries": dict(env=DictEnv(), policy="MultiInputPolicy"),
     "n-step, normalised features": dict(n_steps=3, policy_kwargs=dict(net_arch=[8], normalize_features=True)),
     "norms and gradients of actions": dict(
