@@ -603,8 +603,7 @@ def log_truncated_density(action, mean, std):
     if low > 0:  # the lower tail keeps its digits
         low, high = -high, -low
     z = (action - mean) / std
-    density = math.exp(-(z**2) / 2) / (std * math.sqrt(2 * math.pi))
-    return math.log(density) - math.log(normal_cdf(high) - normal_cdf(low))
+    return -(z**2) / 2 - math.log(std * math.sqrt(2 * math.pi)) - math.log(normal_cdf(high) - normal_cdf(low))
 
 
 def posterior_mean_on_a_grid(x, bar, q_value, temperature, n_points=20_001):
@@ -663,12 +662,14 @@ class SoftLearner(Learner):
                     at_noisy = sum(log_truncated_density(a, x[j] / math.sqrt(bar), std) for j, a in enumerate(draws[m]))
                     at_improved = sum(log_truncated_density(a, around[j], width) for j, a in enumerate(draws[m]))
                     share = n_improved / n_draws  # of the draws' density, where that at the noisy action was wanted
-                    ratios[b, m] = 1 / (1 - share + share * math.exp(at_improved - at_noisy))
+                    # Of logarithms, because a rare draw's factor is beyond all numbers
+                    log_mixture = np.logaddexp(math.log(1 - share), math.log(share) + at_improved - at_noisy)
+                    ratios[b, m] = math.exp(-log_mixture)
             clean.append((x, np.array(draws)))
             values.append([min(q_values(self.critics, state, np.clip(action, -1, 1))) for action in clean[b][1]])
         unit = 1.0
         if settings["spread"]:
-            variance = np.mean([np.var(row, ddof=1) for row in values])
+            variance = np.mean([np.var(row[n_improved:], ddof=1) for row in values])
             self.spread_mean += 0.01 * (variance - self.spread_mean)
             self.spread_weight += 0.01 * (1 - self.spread_weight)
             unit = math.sqrt(self.spread_mean / self.spread_weight)

@@ -114,16 +114,16 @@ class SDAC(CandidateTDAlgorithm):
         Draws around improved actions are left out, so M is then the number of the others.
     :param temperature_learning_rate: Step size of the logarithm of the temperature with ``"auto"``, above 0.
     :param q_scaling: Units of the temperature: ``"none"``, those of the reward, or ``"spread"``, the deviation of a state's M
-        values, a running mean over states. With it one temperature serves tasks with rewards of any size.
+        values, a running mean over states. With it one temperature serves tasks with rewards of any size. Draws around
+        improved actions are left out here too.
     :param n_reverse_samples: M, clean actions around a noisy one, at least 2, with ``n_improvement_steps`` at least 4.
     :param proposal_actions: Where noisy actions start from: ``"policy"``, the best of K_t candidates, or ``"replay"``, the
         actions of the replay buffer, which need no chain.
     :param n_improvement_steps: m, gradient steps of fixed length from the action that a noisy one starts from. With m above 0,
         M // 2 of the M clean actions are drawn around the best action on this way. Their weights take into account that
-        they are drawn elsewhere: for the same temperature the policy learns the same, up to the error of M draws. The unit
-        of ``q_scaling="spread"`` takes in all M values, so it changes with m.
+        they are drawn elsewhere: the policy learns the same, up to the error of M draws.
     :param improvement_step: eta, length of such a step in units of sqrt(A), above 0. Each dimension moves by about eta.
-    :param improved_std: Deviation of the draws around the improved action, above 0.
+    :param improved_std: Deviation of the draws around the improved action, in [0.001, 10]; the box has a width of 2.
     :param box: ``"truncated"`` draws clean actions inside [-1, 1], ``"clip"`` values them clipped, as the authors' code does.
     :param qf_learning_rate: Learning rate of the critics, in the same forms as ``learning_rate``, which it equals if None.
     :param n_behavior_candidates: K_b, best of this many candidates while collecting, at least 1. Several differ by
@@ -163,7 +163,7 @@ class SDAC(CandidateTDAlgorithm):
     log_temperature: th.Tensor
     """Logarithm of what ``temperature="auto"`` has learnt; 0 otherwise."""
     value_spread: th.Tensor
-    """Running mean of the variance of a state's M values, and the sum of that mean's weights: shape (2,)."""
+    """Running mean of the variance of the values of a state's draws, and the sum of that mean's weights: shape (2,)."""
 
     def __init__(
         self,
@@ -312,11 +312,12 @@ class SDAC(CandidateTDAlgorithm):
             with evaluation_mode(self.critic):
                 q_values = self.critic.score(features, clean.clamp(-1, 1))
             learnt = temperature * self.log_temperature.exp()
-            unit = learnt * self._q_unit(q_values)
+            # What the temperature depends on is the spread of plain draws, however many there are around better actions
+            plain = q_values[:, self._n_improved() :]
+            unit = learnt * self._q_unit(plain)
             weights = boltzmann_weights(q_values, unit, log_ratios)
             mean_action = posterior_mean(clean, weights)
-            others = weights if improved is None else boltzmann_weights(q_values[:, self._n_improved() :], unit)
-            preference = divergence(others)
+            preference = divergence(boltzmann_weights(plain, unit))
             if self._learns_temperature():
                 # A temperature that is too low prefers too few actions. A number that is not finite must not stay
                 drift = self.temperature_learning_rate * (preference - self.target_divergence)
@@ -374,7 +375,7 @@ class SDAC(CandidateTDAlgorithm):
         return add_noise(one, timesteps, th.zeros_like(one)), add_noise(th.zeros_like(one), timesteps, one)
 
     def _q_unit(self, q_values: th.Tensor) -> float | th.Tensor:
-        """The unit of the temperature. It learns from the M values of each state, shape (B, M)."""
+        """The unit of the temperature. It learns from the values of each state's plain draws, shape (B, at most M)."""
         if self.q_scaling == "none":
             return 1.0
         seen = th.stack([q_values.var(dim=1).mean(), th.ones((), device=self.device)])
@@ -447,7 +448,7 @@ class SDAC(CandidateTDAlgorithm):
             self.log_temperature.zero_()  # what was learnt under "auto" is no factor of another temperature
         self.n_improvement_steps = check_count("n_improvement_steps", self.n_improvement_steps, 0)
         check_interval("improvement_step", self.improvement_step, 0, math.inf, low_allowed=False)
-        check_interval("improved_std", self.improved_std, 0, math.inf, low_allowed=False)
+        check_interval("improved_std", self.improved_std, 1e-3, 10)
         # One action has no weight
         smallest = 4 if self.n_improvement_steps else 2
         self.n_reverse_samples = check_count("n_reverse_samples", self.n_reverse_samples, smallest)

@@ -190,7 +190,8 @@ def test_every_argument_is_covered_and_shared_ones_are_qvpos():
         (dict(box=None), "box must be one of 'truncated', 'clip', got None"),
         (dict(n_improvement_steps=-1), "n_improvement_steps must be .*, got -1"),
         (dict(improvement_step=0.0), r"improvement_step must be a number in \(0, inf\), got 0.0"),
-        (dict(improved_std=-0.1), r"improved_std must be a number in \(0, inf\), got -0.1"),
+        (dict(improved_std=1e-4), r"improved_std must be a number in \[0.001, 10\], got 0.0001"),
+        (dict(improved_std=11), r"improved_std must be a number in \[0.001, 10\], got 11"),
         (dict(n_improvement_steps=1, n_reverse_samples=3), "n_reverse_samples must be .* at least 4, got 3"),
         (dict(n_improvement_steps=1, box="clip"), "n_improvement_steps above 0 needs box='truncated', got box='clip'"),
         (
@@ -203,6 +204,24 @@ def test_every_argument_is_covered_and_shared_ones_are_qvpos():
 def test_bad_arguments_are_named(kwargs, message):
     with pytest.raises(ValueError, match=message):
         tiny_sdac(**kwargs)
+
+
+def test_draws_around_better_actions_are_no_part_of_the_temperature():
+    """Its unit and what it holds are of the plain draws, as if there were no others."""
+    settings = dict(q_scaling="spread", temperature="auto_0.3", target_divergence=0.2, proposal_actions="replay")
+    mixed, plain = (tiny_sdac(n_improvement_steps=n, n_reverse_samples=8, **settings).learn(12) for n in (2, 0))
+    plain.policy.load_state_dict(mixed.policy.state_dict())
+    batch, noise = mixed.replay_buffer.sample(6), mixed._draw_actor_noise(6)
+    metrics = {}
+    for model, draws in ((mixed, noise.reverse), (plain, noise.reverse[:, 4:])):
+        model.log_temperature.zero_()
+        model.value_spread.zero_()
+        metrics[model] = model._actor_loss(batch, 0.3, noise._replace(reverse=draws))[1]
+    for name in ("value_spread", "divergence"):
+        th.testing.assert_close(metrics[mixed][name], metrics[plain][name], msg=name)
+    th.testing.assert_close(mixed.log_temperature, plain.log_temperature)
+    assert mixed.log_temperature != 0
+    assert metrics[mixed]["effective_actions"] != metrics[plain]["effective_actions"]
 
 
 def test_a_temperature_that_reaches_zero_in_training_is_refused():

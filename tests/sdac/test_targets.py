@@ -136,6 +136,27 @@ def test_draws_elsewhere_leave_the_posterior_mean_as_it_is(bar, x, free, truncat
     assert abs(((noisy - signal * biased) / noise_level).item() - truncated) > 5e-3, "without the ratios it is another"
 
 
+@pytest.mark.parametrize("improved_std", [0.001, 10.0])
+@pytest.mark.parametrize("bar", [1 - 4e-5, 0.6, 1e-4])
+def test_draws_as_narrow_or_wide_as_allowed_leave_it_too(bar, improved_std):
+    """In float32, at the least and the most noise, around an action far from the noisy one and on the edge of the box."""
+    n_draws = 200_000
+    uniforms = ((th.arange(n_draws) + 0.5) / n_draws).view(1, -1, 1)
+    signal, noise_level = (level.float() for level in levels(bar))
+    noisy = 0.2 * signal.view(1, 1, 1)
+    mean = posterior_mean(*_weighted(truncated_actions(noisy, signal, noise_level, uniforms), 0.0))
+    for around in (-0.7, 1.0):
+        both = th.cat([uniforms, uniforms], dim=1)
+        clean, log_ratios = mixed_actions(noisy, signal, noise_level, th.full((1, 1, 1), around), improved_std, both, n_draws)
+        assert log_ratios.isfinite().logical_or(log_ratios == -math.inf).all()
+        th.testing.assert_close(posterior_mean(*_weighted(clean, log_ratios)), mean, atol=2e-3, rtol=0)
+
+
+def _weighted(clean, log_ratios):
+    """Actions and their weights at values of ``-(a - 0.3)^2`` and a temperature of a half."""
+    return clean, boltzmann_weights(-((clean - 0.3) ** 2).squeeze(-1), 0.5, log_ratios)
+
+
 def test_clipping_pulls_to_the_corners_at_high_noise():
     """Its limit at t = T and x = 0 is ``-sqrt(2 / pi) tanh((Q(1) - Q(-1)) / (2 temperature))``; that of the cut draws is 0."""
     n_draws = 400_001
