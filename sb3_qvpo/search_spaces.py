@@ -200,7 +200,8 @@ def convert_sdac_params(sampled_params: dict[str, Any]) -> dict[str, Any]:
     :param sampled_params: What :func:`sample_sdac_params` sampled, or the parameters of a trial of a study.
     :return: Keyword arguments for SDAC.
     """
-    params = {**_kept_from(presets.sdac), **sampled_params}
+    # A trial that does not name them is from before there were any
+    params = {**_kept_from(presets.sdac), "n_improvement_steps": 0, **sampled_params}
     params["gamma"] = 1 - params.pop("one_minus_gamma")
     params["gradient_steps"] = params["train_freq"]  # one update for each step
     for name in ("n_reverse_samples", "n_target_candidates"):

@@ -143,6 +143,8 @@ def test_settings_sampled_for_sdac_are_valid_and_share_a_budget():
         rows = 5 * params["n_target_candidates"] + (2 * params["n_reverse_samples"] + 6) / 2 + 12
         costs.append(rows * (1 if params["policy_kwargs"]["net_arch"] == [128, 128] else 2.5))
     assert 3 < max(costs) / min(costs) < 5
+    older = {name: value for name, value in trial.params.items() if name != "n_improvement_steps"}
+    assert zoo.convert_sdac_params(older)["n_improvement_steps"] == 0  # as it was trained
     for critic_type in ("twin", "crossq"):
         trial = optuna.trial.FixedTrial({**LOW_SOFT, "critic_type": critic_type})
         params = zoo.sample_sdac_params(trial, 1, 1, dict(NO_HER))
