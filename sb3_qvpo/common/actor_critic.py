@@ -353,7 +353,7 @@ class CandidateCritic(ContinuousCritic):
 
     def rank(self, features: th.Tensor, candidates: th.Tensor) -> th.Tensor:
         """
-        :meth:`score` where it only serves the choice of one candidate. A subclass may round it; this class does not.
+        :meth:`score` where it only serves to choose or to weigh candidates. A subclass may round it; this class does not.
 
         :param features: State features of shape (B, S).
         :param candidates: Actions of shape (B, K, A) in [-1, 1].

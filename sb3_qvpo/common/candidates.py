@@ -101,7 +101,8 @@ def improve_best_candidate(scored: ScoredCandidates, critic: Critic, n_steps: in
     Gradient steps from the best candidate, ``a_(j+1) = clamp(a_j + step_length g / |g|, -1, 1)`` with g the gradient of the
     score at a_j. Each a_j with j >= 1 becomes a candidate. So a step that makes the action worse is never chosen.
 
-    :param scored: K candidates for each state, and their scores.
+    :param scored: K candidates for each state, and their scores. The score of a single one is not read: the first step
+        values it.
     :param critic: The critics that scored them, in evaluation mode.
     :param n_steps: m, gradient steps.
     :param step_length: Euclidean length of each step.
@@ -111,7 +112,9 @@ def improve_best_candidate(scored: ScoredCandidates, critic: Critic, n_steps: in
     actions, scores = [scored.candidates], [scored.scores]
     for step in range(n_steps):
         score, gradient = critic.action_gradient(scored.features, action)
-        if step > 0:
+        if step == 0 and scored.candidates.shape[1] == 1:
+            scores[0] = score.unsqueeze(1)
+        elif step > 0:
             scores.append(score.unsqueeze(1))
         action = (action + step_length * F.normalize(gradient, dim=1)).clamp(-1, 1)
         actions.append(action.unsqueeze(1))

@@ -310,7 +310,7 @@ class SDAC(CandidateTDAlgorithm):
                 std, n = self.improved_std, self._n_improved()
                 clean, log_ratios = mixed_actions(noisy, signal, noise_level, improved, std, noise.reverse, n)
             with evaluation_mode(self.critic):
-                q_values = self.critic.score(features, clean.clamp(-1, 1))
+                q_values = self.critic.rank(features, clean.clamp(-1, 1))
             learnt = temperature * self.log_temperature.exp()
             # What the temperature depends on is the spread of plain draws, however many there are around better actions
             plain = q_values[:, self._n_improved() :]
@@ -348,10 +348,8 @@ class SDAC(CandidateTDAlgorithm):
         if chain is None:
             with evaluation_mode(self.critic):
                 features, candidates = self.critic.features(batch.observations), batch.actions.unsqueeze(1)
-                # Nobody needs the value of a single action that is not improved
-                unvalued = candidates.new_zeros(candidates.shape[:2])
-                scores = self.critic.score(features, candidates) if self.n_improvement_steps else unvalued
-            scored = ScoredCandidates(features, candidates, scores)
+            # Nobody needs the value of a single action
+            scored = ScoredCandidates(features, candidates, candidates.new_zeros(candidates.shape[:2]))
         else:
             scored = self.policy.score_candidates(batch.observations, chain, for_training=True)
         actions, improved = best_candidate(*scored[1:]).unsqueeze(1), None

@@ -67,6 +67,10 @@ def test_improved_candidates_on_a_hill():
     outside = Hill([5.0, 0.0])
     _, actions, _ = cand.improve_best_candidate(scored._replace(scores=outside.score(None, candidates)), outside, 4, 0.3)
     assert actions[1, -1].tolist() == [1.0, 0.0] and actions.abs().max() <= 1
+    # The score of a single candidate is not read
+    alone = scored._replace(candidates=candidates[:, :1], scores=th.full((2, 1), 7.0))
+    _, actions, scores = cand.improve_best_candidate(alone, hill, 2, 0.2)
+    th.testing.assert_close(scores, hill.score(None, actions))
     # No steps change nothing, and a flat critic moves nothing
     assert th.equal(cand.improve_best_candidate(scored, hill, 0, 0.2).candidates, candidates)
     flat = Hill([0.0, 0.0])

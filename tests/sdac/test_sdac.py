@@ -390,8 +390,35 @@ def test_the_learning_rate_is_constant_unless_it_is_a_schedule():
 
 
 @pytest.mark.parametrize("n_improvement_steps", [0, 2])
+def test_weights_in_reduced_precision_are_as_good(settings, monkeypatch, n_improvement_steps):
+    """What the policy is trained on changes by far less than from draws to draws."""
+    model = tiny_sdac(
+        batch_size=256, n_reverse_samples=16, temperature=0.05, q_scaling="spread", critic_type="crossq",
+        policy_kwargs=dict(net_arch=[256, 256]), n_improvement_steps=n_improvement_steps, learning_starts=256,
+    ).learn(256)  # fmt: skip
+    with th.no_grad():
+        for parameter in model.critic.parameters():
+            parameter.add_(0.2 * th.randn_like(parameter))
+    means, batch = [], model.replay_buffer.sample(256)
+    loss = model.actor.denoising_loss
+    monkeypatch.setattr(
+        model.actor, "denoising_loss", lambda obs, actions, *rest: (means.append(actions), loss(obs, actions, *rest))[1]
+    )
+    noise = model._draw_actor_noise(256)
+    other = noise._replace(reverse=model._draw_actor_noise(256).reverse)
+    for dtype, draws in (("float32", noise), ("bfloat16", noise), ("float32", other)):
+        settings.candidate_dtype = dtype
+        model.value_spread.zero_()
+        model._actor_loss(batch, 0.05, draws)
+    exact, rounded, redrawn = means
+    assert not th.equal(rounded, exact)
+    assert (rounded - exact).square().mean() < 0.02 * (redrawn - exact).square().mean()
+
+
+@pytest.mark.parametrize("n_improvement_steps", [0, 2])
 def test_fast_code_changes_nothing(settings, n_improvement_steps):
     """At sizes where the CPU's fast code is in use, with and without it: draws of the policy, values, the actor's loss."""
+    settings.candidate_dtype = "float32"
     kwargs = dict(
         batch_size=64, n_reverse_samples=16, temperature=0.2, q_scaling="spread", critic_type="crossq", n_diffusion_steps=5,
         policy_kwargs=dict(net_arch=[256, 256], activation_fn=th.nn.ReLU, prediction="v", sampler="dpm++"),

@@ -10,8 +10,8 @@ No mathematics is defined here: :meth:`DiffusionProcess.sample` runs the chain a
 - oneDNN multiplies matrices, see :class:`OneDnnProducts`. In float32 torch takes MKL by default, which is half as fast on AMD
   processors. Losses use this and Mish as well.
 - Candidates that only serve training may have their hidden layers multiplied in bfloat16 where the processor has it in
-  hardware. So may values that only serve the choice among candidates. No gradient flows through either. All other values, and
-  all that is trained, stay in float32.
+  hardware. So may values that only choose among candidates, or weigh SDAC's draws. No gradient flows through either. All
+  other values, and all that is trained, stay in float32.
 
 Few rows of several states take the eager path: :func:`worth_blocking`. The candidates of one state, an action, are few. There
 calls of torch cost more than the numbers, so :func:`sample_for_one_state` makes five calls a step instead of twelve.

@@ -17,7 +17,7 @@ class SpeedSettings:
         See :meth:`DiffusionPolicy.compile_actions`.
     :param candidate_dtype: Type in which candidates for training are drawn: ``"float32"``, ``"bfloat16"`` or ``"auto"``. The
         last is bfloat16 if the processor multiplies it in hardware. On a CPU it is also the type of values that only choose
-        among the TD target's candidates.
+        among the TD target's candidates, or weigh SDAC's draws.
     """
 
     enabled: bool = True
