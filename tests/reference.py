@@ -627,6 +627,7 @@ class SoftLearner(Learner):
     The same with SDAC's actor. ``settings`` also holds ``temperature``, ``box``, ``spread`` (whether the temperature is in
     units of the deviation of a state's values) and, for one that is learnt, ``target_divergence`` and ``temperature_rate``.
     With ``improved``, a number of steps, their length and a deviation, half of the draws are around an improved action.
+    ``training_action_noise`` is the deviation of the noise on actions that are learnt.
     """
 
     log_temperature = 0.0
@@ -637,7 +638,7 @@ class SoftLearner(Learner):
         n_draws = noise["reverse"].shape[1]
         betas, settings = self.settings["betas"], self.settings
         clean, values, ratios = [], [], np.zeros((len(states), n_draws))
-        n_improved = n_draws // 2 if "improved" in settings else 0
+        n_improved, sigma = n_draws // 2 if "improved" in settings else 0, settings.get("training_action_noise", 0)
         for b, state in enumerate(states):
             start = noise["actions"][b]
             if noise["chain"] is not None:
@@ -645,13 +646,13 @@ class SoftLearner(Learner):
                 start, _ = best_of_k(self.critics, state, candidates)
             t = noise["timesteps"][b, 0]
             bar, x = alpha_bar(betas, t), add_noise(start, t, noise["forward"][b, 0], betas)
+            std = math.sqrt((1 - bar) / bar + sigma**2)
             if settings["box"] == "truncated":
-                std = math.sqrt((1 - bar) / bar)
                 draws = [
                     [truncated_normal(x[j] / math.sqrt(bar), std, u) for j, u in enumerate(row)] for row in noise["reverse"][b]
                 ]
             else:
-                draws = [(x - math.sqrt(1 - bar) * row) / math.sqrt(bar) for row in noise["reverse"][b]]
+                draws = [x / math.sqrt(bar) - std * row for row in noise["reverse"][b]]
             if n_improved:
                 n_steps, length, width = settings["improved"]
                 known = [start, *improve(self.critics, state, start, n_steps, length)]
@@ -685,9 +686,11 @@ class SoftLearner(Learner):
         # M rows for each state, all at the same noisy action
         timesteps = np.repeat(noise["timesteps"], n_draws, axis=1)
         rows, noises = np.array([draws for _, draws in clean]), np.zeros_like(noise["reverse"])
-        for b, (x, draws) in enumerate(clean):
+        for b, (x, _) in enumerate(clean):
             bar = alpha_bar(betas, timesteps[b, 0])
-            noises[b] = (x - math.sqrt(bar) * draws) / math.sqrt(1 - bar)
+            # What is learnt has the prior N(draw, sigma^2), and is seen as x: the mean of two normal densities' product
+            rows[b] = (rows[b] * (1 - bar) + math.sqrt(bar) * x * sigma**2) / (1 - bar + bar * sigma**2)
+            noises[b] = (x - math.sqrt(bar) * rows[b]) / math.sqrt(1 - bar)
         _, _, gradients = weighted_loss(self.actor, states, rows, np.array(weights), timesteps, noises, betas, self.prediction)
         effective = 1 / np.mean([sum(w**2 for w in row) for row in weights])
         self.metrics.update(divergence=divergence, temperature=temperature, effective_actions=effective)

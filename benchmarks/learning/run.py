@@ -164,6 +164,9 @@ ALGOS: dict[str, tuple[str, dict[str, Any]]] = {
     "preset_fast_batch128_pessimism0.0": preset(batch_size=128, policy_kwargs=dict(pessimism=0.0)),
     "sdac": preset(name="sdac"),
     **{f"sdac_temperature{t}": preset(name="sdac", temperature=t) for t in (0.1, 0.2, 0.5)},
+    # Noise on the actions learnt
+    "sdac_train_noise0.2": preset(name="sdac", training_action_noise=0.2),
+    "sdac_train_noise_falls": preset(name="sdac", training_action_noise="lin_0.2_0.05_0.3"),
     "sdac_kt4": preset(name="sdac", n_target_candidates=4),
     # What the draws around better actions earn
     "sdac_no_improvement": preset(name="sdac", n_improvement_steps=0),

@@ -15,6 +15,7 @@ argument or variable        symbol                  meaning
 ``improvement_step``        eta                     length of such a step, over sqrt(A) (not in the paper)
 ``weights``                 w                       softmax over M of ``Q(s, a_0) / lambda``
 ``mean_action``             E[a_0 | x]              ``sum of w a_0``, what the regression aims at
+``training_action_noise``   sigma                   deviation of noise on the actions learnt (not in the paper)
 ==========================  ======================  ====================================================
 """
 
@@ -27,7 +28,6 @@ from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, ReplayBufferSamples, Schedule
-from stable_baselines3.common.utils import FloatSchedule
 
 from sb3_qvpo.common.arguments import check_choice, check_count, check_interval, parse_schedule
 from sb3_qvpo.common.candidates import ScoredCandidates, best_candidate
@@ -41,24 +41,18 @@ from sb3_qvpo.sdac.targets import (
     boltzmann_weights,
     divergence,
     mixed_actions,
-    official_temperature,
     posterior_mean,
+    total_noise_level,
     truncated_actions,
     unbounded_actions,
+    with_its_noise,
 )
+from sb3_qvpo.sdac.temperature import official_temperature, parse_temperature
 
 LARGEST_DRIFT = 20.0
 """Bound of the logarithm of a learnt temperature, for targets that no temperature reaches."""
 
 SelfSDAC = TypeVar("SelfSDAC", bound="SDAC")
-
-
-def float_or_none(text: str) -> Any:
-    """A number in words; None if it is none."""
-    try:
-        return float(text)
-    except ValueError:
-        return None
 
 
 class ActorNoise(NamedTuple):
@@ -124,6 +118,9 @@ class SDAC(CandidateTDAlgorithm):
         they are drawn elsewhere: the policy learns the same, up to the error of M draws.
     :param improvement_step: eta, length of such a step in units of sqrt(A), above 0. Each dimension moves by about eta.
     :param improved_std: Deviation of the draws around the improved action, in [0.001, 10]; the box has a width of 2.
+    :param training_action_noise: sigma, deviation of normal noise on the actions that the policy learns, at least 0. It learns
+        ``exp(Q / temperature) / Z`` blurred by this noise, so it does not become narrower. Actions beyond the box end on its
+        edge. A number, a schedule, or a string as for ``temperature``. 0 is the paper's choice.
     :param box: ``"truncated"`` draws clean actions inside [-1, 1], ``"clip"`` values them clipped, as the authors' code does.
     :param qf_learning_rate: Learning rate of the critics, in the same forms as ``learning_rate``, which it equals if None.
     :param n_behavior_candidates: K_b, best of this many candidates while collecting, at least 1. Several differ by
@@ -158,7 +155,10 @@ class SDAC(CandidateTDAlgorithm):
         "MultiInputPolicy": MultiInputPolicy,
     }
     _preset: ClassVar[tuple[str, int, int]] = ("sdac", 640, 256)
-    _not_read_by_updates: ClassVar[frozenset[str]] = CandidateTDAlgorithm._not_read_by_updates | {"_temperature_schedule"}
+    _not_read_by_updates: ClassVar[frozenset[str]] = CandidateTDAlgorithm._not_read_by_updates | {
+        "_temperature_schedule",
+        "_action_noise_schedule",
+    }
 
     log_temperature: th.Tensor
     """Logarithm of what ``temperature="auto"`` has learnt; 0 otherwise."""
@@ -191,6 +191,7 @@ class SDAC(CandidateTDAlgorithm):
         n_improvement_steps: int = 0,
         improvement_step: float = 0.1,
         improved_std: float = 0.3,
+        training_action_noise: float | str | Schedule = 0.0,
         box: str = "truncated",
         qf_learning_rate: float | str | Schedule | None = None,
         n_behavior_candidates: int | Sequence[int] = 32,
@@ -256,6 +257,7 @@ class SDAC(CandidateTDAlgorithm):
         self.n_improvement_steps = n_improvement_steps
         self.improvement_step = improvement_step
         self.improved_std = improved_std
+        self.training_action_noise = training_action_noise
         self.box = box
 
         if _init_setup_model:
@@ -278,14 +280,21 @@ class SDAC(CandidateTDAlgorithm):
                 self._run_update(self._update_policy, batch, *self._policy_coefficients())
         self._log_updates()
 
-    def _update_policy(self, batch: ReplayBufferSamples, temperature: float | th.Tensor) -> Metrics:
-        loss, metrics = self._actor_loss(batch, temperature, self._draw_actor_noise(len(batch.rewards)))
+    def _update_policy(
+        self, batch: ReplayBufferSamples, temperature: float | th.Tensor, action_noise_std: float | th.Tensor
+    ) -> Metrics:
+        noise = self._draw_actor_noise(len(batch.rewards))
+        loss, metrics = self._actor_loss(batch, temperature, action_noise_std, noise)
         self._optimize(self.actor.optimizer, "actor_loss", loss)
         self.policy.update_targets(self.tau)
         return metrics
 
     def _actor_loss(
-        self, batch: ReplayBufferSamples, temperature: float | th.Tensor, noise: ActorNoise
+        self,
+        batch: ReplayBufferSamples,
+        temperature: float | th.Tensor,
+        action_noise_std: float | th.Tensor,
+        noise: ActorNoise,
     ) -> tuple[th.Tensor, Metrics]:
         """
         Reverse sampling score matching: ``mean over states and dimensions of (eps_theta(x, s, t) - sum over M of w eps)^2``,
@@ -293,6 +302,7 @@ class SDAC(CandidateTDAlgorithm):
 
         :param batch: Transitions.
         :param temperature: lambda in units of ``q_scaling``; with ``"auto"`` a factor of what has been learnt.
+        :param action_noise_std: sigma.
         :param noise: All random draws.
         :return: The loss and its metrics.
         """
@@ -301,14 +311,16 @@ class SDAC(CandidateTDAlgorithm):
             # Any distribution of x with full support has the same minimiser
             noisy = self.actor.diffusion.add_noise(actions, noise.timesteps, noise.forward)
             signal, noise_level = self._levels(noise.timesteps)
+            # An action that is learnt with noise lies further from x than one without
+            distance = total_noise_level(signal, noise_level, action_noise_std)
             log_ratios: float | th.Tensor = 0.0
             if improved is None:
                 draw = truncated_actions if self.box == "truncated" else unbounded_actions
-                clean = draw(noisy, signal, noise_level, noise.reverse)
+                clean = draw(noisy, signal, distance, noise.reverse)
             else:
                 # At high noise the draws are spread over the box, and seldom hit good actions. So half are drawn elsewhere
                 std, n = self.improved_std, self._n_improved()
-                clean, log_ratios = mixed_actions(noisy, signal, noise_level, improved, std, noise.reverse, n)
+                clean, log_ratios = mixed_actions(noisy, signal, distance, improved, std, noise.reverse, n)
             with evaluation_mode(self.critic):
                 q_values = self.critic.rank(features, clean.clamp(-1, 1))
             learnt = temperature * self.log_temperature.exp()
@@ -316,7 +328,7 @@ class SDAC(CandidateTDAlgorithm):
             plain = q_values[:, self._n_improved() :]
             unit = learnt * self._q_unit(plain)
             weights = boltzmann_weights(q_values, unit, log_ratios)
-            mean_action = posterior_mean(clean, weights)
+            mean_action = with_its_noise(posterior_mean(clean, weights), noisy / signal, signal * action_noise_std / distance)
             preference = divergence(boltzmann_weights(plain, unit))
             if self._learns_temperature():
                 # A temperature that is too low prefers too few actions. A number that is not finite must not stay
@@ -403,43 +415,23 @@ class SDAC(CandidateTDAlgorithm):
     def _learns_temperature(self) -> bool:
         return isinstance(self._temperature_in_use, str) and self._temperature_in_use.startswith("auto")
 
-    def _policy_coefficients(self) -> tuple[float]:
+    def _policy_coefficients(self) -> tuple[float, float]:
         """
-        What the schedule says now.
+        What schedules say now.
 
-        :return: lambda, or a factor of what has been learnt.
+        :return: lambda, or a factor of what has been learnt; and sigma.
         """
+        action_noise_std = self._value_now("training_action_noise", self._action_noise_schedule)
+        self.logger.record("train/training_action_noise", action_noise_std)
         if self._temperature_schedule is None:
-            return (official_temperature(self._n_updates),)
+            return official_temperature(self._n_updates), action_noise_std
         temperature = self._value_now("temperature", self._temperature_schedule)
-        return (check_interval("temperature", temperature, 0, math.inf, low_allowed=False),)
-
-    def _parse_temperature(self) -> FloatSchedule | None:
-        """
-        The schedule of ``temperature``, which is what ``"auto"`` starts from. None for ``"official"``.
-
-        :raises ValueError: If it has another form, or is not above 0 at the start and at the end.
-        """
-        if self.temperature == "official":
-            return None
-        start = self.temperature
-        if isinstance(start, str) and start.startswith("auto"):
-            # A schedule has no place there: what has been learnt is a factor of the start
-            start = float_or_none(start.removeprefix("auto_")) if start != "auto" else 1.0
-        try:
-            schedule = parse_schedule("temperature", start)
-            for progress in (1.0, 0.0):
-                check_interval("temperature", schedule(progress), 0, math.inf, low_allowed=False)
-        except ValueError as error:
-            raise ValueError(
-                "temperature must be a number above 0, a schedule that stays above 0, a string such as 'lin_1_0.2', "
-                f"'official', 'auto' or 'auto_0.5', got {self.temperature!r} ({error})"
-            ) from error
-        return schedule
+        return check_interval("temperature", temperature, 0, math.inf, low_allowed=False), action_noise_std
 
     def _resolve_arguments(self) -> None:
         super()._resolve_arguments()
-        self._temperature_schedule = self._parse_temperature()
+        self._temperature_schedule = parse_temperature(self.temperature)
+        self._action_noise_schedule = parse_schedule("training_action_noise", self.training_action_noise)
         # One that is changed during learn() counts from the next call on
         self._temperature_in_use = self.temperature
         if not self._learns_temperature() and "log_temperature" in vars(self):
@@ -477,7 +469,8 @@ class SDAC(CandidateTDAlgorithm):
         return super()._get_torch_save_params()[0], ["log_temperature", "value_spread"]
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_temperature_schedule", "_temperature_in_use"]
+        resolved = ["_temperature_schedule", "_temperature_in_use", "_action_noise_schedule"]
+        return [*super()._excluded_save_params(), *resolved]
 
     def learn(
         self: SelfSDAC,

@@ -6,7 +6,6 @@ is ``x = signal a + noise_level epsilon``, with signal ``sqrt(bar alpha_t)`` and
 shape (B, 1, 1). All functions are pure.
 """
 
-import functools
 import math
 
 import torch as th
@@ -150,6 +149,32 @@ def posterior_mean(clean: th.Tensor, weights: th.Tensor) -> th.Tensor:
     return (weights.unsqueeze(-1) * clean).sum(dim=1, keepdim=True)
 
 
+def total_noise_level(signal: th.Tensor, noise_level: th.Tensor, action_noise_std: float | th.Tensor) -> th.Tensor:
+    """
+    Deviation of a noisy action around ``signal a`` where the policy learns ``a + sigma xi`` in the place of a:
+    ``x = signal (a + sigma xi) + noise_level epsilon``.
+
+    :param signal: ``sqrt(bar alpha_t)``, shape (B, 1, 1).
+    :param noise_level: ``sqrt(1 - bar alpha_t)``, shape (B, 1, 1).
+    :param action_noise_std: sigma, at least 0.
+    :return: ``sqrt(noise_level^2 + (signal sigma)^2)``, shape (B, 1, 1).
+    """
+    return (noise_level**2 + (signal * action_noise_std) ** 2).sqrt()
+
+
+def with_its_noise(mean_action: th.Tensor, seen: th.Tensor, share: th.Tensor) -> th.Tensor:
+    """
+    The mean of ``a + sigma xi`` given a noisy action, from the mean of a: ``E[a | x] + share^2 (x / signal - E[a | x])``. Both
+    noises are normal, so xi has its share of the distance between them.
+
+    :param mean_action: E[a | x], shape (B, 1, A).
+    :param seen: ``x / signal``, shape (B, 1, A).
+    :param share: ``signal sigma / total_noise_level``, shape (B, 1, 1), in [0, 1].
+    :return: Mean actions of shape (B, 1, A), which may lie outside the box.
+    """
+    return mean_action + share**2 * (seen - mean_action)
+
+
 def divergence(weights: th.Tensor) -> th.Tensor:
     """
     By how much the weights prefer some of the M actions: ``KL(weights || uniform) = log M + sum w log w``, mean over states.
@@ -159,33 +184,3 @@ def divergence(weights: th.Tensor) -> th.Tensor:
     """
     negative_entropy: th.Tensor = th.special.xlogy(weights, weights).sum(dim=1).mean()
     return math.log(weights.shape[1]) + negative_entropy
-
-
-OFFICIAL_START, OFFICIAL_RATE, OFFICIAL_INTERVAL = 5.0, 7e-3, 250
-"""First alpha, its learning rate, and critic updates between two of its steps, in the authors' code."""
-
-
-@functools.lru_cache(maxsize=1)
-def _official_levels(n_steps: int) -> list[float]:
-    """alpha after 1 ... n_steps steps of Adam on log alpha. The gradient is A times the added noise's entropy plus 0.9."""
-    log_alpha, first, second, levels = math.log(OFFICIAL_START), 0.0, 0.0, []
-    for step in range(1, n_steps + 1):
-        gradient = 0.5 * math.log(2 * math.pi * math.e * (0.1 * math.exp(log_alpha)) ** 2) + 0.9
-        first, second = 0.9 * first + 0.1 * gradient, 0.999 * second + 0.001 * gradient**2
-        corrected = (first / (1 - 0.9**step), math.sqrt(second / (1 - 0.999**step)))
-        log_alpha -= OFFICIAL_RATE * corrected[0] / (corrected[1] + 1e-8)
-        levels.append(math.exp(log_alpha))
-    return levels
-
-
-def official_temperature(n_updates: int) -> float:
-    """
-    The temperature of the authors' code in units of the reward: 5 at the start, 0.984 in the end. Their alpha is learnt, but
-    from nothing that depends on the task: from the entropy of the noise that they add to actions, of deviation 0.1 alpha.
-
-    :param n_updates: Updates of the critics so far, the present one included, at least 1.
-    :return: The temperature.
-    """
-    step = (n_updates - 1) // OFFICIAL_INTERVAL
-    # Rounded up, so that the whole schedule is worked out a few times in a run and not anew at each step
-    return _official_levels(64 * (step // 64 + 1))[step]

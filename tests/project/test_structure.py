@@ -30,7 +30,7 @@ LAYERS = [
     "common.policies",
     "common.off_policy_algorithm",
     "common.td_algorithm common.policy_aliases common.softmax_policies common.figures",
-    "qvpo.weights qvpo.policies sdac.targets diffusion_ql.losses dtql.losses",
+    "qvpo.weights qvpo.policies sdac.targets sdac.temperature diffusion_ql.losses dtql.losses",
     "dtql.networks",
     "diffusion_ql.policies dtql.policies",
     "qvpo.qvpo sdac.sdac diffusion_ql.diffusion_ql dtql.dtql",

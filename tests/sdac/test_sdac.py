@@ -11,6 +11,7 @@ from helpers import (
     SHARED_ALIVE,
     TINY_SOFT,
     TOLERANCE,
+    BanditEnv,
     CountdownEnv,
     DictEnv,
     actor_parameters,
@@ -48,6 +49,9 @@ SETTINGS = {
         **dict(n_improvement_steps=1, improvement_step=0.4, improved_std=0.15, proposal_actions="replay"),
         **dict(temperature="auto_0.3", q_scaling="spread", target_divergence=0.2, temperature_learning_rate=0.5),
     ),
+    "noisy actions": dict(training_action_noise=0.4, temperature=0.3),
+    "improved draws with noisy actions": dict(n_improvement_steps=1, training_action_noise=0.2, temperature=0.1),
+    "clipped with noisy actions": dict(box="clip", training_action_noise=0.4, temperature=0.5),
     "v and solver": dict(policy_kwargs=dict(prediction="v", sampler="dpm++"), proposal_actions="replay", temperature=0.3),
 }
 
@@ -68,7 +72,7 @@ def test_train_step_by_step(name, env):
     learns = str(settings.get("temperature", "")).startswith("auto")
     improvement = {}
     if n_steps := settings.get("n_improvement_steps"):
-        length = settings["improvement_step"] * math.sqrt(model.actor.action_dim)
+        length = settings.get("improvement_step", 0.1) * math.sqrt(model.actor.action_dim)
         improvement["improved"] = (n_steps, length, settings.get("improved_std", 0.3))
     learner = reference.SoftLearner(
         *(actor_to_numpy(actor) for actor in (model.actor, model.actor_target)),
@@ -87,6 +91,7 @@ def test_train_step_by_step(name, env):
             temperature=0.3 if learns else settings.get("temperature", 5 * math.exp(-0.007)),
             box=settings.get("box", "truncated"),
             spread=settings.get("q_scaling") == "spread",
+            training_action_noise=settings.get("training_action_noise", 0),
             **(dict(target_divergence=0.2, temperature_rate=0.5) if learns else {}),
             **improvement,
         ),
@@ -136,6 +141,7 @@ ALIVE = {
     "n_improvement_steps": (1, trained_weights),
     "improvement_step": (0.4, trained_weights),
     "improved_std": (0.1, trained_weights),
+    "training_action_noise": (0.5, trained_weights),
     "policy_delay": (3, trained_weights),
 }
 
@@ -192,6 +198,7 @@ def test_every_argument_is_covered_and_shared_ones_are_qvpos():
         (dict(improvement_step=0.0), r"improvement_step must be a number in \(0, inf\), got 0.0"),
         (dict(improved_std=1e-4), r"improved_std must be a number in \[0.001, 10\], got 0.0001"),
         (dict(improved_std=11), r"improved_std must be a number in \[0.001, 10\], got 11"),
+        (dict(training_action_noise=-0.1), r"training_action_noise must be a number in \[0, inf\), got -0.1"),
         (dict(n_improvement_steps=1, n_reverse_samples=3), "n_reverse_samples must be .* at least 4, got 3"),
         (dict(n_improvement_steps=1, box="clip"), "n_improvement_steps above 0 needs box='truncated', got box='clip'"),
         (
@@ -206,6 +213,43 @@ def test_bad_arguments_are_named(kwargs, message):
         tiny_sdac(**kwargs)
 
 
+def test_noise_that_turns_negative_in_training_is_refused():
+    with pytest.raises(ValueError, match=r"training_action_noise must be a number in \[0, inf\)"):
+        tiny_sdac(training_action_noise=lambda progress: -1.0 if 0.1 < progress < 0.4 else 0.1).learn(40)
+
+
+def test_updates_take_the_noise_that_the_schedule_says():
+    """With deviation 0.3 from the first update on, a schedule is the number; from the middle on 0, it is something else."""
+    number, constant, until_middle = (
+        trained_weights(tiny_sdac(training_action_noise=noise))
+        for noise in (0.3, lambda progress: 0.3, lambda progress: 0.3 * (progress > 0.5))
+    )
+    assert not differ(number, constant)
+    assert differ(number, until_middle)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [dict(), dict(n_improvement_steps=2)])
+def test_noise_on_trained_actions_keeps_the_policy_wide(settings):
+    """
+    A bandit whose best action is 0.2. Measured: mean and deviation of samples 0.23 and 0.06 without noise, 0.20 and 0.25 with
+    noise of 0.3; with draws around better actions 0.22 and 0.05, 0.20 and 0.23.
+    """
+    widths = []
+    for noise in (0.0, 0.3):
+        model = tiny_sdac(
+            BanditEnv(lambda action: -((action[0] - 0.2) ** 2)), temperature=0.02, training_action_noise=noise, policy_delay=1,
+            learning_rate=3e-3, batch_size=64, learning_starts=200, n_diffusion_steps=10, n_reverse_samples=16,
+            proposal_actions="replay", policy_kwargs=dict(net_arch=[32, 32], prediction="v"), **settings,
+        ).learn(800)  # fmt: skip
+        with th.no_grad():
+            features = model.actor.features(th.zeros(1, *model.observation_space.shape))
+            drawn = model.actor.sample_candidates(features, model.actor.draw_noise(1, 2000))
+        assert drawn.mean().item() == pytest.approx(0.2, abs=0.1)
+        widths.append(drawn.std().item())
+    assert widths[0] < 0.15 and 0.18 < widths[1] < 0.35
+
+
 def test_draws_around_better_actions_are_no_part_of_the_temperature():
     """Its unit and what it holds are of the plain draws, as if there were no others."""
     settings = dict(q_scaling="spread", temperature="auto_0.3", target_divergence=0.2, proposal_actions="replay")
@@ -216,7 +260,7 @@ def test_draws_around_better_actions_are_no_part_of_the_temperature():
     for model, draws in ((mixed, noise.reverse), (plain, noise.reverse[:, 4:])):
         model.log_temperature.zero_()
         model.value_spread.zero_()
-        metrics[model] = model._actor_loss(batch, 0.3, noise._replace(reverse=draws))[1]
+        metrics[model] = model._actor_loss(batch, 0.3, 0.0, noise._replace(reverse=draws))[1]
     for name in ("value_spread", "divergence"):
         th.testing.assert_close(metrics[mixed][name], metrics[plain][name], msg=name)
     th.testing.assert_close(mixed.log_temperature, plain.log_temperature)
@@ -236,7 +280,7 @@ def test_a_temperature_that_is_changed_while_learning_counts_from_the_next_time_
     assert model.logger.name_to_value["train/temperature"] > 4
     model.learn(20, reset_num_timesteps=False)
     model.train(2, batch_size=8)
-    assert model._policy_coefficients() == (0.5,)
+    assert model._policy_coefficients() == (0.5, 0.0)
 
 
 @pytest.mark.parametrize("critic_type", ["twin", "crossq", "quantile"])
@@ -409,7 +453,7 @@ def test_weights_in_reduced_precision_are_as_good(settings, monkeypatch, n_impro
     for dtype, draws in (("float32", noise), ("bfloat16", noise), ("float32", other)):
         settings.candidate_dtype = dtype
         model.value_spread.zero_()
-        model._actor_loss(batch, 0.05, draws)
+        model._actor_loss(batch, 0.05, 0.0, draws)
     exact, rounded, redrawn = means
     assert not th.equal(rounded, exact)
     assert (rounded - exact).square().mean() < 0.02 * (redrawn - exact).square().mean()

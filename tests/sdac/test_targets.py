@@ -15,11 +15,13 @@ from sb3_qvpo.sdac.targets import (
     log_importance,
     log_truncated_density,
     mixed_actions,
-    official_temperature,
     posterior_mean,
+    total_noise_level,
     truncated_actions,
     unbounded_actions,
+    with_its_noise,
 )
+from sb3_qvpo.sdac.temperature import official_temperature
 
 
 def levels(bar):
@@ -118,6 +120,37 @@ def test_posterior_mean_of_a_quadratic_value(bar, x, free, truncated, clipped):
     assert mean_noise(around, around.clamp(-1, 1)) == pytest.approx(clipped, abs=1e-4)
     on_grid = reference.posterior_mean_on_a_grid(x, bar, q_value, 0.5)
     assert (x - math.sqrt(bar) * on_grid) / math.sqrt(1 - bar) == pytest.approx(truncated, abs=1e-6)
+
+
+@pytest.mark.parametrize("sigma", [0.05, 0.2, 1.0])
+@pytest.mark.parametrize(("bar", "x"), [(0.6374, 0.4), (0.1094, -0.7), (0.9999, 1.02), (1e-4, 0.5)])
+def test_actions_learnt_with_noise(bar, x, sigma):
+    """Closed form without a box: two variances add up. In the box quadrature over the blurred density."""
+    n_draws = 400_001
+    uniforms = ((th.arange(n_draws, dtype=th.float64) + 0.5) / n_draws).view(1, -1, 1)
+    signal, noise_level = levels(bar)
+    noisy, distance = th.full((1, 1, 1), x, dtype=th.float64), total_noise_level(signal, noise_level, sigma)
+
+    def mean(clean):
+        weights = boltzmann_weights(-((clean - 0.3) ** 2).squeeze(-1), 0.5)
+        return with_its_noise(posterior_mean(clean, weights), noisy / signal, signal * sigma / distance).item()
+
+    variance = 0.25 + sigma**2
+    closed_form = (0.3 * (1 - bar) + math.sqrt(bar) * x * variance) / (1 - bar + bar * variance)
+    assert mean(unbounded_actions(noisy, signal, distance, th.special.ndtri(uniforms))) == pytest.approx(closed_form, abs=2e-4)
+
+    clean = np.linspace(-1, 1, 2001)
+    learnt = np.linspace(-1 - 5 * sigma, 1 + 5 * sigma, 4001)
+    blurred = np.exp(-2 * (clean - 0.3) ** 2 - (learnt[:, None] - clean) ** 2 / (2 * sigma**2)).mean(axis=1)
+    density = blurred * np.exp(-((x - math.sqrt(bar) * learnt) ** 2) / (2 * (1 - bar)))
+    by_quadrature = (density * learnt).sum() / density.sum()
+    assert mean(truncated_actions(noisy, signal, distance, uniforms)) == pytest.approx(by_quadrature, abs=1e-3)
+
+
+def test_without_noise_nothing_is_added():
+    signal, noise_level = levels(0.3)
+    assert total_noise_level(signal, noise_level, 0.0).item() == pytest.approx(noise_level.item(), abs=1e-15)
+    assert with_its_noise(th.tensor(0.4), th.tensor(9.0), th.tensor(0.0)) == 0.4
 
 
 @pytest.mark.parametrize("improved", [0.3, -0.8])

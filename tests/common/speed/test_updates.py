@@ -102,7 +102,7 @@ SOFT_CASES = {
     "authors' schedule": dict(),
     "learnt temperature": dict(temperature="auto", q_scaling="spread"),
     "without chains": dict(temperature="lin_1_0.5", q_scaling="spread", proposal_actions="replay", critic_type="crossq"),
-    "improved draws": dict(n_improvement_steps=2, temperature=0.2),
+    "improved draws": dict(n_improvement_steps=2, temperature=0.2, training_action_noise="lin_0.4_0.1"),
 }
 
 
@@ -393,8 +393,8 @@ def test_an_update_reads_nothing_back_and_copies_nothing(build, kwargs, metric, 
         assert optimizers.make_capturable(network.optimizer)
         assert network.optimizer.param_groups[0]["fused"] is (None if chosen else True)
     batch = ReplayBufferSamples(*(th.empty(8, size, device="meta") for size in (3, 1, 3, 1, 1)))
-    # ent_coef and training_action_noise, or the temperature
-    coefficients = [th.empty((), device="meta")] * {QVPO: 2, SDAC: 1}.get(type(model), 0)
+    # ent_coef or the temperature, and training_action_noise
+    coefficients = [th.empty((), device="meta")] * {QVPO: 2, SDAC: 2}.get(type(model), 0)
     guard_of(model).start_update(1, {})
     with OnDeviceOnly():
         for _ in range(2):
