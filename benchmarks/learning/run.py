@@ -109,6 +109,11 @@ def former(policy_kwargs: dict[str, Any] | None = None, name: str = "fast", **ch
     return preset(kwargs, name, **{**FORMER[name], **changes})
 
 
+def steady(policy_kwargs: dict[str, Any] | None = None, **changes: Any) -> tuple[str, dict[str, Any]]:
+    """The preset ``fast`` with noise on trained actions that does not fall."""
+    return preset(policy_kwargs, training_action_noise=0.2, **changes)
+
+
 QUIET: dict[str, Any] = dict(eval_noise_scale=0.3)
 """Less noise in evaluation."""
 
@@ -146,9 +151,10 @@ ALGOS: dict[str, tuple[str, dict[str, Any]]] = {
         for kind in ("twin", "quantile")
     },
     **{f"preset_fast_returns_{n}": preset(n_steps=n) for n in (1, 3)},
-    **{f"preset_fast_train_noise{std}": preset(training_action_noise=std) for std in (0.0, 0.1, 0.3)},
-    # The policy becomes narrower over the first three tenths of a run
-    "preset_fast_train_noise_falls": preset(training_action_noise="lin_0.2_0.05_0.3"),
+    **{f"preset_fast_train_noise{std}": preset(training_action_noise=std) for std in (0.0, 0.05, 0.1)},
+    # Lower in the end, or earlier so low
+    "preset_fast_train_noise_to0.02": preset(training_action_noise="lin_0.2_0.02_0.3"),
+    "preset_fast_train_noise_sooner": preset(training_action_noise="lin_0.2_0.05_0.15"),
     "preset_fast_raw": preset(policy_kwargs=dict(normalize_features=False)),
     "preset_fast_mix": preset(n_behavior_candidates=FORMER["fast"]["n_behavior_candidates"]),
     "preset_fast_wide": preset(policy_kwargs=WIDE),
@@ -161,7 +167,12 @@ ALGOS: dict[str, tuple[str, dict[str, Any]]] = {
     **{f"preset_fast_kb{k}": preset(n_behavior_candidates=k) for k in (4, 16)},
     "preset_fast_batch128": preset(batch_size=128),
     **{f"preset_fast_pessimism{beta}": preset(policy_kwargs=dict(pessimism=beta)) for beta in (0.0, 0.5)},
-    "preset_fast_batch128_pessimism0.0": preset(batch_size=128, policy_kwargs=dict(pessimism=0.0)),
+    # presets.fast while its noise on trained actions did not fall
+    "steady": steady(),
+    "steady_wide": steady(policy_kwargs=WIDE),
+    "steady_batch128": steady(batch_size=128),
+    **{f"steady_pessimism{beta}": steady(policy_kwargs=dict(pessimism=beta)) for beta in (0.0, 0.5)},
+    "steady_batch128_pessimism0.0": steady(batch_size=128, policy_kwargs=dict(pessimism=0.0)),
     "sdac": preset(name="sdac"),
     **{f"sdac_temperature{t}": preset(name="sdac", temperature=t) for t in (0.1, 0.2, 0.5)},
     # Noise on the actions learnt
