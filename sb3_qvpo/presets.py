@@ -88,7 +88,7 @@ limit, as on HalfCheetah-v5, three of four take the best of four, because there 
 There is no other preset for long runs, because nothing has been measured beyond 50 000 of 100 000 steps: three seeds on
 HalfCheetah-v5, Hopper-v5 and Walker2d-v5. Other tasks had noise of 0.2 throughout.
 
-Cost: 26 ms a step on one core of a Xeon, 0.91 times CrossQ's, 1.6 times SAC's (``benchmarks/results/step_one_thread.csv``).
+Cost: 25 ms a step on one core of a Xeon, 0.95 times CrossQ's, 1.7 times SAC's (``benchmarks/results/step_one_thread.csv``).
 Where the processor has no bfloat16 it is 1.2 to 1.4 times CrossQ's.
 Returns of the best of 32 after 50 000 steps, three seeds: 5868 to 6549 on HalfCheetah-v5, 1909 to 3260 on Hopper-v5, 2573 to
 4124 on Walker2d-v5 (``benchmarks/learning/preset.csv``).
@@ -145,8 +145,7 @@ temperature is in units of the values' spread, and low. For several good actions
 
 Half of the draws surround actions that gradient steps have improved. Single samples follow the critics better so.
 
-Cost: as much as :data:`fast`. A step takes 0.95 times as long on HalfCheetah-v5, 1.02 times on Humanoid-v5
-(``benchmarks/results/step_one_thread_no_bfloat16.csv``). Returns of the best of 32, one seed each: 4493 on HalfCheetah-v5 and
+Cost: as much as :data:`fast` or a little less (``benchmarks/results/step_one_thread.csv``). Returns of the best of 32, one seed each: 4493 on HalfCheetah-v5 and
 1349 on Walker2d-v5 after 25 000 steps, and 432 on Hopper-v5 after 30 000 (``benchmarks/learning/preset.csv``). With
 ``training_action_noise=0.2`` Hopper-v5 is at 1604 after 25 000 and 1137 after 30 000.
 """
