@@ -185,6 +185,7 @@ def sample_sdac_params(trial: "optuna.Trial", n_actions: int, n_envs: int, addit
         "net_arch": trial.suggest_categorical("net_arch", ["small", "medium"]),
         "n_reverse_samples_pow": trial.suggest_int("n_reverse_samples_pow", 3, 4),
         "n_improvement_steps": trial.suggest_int("n_improvement_steps", 0, 2),
+        "training_action_noise": trial.suggest_float("training_action_noise", 0.0, 0.3),
         "n_target_candidates_pow": trial.suggest_int("n_target_candidates_pow", 0, 2),
     }
     converted = convert_sdac_params(_with_sampled_her(trial, sampled, additional_args))

@@ -14,7 +14,7 @@ LOW = dict(
 )  # fmt: skip
 LOW_SOFT = dict(
     one_minus_gamma=0.02, learning_rate=1e-3, qf_learning_rate=1e-3, train_freq=2, temperature=0.2, net_arch="small",
-    n_reverse_samples_pow=3, n_target_candidates_pow=0, n_improvement_steps=2,
+    n_reverse_samples_pow=3, n_target_candidates_pow=0, n_improvement_steps=2, training_action_noise=0.1,
 )  # fmt: skip
 NO_HER = dict(using_her_replay_buffer=False, her_kwargs={})
 
