@@ -159,7 +159,7 @@ def total_noise_level(signal: th.Tensor, noise_level: th.Tensor, action_noise_st
     :param action_noise_std: sigma, at least 0.
     :return: ``sqrt(noise_level^2 + (signal sigma)^2)``, shape (B, 1, 1).
     """
-    return (noise_level**2 + (signal * action_noise_std) ** 2).sqrt()
+    return th.hypot(noise_level, signal * action_noise_std)
 
 
 def with_its_noise(mean_action: th.Tensor, seen: th.Tensor, share: th.Tensor) -> th.Tensor:
