@@ -12,12 +12,15 @@ from helpers import (
     CountdownEnv,
     bandit_qvpo,
     changed_names,
+    differ,
     ent_coef_of,
     metric_sums,
     same_weights,
     sampled_observations,
     shake,
     tiny_qvpo,
+    tiny_sdac,
+    trained_weights,
     weighting_in_use,
     weights_of,
 )
@@ -100,6 +103,17 @@ def test_user_dictionaries_are_left_alone():
     tiny_qvpo(policy_kwargs=policy_kwargs, replay_buffer_kwargs=replay_buffer_kwargs, n_steps=3)
     assert policy_kwargs == dict(net_arch=[8])
     assert replay_buffer_kwargs == dict(handle_timeout_termination=False)
+
+
+@pytest.mark.parametrize("build", [tiny_qvpo, tiny_sdac])
+def test_updates_take_the_noise_that_the_schedule_says(build):
+    """With deviation 0.3 from the first update on, a schedule is the number; from the middle on 0, it is something else."""
+    number, constant, until_middle = (
+        trained_weights(build(training_action_noise=noise))
+        for noise in (0.3, lambda progress: 0.3, lambda progress: 0.3 * (progress > 0.5))
+    )
+    assert not differ(number, constant)
+    assert differ(number, until_middle)
 
 
 def test_schedules_act_during_training():

@@ -284,16 +284,6 @@ def test_a_schedule_that_turns_negative_during_training_is_refused(name):
         model.learn(20)
 
 
-def test_updates_take_the_noise_that_the_schedule_says():
-    """With deviation 0.3 from the first update on, a schedule is the number; from the middle on 0, it is something else."""
-    number, constant, until_middle = (
-        trained_weights(tiny_qvpo(training_action_noise=noise))
-        for noise in (0.3, lambda progress: 0.3, lambda progress: 0.3 * (progress > 0.5))
-    )
-    assert not differ(number, constant)
-    assert differ(number, until_middle)
-
-
 @pytest.mark.parametrize(("before", "after"), [(0.4, 0.0), (0.0, 0.4)])
 def test_noise_that_is_changed_while_learning_counts_from_the_next_time_on(before, after):
     model = tiny_qvpo(training_action_noise=before).learn(20)

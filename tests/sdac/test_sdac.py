@@ -218,16 +218,6 @@ def test_noise_that_turns_negative_in_training_is_refused():
         tiny_sdac(training_action_noise=lambda progress: -1.0 if 0.1 < progress < 0.4 else 0.1).learn(40)
 
 
-def test_updates_take_the_noise_that_the_schedule_says():
-    """With deviation 0.3 from the first update on, a schedule is the number; from the middle on 0, it is something else."""
-    number, constant, until_middle = (
-        trained_weights(tiny_sdac(training_action_noise=noise))
-        for noise in (0.3, lambda progress: 0.3, lambda progress: 0.3 * (progress > 0.5))
-    )
-    assert not differ(number, constant)
-    assert differ(number, until_middle)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("settings", [dict(), dict(n_improvement_steps=2)])
 def test_noise_on_trained_actions_keeps_the_policy_wide(settings):
