@@ -147,8 +147,8 @@ Half of the draws surround actions that gradient steps have improved. Single sam
 
 Cost: as much as :data:`fast` or a little less (``benchmarks/results/step_one_thread.csv``). Returns of the best of 32, one
 seed each: 4493 on HalfCheetah-v5 and 1349 on Walker2d-v5 after 25 000 steps, and 432 on Hopper-v5 after 30 000
-(``benchmarks/learning/preset.csv``). With ``training_action_noise=0.2`` Hopper-v5 is at 1604 after 25 000 and 1137 after 30
-000.
+(``benchmarks/learning/preset.csv``). With ``training_action_noise=0.2`` Hopper-v5 is at 1604 after 25 000 and 1137 after
+30 000.
 """
 
 sdac_several = Preset(
